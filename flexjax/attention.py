@@ -1,0 +1,104 @@
+"""Causal attention over left-padded rows, for prefill and for one decoded token.
+
+Keys and values are laid out `[batch, heads, slots, head_dim]`: on CPU the other order,
+`[batch, slots, heads, head_dim]`, is about ten times slower to attend over. A slot is a
+position in the padded row; row `r` has real tokens from slot `start[r]` on.
+
+Scores, softmax and sums are float32 whatever the type of the inputs.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Finite, so that a row of padding, which may see no slot at all, stays finite too.
+MASKED = -1e30
+# One step of prefill attention holds at most this many scores of a row.
+QUERY_CHUNK = 128
+WHOLE_ROW = 256
+
+
+def _dot(
+    left: Array, right: Array, *, contract: tuple[int, int]
+) -> Float[Array, "..."]:
+    """Batched product over the leading axes, accumulated in float32."""
+    batch = tuple(range(left.ndim - 2))
+    exact = left.dtype == jnp.float32
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((contract[0],), (contract[1],)), (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _scale(query: Array) -> Array:
+    return query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+
+
+def prefill_attention(
+    query: Float[Array, "batch heads seq head_dim"],
+    key: Float[Array, "batch heads seq head_dim"],
+    value: Float[Array, "batch heads seq head_dim"],
+    start: Int[Array, " batch"],
+) -> Float[Array, "batch heads seq head_dim"]:
+    """Every token attends to itself and to the real tokens before it.
+
+    Works on one row and one chunk of queries at a time, so that the largest array of
+    scores is `[heads, QUERY_CHUNK, seq]` and not `[batch, heads, seq, seq]`.
+    """
+    seq = query.shape[2]
+    chunk = seq if seq <= WHOLE_ROW else math.gcd(seq, QUERY_CHUNK)
+    slots = jnp.arange(seq, dtype=jnp.int32)
+
+    def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
+        query, key, value, first = row
+
+        def attend_chunk(begin: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(query, begin, chunk, axis=1)
+            scores = _dot(_scale(part), key, contract=(2, 2))
+            newest = begin + jnp.arange(chunk, dtype=jnp.int32)
+            visible = (slots[None, :] <= newest[:, None]) & (slots >= first)[None, :]
+            scores = jnp.where(visible[None], scores, MASKED)
+            weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+            return _dot(weights, value, contract=(2, 1)).astype(query.dtype)
+
+        out = jax.lax.map(attend_chunk, jnp.arange(0, seq, chunk, dtype=jnp.int32))
+        return jnp.moveaxis(out, 0, 1).reshape(query.shape)
+
+    return jax.lax.map(attend_row, (query, key, value, start))
+
+
+def decode_attention(
+    query: Float[Array, "batch heads 1 head_dim"],
+    new: tuple[Float[Array, "batch heads 1 head_dim"], ...],
+    past: tuple[Float[Array, "batch heads slots head_dim"], ...],
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """One new token attends to the cached ones and to itself.
+
+    Args:
+        query: of the new token.
+        new: key and value of the new token, which are not in the cache yet.
+        past: cached keys and values; slots from `length` on hold anything finite.
+        start: first slot of each row that holds a real token.
+        length: number of slots that are in use, the same for every row.
+    """
+    key, value = past
+    new_key, new_value = new
+    query = _scale(query)
+    slots = jnp.arange(key.shape[2], dtype=jnp.int32)
+    visible = (slots[None, :] >= start[:, None]) & (slots < length)[None, :]
+    scores = _dot(query, key, contract=(3, 3))
+    scores = jnp.where(visible[:, None, None, :], scores, MASKED)
+    own = _dot(query, new_key, contract=(3, 3))
+    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
+    weights, own_weight = jnp.exp(scores - peak), jnp.exp(own - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
+    seen = _dot((weights / total).astype(value.dtype), value, contract=(3, 2))
+    itself = (own_weight / total) * new_value.astype(jnp.float32)
+    return (seen + itself).astype(query.dtype)

@@ -1,0 +1,259 @@
+"""The rows of a block while it runs: what they feed in, and what becomes of the logits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax.logprobs import (
+    ScoreState,
+    TokenLogprobs,
+    finish_score,
+    start_score,
+    token_logprobs,
+)
+from flexjax.memory.ledger import Ledger
+from flexjax.memory.weights import HeadBlocks
+from flexjax.models.config import OPTConfig
+from flexjax.outputs import Logprob
+from flexjax.policy import Kind, Tier
+from flexjax.sampling import make_controls, penalize, pick_sampler, row_keys
+from flexjax.sampling_params import SamplingParams
+from flexjax.schedule.ops import Cell
+from flexjax.steps import head_step, score_step
+from flexjax.stopping import StopChecker
+from flexjax.workload import Workload, bucket
+
+
+@dataclasses.dataclass
+class Row:
+    """One prompt on its way: its tokens, and where it will end."""
+
+    index: int  # among all prompts of the call
+    prompt: Sequence[int]
+    params: SamplingParams
+    checker: StopChecker
+    logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.checker.finish is not None
+
+
+class _Padded:
+    """Prompts of a block, left-padded, in batches; rows without a prompt are padding."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], work: Workload, pad_token_id: int
+    ) -> None:
+        size = (work.num_batches, work.batch_size)
+        self.ids = np.full((*size, work.prompt_len), pad_token_id, np.int32)
+        start = np.full(size, work.prompt_len - 1, np.int32)
+        for place, prompt in enumerate(prompts):
+            at = divmod(place, work.batch_size)
+            start[at] = work.prompt_len - len(prompt)
+            self.ids[at][start[at] :] = prompt
+        self.start = [jnp.asarray(batch) for batch in start]
+
+
+class GenerateRows:
+    """Rows that generate: logits of the last slot become the next token."""
+
+    last_only = True
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        work: Workload,
+        config: OPTConfig,
+        *,
+        head: HeadBlocks,
+        seed: int,
+        ledger: Ledger,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        self._work, self._config, self._head = work, config, head
+        self._ledger, self._on_tokens = ledger, on_tokens
+        self._padded = _Padded([row.prompt for row in rows], work, config.pad_token_id)
+        self._batches = [
+            _BatchSampler(
+                rows[first : first + work.batch_size], work, config, seed=seed
+            )
+            for first in range(0, len(rows), work.batch_size)
+        ]
+        self._logits: dict[int, list[jax.Array]] = {}
+
+    def token_ids(self, step: int, batch: int) -> np.ndarray:
+        if step == 0:
+            return self._padded.ids[batch]
+        return self._batches[batch].newest[:, None]
+
+    def start(self, batch: int) -> jax.Array:
+        return self._padded.start[batch]
+
+    def read_head(
+        self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
+    ) -> Any:
+        logits = head_step(table, hidden)
+        self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, logits.nbytes)
+        blocks = self._logits.setdefault(cell.batch, [])
+        blocks.append(logits)
+        if block + 1 < self._head.num_blocks:
+            return logits
+        del self._logits[cell.batch]
+        whole = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+        sampled = self._batches[cell.batch].sample(whole, cell.step)
+        self._ledger.hold(
+            Tier.DEVICE, Kind.ACTIVATIONS, -sum(part.nbytes for part in blocks)
+        )
+        return sampled
+
+    def take(self, batch: int, sampled: Any) -> None:
+        """Hands the sampled tokens of a batch to its rows, which may end with them."""
+        self._on_tokens(self._batches[batch].take(*sampled))
+
+    def is_alive(self, batch: int) -> bool:
+        """Whether some row of the batch wants another token."""
+        return not all(row.has_ended for row in self._batches[batch].rows)
+
+
+class _BatchSampler:
+    """Chooses the tokens of one batch, for each row as its parameters say."""
+
+    def __init__(
+        self, rows: Sequence[Row], work: Workload, config: OPTConfig, *, seed: int
+    ) -> None:
+        self.rows, self._work = rows, work
+        self.newest = np.full(work.batch_size, config.pad_token_id, np.int32)
+        self._pad = config.pad_token_id
+        missing = work.batch_size - len(rows)
+        params = [row.params for row in rows]
+        params += [SamplingParams(temperature=0.0)] * missing
+        self._params = params
+        indices = [row.index for row in rows] + [0] * missing
+        self._keys = row_keys(params, indices, seed=seed)
+        self._sampler = pick_sampler(params)
+        self._penalized = any(row.repetition_penalty != 1.0 for row in params)
+        wanted = [row.logprobs for row in params if row.logprobs is not None]
+        self._num_top = max(wanted) if wanted else None
+
+    def sample(
+        self, logits: jax.Array, step: int
+    ) -> tuple[jax.Array, TokenLogprobs | None]:
+        """Dispatches the choice of one token a row."""
+        steps = np.full(self._work.batch_size, step, np.int32)
+        controls = make_controls(self._params, self._keys, steps)
+        weighed = logits
+        if self._penalized:
+            penalty = controls.repetition_penalty
+            weighed = penalize(logits, jnp.asarray(self._seen(step)), penalty)
+        ids = self._sampler(weighed, controls)
+        if self._num_top is None:
+            return ids, None
+        num_top = min(self._num_top, logits.shape[-1])
+        return ids, token_logprobs(logits, ids, num_top=num_top)
+
+    def take(self, ids: jax.Array, logprobs: TokenLogprobs | None) -> int:
+        """Gives each row its token; returns how many rows took one."""
+        tokens, count = np.asarray(ids), 0
+        table = None if logprobs is None else jax.tree.map(np.asarray, logprobs)
+        self.newest = np.full_like(self.newest, self._pad)
+        for place, row in enumerate(self.rows):
+            if row.has_ended:
+                continue
+            token = int(tokens[place])
+            if table is not None and row.params.logprobs is not None:
+                row.logprobs.append(_entry(table, place, token, row.params.logprobs))
+            row.checker.push(token)
+            self.newest[place] = token
+            count += 1
+        return count
+
+    def _seen(self, step: int) -> np.ndarray:
+        """Int32 `[batch, length]`: the tokens of each row so far, padded with -1."""
+        length = bucket(self._work.prompt_len + step)
+        seen = np.full((self._work.batch_size, length), -1, np.int32)
+        for place, row in enumerate(self.rows):
+            tokens = [*row.prompt, *row.checker.token_ids]
+            seen[place, : len(tokens)] = tokens
+        return seen
+
+
+def _entry(
+    table: TokenLogprobs, place: int, token: int, num_top: int
+) -> dict[int, Logprob]:
+    """The table of one token: the most likely ones, and the one that was chosen."""
+    entry = {
+        int(table.top_ids[place, rank]): Logprob(
+            logprob=float(table.top_logprobs[place, rank]), rank=rank + 1
+        )
+        for rank in range(min(num_top, table.top_ids.shape[1]))
+    }
+    chosen = Logprob(
+        logprob=float(table.logprob[place]), rank=int(table.rank[place])
+    )
+    return entry | {token: chosen}
+
+
+class ScoreRows:
+    """Rows that are scored: logits of every slot become one log-probability each."""
+
+    last_only = False
+
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        work: Workload,
+        config: OPTConfig,
+        *,
+        head: HeadBlocks,
+        ledger: Ledger,
+    ) -> None:
+        self._head, self._ledger = head, ledger
+        self._sequences = sequences
+        self._padded = _Padded(sequences, work, config.pad_token_id)
+        self._states: dict[int, ScoreState] = {}
+        self._scores: dict[int, np.ndarray] = {}
+
+    def token_ids(self, step: int, batch: int) -> np.ndarray:
+        del step
+        return self._padded.ids[batch]
+
+    def start(self, batch: int) -> jax.Array:
+        return self._padded.start[batch]
+
+    def read_head(
+        self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
+    ) -> Any:
+        targets = jnp.asarray(np.roll(self._padded.ids[cell.batch], -1, axis=1))
+        state = self._states.pop(cell.batch, None)
+        if state is None:
+            state = start_score(targets)
+        first_id = np.int32(block * self._head.rows)
+        state = score_step(state, table, hidden, first_id, targets)
+        if block + 1 < self._head.num_blocks:
+            self._states[cell.batch] = state
+            return state
+        return finish_score(state)
+
+    def take(self, batch: int, scores: Any) -> None:
+        """Keeps the finished scores of a batch."""
+        self._scores[batch] = np.asarray(scores)
+
+    def is_alive(self, batch: int) -> bool:
+        """Scoring ends with the prefill."""
+        del batch
+        return False
+
+    def results(self) -> list[np.ndarray]:
+        """For each sequence, log p(token t+1 | tokens up to t), float32 `[length - 1]`."""
+        batch_size = self._padded.ids.shape[1]
+        found = []
+        for place, sequence in enumerate(self._sequences):
+            batch, row = divmod(place, batch_size)
+            scores = self._scores[batch][row]
+            found.append(scores[len(scores) - len(sequence) : -1])
+        return found

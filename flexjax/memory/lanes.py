@@ -1,0 +1,51 @@
+"""Lanes: threads that each do one kind of work in the order in which it was issued.
+
+A task may wait for tasks that were issued before it, in any lane. Since every lane keeps
+to the order of issue, the oldest unfinished task can always run: lanes cannot deadlock.
+"""
+
+import enum
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+class Lane(enum.Enum):
+    """What a lane carries."""
+
+    WEIGHTS = "weights in"
+    CACHE_IN = "cache in"
+    CACHE_OUT = "cache out"
+    HIDDEN = "hidden in and out"
+    COMPUTE = "compute"
+
+
+class Lanes:
+    """One thread for each `Lane`; what a task raises is raised by its future."""
+
+    def __init__(self) -> None:
+        self._threads = {
+            lane: ThreadPoolExecutor(1, thread_name_prefix=f"flexjax {lane.value}")
+            for lane in Lane
+        }
+
+    def submit[T](self, lane: Lane, task: Callable[..., T], *args: Any) -> Future[T]:
+        """Issues `task(*args)`; returns at once."""
+        return self._threads[lane].submit(task, *args)
+
+    def drain(self) -> None:
+        """Waits until every task that was issued has ended, well or badly."""
+        for lane in Lane:
+            self._threads[lane].submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Lets the running tasks end, drops the waiting ones and ends the threads."""
+        for thread in self._threads.values():
+            thread.shutdown(wait=True, cancel_futures=True)
+
+
+def done[T](value: T) -> Future[T]:
+    """A future that has its value already."""
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future

@@ -1,0 +1,63 @@
+"""The way between host memory and the device."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from flexjax.memory.ledger import Ledger
+from flexjax.policy import Kind, Tier
+
+
+def nothing_to_release() -> None:
+    """The `release` of an array that stays where it is."""
+
+
+class Loan(NamedTuple):
+    """An array on the device, and what to call when nothing uses it any more."""
+
+    array: jax.Array
+    release: Callable[[], None] = nothing_to_release
+
+
+class DeviceLink:
+    """Brings arrays to a device and back.
+
+    A CPU is a device that shares the host's memory: arrays there are looked at in place.
+    """
+
+    def __init__(self, device: jax.Device, ledger: Ledger) -> None:
+        self.device = device
+        self.is_shared = device.platform == "cpu"
+        self.stage_tier = Tier.DEVICE if self.is_shared else Tier.HOST
+        self._ledger = ledger
+
+    def lend(
+        self,
+        array: np.ndarray,
+        kind: Kind,
+        give_back: Callable[[], None] = nothing_to_release,
+    ) -> Loan:
+        """`array` on the device.
+
+        Args:
+            array: must not change before the loan is released; memory that is aligned
+                to 64 bytes is used in place where the device shares it.
+            kind: under which the copy on the device is counted.
+            give_back: called once `array` is not needed any more.
+        """
+        if self.is_shared:
+            return Loan(jax.device_put(array, self.device), give_back)
+        self._ledger.hold(Tier.DEVICE, kind, array.nbytes)
+        self._ledger.move(Tier.HOST, Tier.DEVICE, array.nbytes)
+        # The copy may read `array` after device_put has returned.
+        copy = jax.device_put(array, self.device).block_until_ready()
+        give_back()
+        return Loan(copy, lambda: self._ledger.hold(Tier.DEVICE, kind, -array.nbytes))
+
+    def download(self, array: jax.Array) -> np.ndarray:
+        """`array` in host memory, once it has been computed; read-only."""
+        if not self.is_shared:
+            self._ledger.move(Tier.DEVICE, Tier.HOST, array.nbytes)
+        return np.asarray(array)

@@ -1,0 +1,117 @@
+"""Arrays whose rows are spread over the tiers: asynchronous loads and stores."""
+
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
+
+import jax
+
+from flexjax.memory.lanes import Lane, Lanes
+from flexjax.memory.link import Loan
+from flexjax.memory.placement import Rows
+from flexjax.memory.tier import TierStore
+from flexjax.policy import Tier
+
+Arrays = tuple[jax.Array, ...]
+
+
+class PlacedLoan:
+    """What a load brought: the arrays of each tier's rows, in the order of the batch."""
+
+    def __init__(self, segments: list[tuple[Loan, ...]]) -> None:
+        self._segments = segments
+
+    @property
+    def segments(self) -> tuple[Arrays, ...]:
+        return tuple(tuple(loan.array for loan in loans) for loans in self._segments)
+
+    def release(self) -> None:
+        """Gives the stage buffers back; nothing may use the arrays any more."""
+        for loans in self._segments:
+            for loan in loans:
+                loan.release()
+        self._segments = []
+
+
+class PlacedArrays:
+    """One kind of tensor, each key's rows split over the tiers by `rows_of`.
+
+    A key names arrays that belong together, such as the keys and the values of a layer.
+    A load waits for the store before it; both return at once.
+    """
+
+    def __init__(
+        self,
+        stores: Mapping[Tier, TierStore],
+        lanes: Lanes,
+        *,
+        load_lane: Lane,
+        store_lane: Lane,
+        rows_of: Callable[[Hashable], Rows],
+    ) -> None:
+        self._stores, self._lanes = stores, lanes
+        self._load_lane, self._store_lane = load_lane, store_lane
+        self._rows_of = rows_of
+        self._stored: dict[Hashable, Future[int]] = {}  # how many arrays a key has
+
+    def load(self, key: Hashable) -> Future[PlacedLoan]:
+        """Starts to bring all rows of a key to the device."""
+        return self._lanes.submit(self._load_lane, self._load, key, self._stored[key])
+
+    def store(
+        self,
+        key: Hashable,
+        values: Callable[[], Arrays],
+        *,
+        at: int = 0,
+        slots: int | None = None,
+    ) -> Future[int]:
+        """Starts to write what `values` waits for and returns.
+
+        Args:
+            key: names the arrays.
+            values: called in the lane; each array is `[batch, groups, seq, width]`.
+            at: the slot from which on they are written.
+            slots: slots to have room for; as many as the arrays have, if None.
+        """
+        task = self._lanes.submit(
+            self._store_lane, self._store, key, values, at, slots
+        )
+        self._stored[key] = task
+        return task
+
+    def clear(self) -> None:
+        """Forgets every array; no load or store may be under way."""
+        for key, stored in self._stored.items():
+            failed = stored.cancelled() or stored.exception() is not None
+            for index in range(_MOST_ARRAYS if failed else stored.result()):
+                for store in self._stores.values():
+                    store.free((key, index))
+        self._stored.clear()
+
+    def _load(self, key: Hashable, stored: Future[int]) -> PlacedLoan:
+        count = stored.result()
+        segments: list[tuple[Loan, ...]] = []
+        try:
+            for tier in self._rows_of(key).spans():
+                store = self._stores[tier]
+                segments.append(())
+                for index in range(count):
+                    segments[-1] += (store.load((key, index)),)
+        except BaseException:
+            PlacedLoan(segments).release()
+            raise
+        return PlacedLoan(segments)
+
+    def _store(
+        self, key: Hashable, values: Callable[[], Arrays], at: int, slots: int | None
+    ) -> int:
+        arrays = values()
+        for tier, rows in self._rows_of(key).spans().items():
+            for index, array in enumerate(arrays):
+                self._stores[tier].store(
+                    (key, index), array, rows, at=at, slots=slots or array.shape[2]
+                )
+        return len(arrays)
+
+
+_MOST_ARRAYS = 2  # a key and a value

@@ -1,0 +1,62 @@
+"""The folder on disk that a run spills to, which never outlives it for long."""
+
+import fcntl
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+
+from flexjax.safe_files import make_folder
+
+_PREFIX = "flexjax-spill-"
+_LOCK = "lock"
+_GETS_ITS_LOCK_WITHIN_S = 60.0
+
+
+class SpillFolder:
+    """A folder of this process alone, below `parent`, that `close` removes.
+
+    While it is open its lock file is locked. What a killed process left behind is not,
+    and goes when the next folder is made below the same parent.
+    """
+
+    def __init__(self, parent: pathlib.Path) -> None:
+        make_folder(parent)
+        sweep(parent)
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Removes the folder and all that lies in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def sweep(parent: pathlib.Path) -> None:
+    """Removes the spill folders below `parent` whose processes are gone."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+        except OSError:
+            _remove_if_abandoned(folder)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its process lives
+        finally:
+            os.close(lock)
+
+
+def _remove_if_abandoned(folder: pathlib.Path) -> None:
+    """Removes a folder that got no lock, unless it may just be getting one."""
+    try:
+        if time.time() - folder.stat().st_mtime > _GETS_ITS_LOCK_WITHIN_S:
+            folder.rmdir()
+    except OSError:
+        pass  # removed by another process, or not empty: then it is not a spill

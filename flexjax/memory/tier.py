@@ -1,0 +1,49 @@
+"""The interface of the three stores, one a tier, that hold what a run computes.
+
+They hold arrays `[rows, groups, slots, width]` that grow along their slots: keys and
+values (`[rows, heads, slots, head_dim]`) and hidden states (`[rows, 1, slots, hidden]`).
+"""
+
+from collections.abc import Hashable
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from flexjax.memory.link import Loan
+from flexjax.policy import Tier
+
+
+class TierStore(Protocol):
+    """Holds arrays on one tier. Calls on different keys may come from any thread."""
+
+    tier: Tier
+
+    def store(
+        self, key: Hashable, value: jax.Array, rows: slice, *, at: int, slots: int
+    ) -> None:
+        """Writes `value[rows]` from slot `at` on; returns when it is safe.
+
+        Args:
+            key: names the array; `at == 0` begins it anew.
+            value: `[batch, groups, seq, width]`, on the device, perhaps not yet computed.
+            rows: the rows of the batch that this tier keeps.
+            at: slots that are in use already.
+            slots: slots to have room for, `at + seq` or more.
+        """
+        ...
+
+    def load(self, key: Hashable) -> Loan:
+        """Brings an array to the device; slots not written hold finite numbers."""
+        ...
+
+    def free(self, key: Hashable) -> None:
+        """Forgets an array; unknown keys are none."""
+        ...
+
+
+def grown_shape(array: jax.Array | np.ndarray, slots: int) -> tuple[int, int, int, int]:
+    """Shape of `array` with room for `slots` slots."""
+    rows, groups, _, width = array.shape
+    return rows, groups, slots, width
+

@@ -1,0 +1,233 @@
+"""OPT as Flax modules that own no weights: each is applied to the parameters it is given.
+
+A module's parameters are named as in Hugging Face's checkpoints, so that a checkpoint's
+tensors, split at the dots of their names, are the parameter tree. Matrices keep the
+checkpoint's layout `[out, in]` and are contracted on their last axis, which is also the
+layout that XLA's CPU backend multiplies fastest.
+
+The residual stream has the type of the weights; norms, sums and logits are float32.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flexjax.attention import prefill_attention
+from flexjax.models.config import LAYER_NORM_EPSILON, POSITION_OFFSET, OPTConfig
+
+Params = Mapping[str, Any]
+# (query, key, value), each [batch, heads, seq, head_dim] -> the same shape
+Attend = Callable[[Array, Array, Array], Array]
+
+ACTIVATION: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def contract_last(
+    x: Float[Array, "... inputs"], weight: Float[Array, "outputs inputs"]
+) -> Float[Array, "... outputs"]:
+    """`x @ weight.T` accumulated in float32; true float32 where the inputs are."""
+    exact = x.dtype == jnp.float32
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`."""
+
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
+        shape = (self.features, x.shape[-1])
+        weight = self.param("weight", nn.initializers.normal(0.02), shape, x.dtype)
+        out = contract_last(x, weight)
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            bias = self.param("bias", zeros, (self.features,), x.dtype)
+            out = out + bias.astype(jnp.float32)
+        return out.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalises the last axis; scales and shifts it where `affine`."""
+
+    affine: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        out = jax.nn.standardize(x.astype(jnp.float32), epsilon=LAYER_NORM_EPSILON)
+        if self.affine:
+            size = (x.shape[-1],)
+            weight = self.param("weight", nn.initializers.ones, size, x.dtype)
+            bias = self.param("bias", nn.initializers.zeros, size, x.dtype)
+            out = out * weight.astype(jnp.float32) + bias.astype(jnp.float32)
+        return out.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Token rows plus learned positions; the caller looks the token rows up."""
+
+    config: OPTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        rows: Float[Array, "batch seq embed"],
+        positions: Int[Array, "batch seq"],
+    ) -> Float[Array, "batch seq hidden"]:
+        config = self.config
+        if config.is_projected:
+            rows = Linear(config.hidden_size, use_bias=False, name="project_in")(rows)
+        return rows + PositionTable(config, name="embed_positions")(
+            positions, rows.dtype
+        )
+
+
+class PositionTable(nn.Module):
+    """OPT's learned position embeddings."""
+
+    config: OPTConfig
+
+    @nn.compact
+    def __call__(
+        self, positions: Int[Array, "batch seq"], dtype: jnp.dtype
+    ) -> Float[Array, "batch seq hidden"]:
+        config = self.config
+        size = (config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
+        weight = self.param("weight", nn.initializers.normal(0.02), size, dtype)
+        return jnp.take(weight, positions, axis=0, mode="clip")
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention that the caller chooses."""
+
+    config: OPTConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "batch seq hidden"], attend: Attend
+    ) -> tuple[Float[Array, "batch seq hidden"], tuple[Array, Array]]:
+        config = self.config
+
+        def heads(name: str) -> Float[Array, "batch heads seq head_dim"]:
+            x = Linear(config.hidden_size, config.enable_bias, name=name)(hidden)
+            x = x.reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
+            return jnp.swapaxes(x, 1, 2)
+
+        query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        out = jnp.swapaxes(attend(query, key, value), 1, 2).reshape(hidden.shape)
+        out = Linear(config.hidden_size, config.enable_bias, name="out_proj")(out)
+        return out, (key, value)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with their residuals; norms come before or after them."""
+
+    config: OPTConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "batch seq hidden"], attend: Attend
+    ) -> tuple[Float[Array, "batch seq hidden"], tuple[Array, Array]]:
+        config = self.config
+        affine = config.layer_norm_elementwise_affine
+        attention_norm = LayerNorm(affine, name="self_attn_layer_norm")
+        mlp_norm = LayerNorm(affine, name="final_layer_norm")
+        attention = SelfAttention(config, name="self_attn")
+        before = config.do_layer_norm_before
+
+        out, cache = attention(attention_norm(hidden) if before else hidden, attend)
+        hidden = hidden + out if before else attention_norm(hidden + out)
+
+        x = mlp_norm(hidden) if before else hidden
+        x = Linear(config.ffn_dim, config.enable_bias, name="fc1")(x)
+        x = ACTIVATION[config.activation_function](x)
+        x = Linear(config.hidden_size, config.enable_bias, name="fc2")(x)
+        hidden = hidden + x if before else mlp_norm(hidden + x)
+        return hidden, cache
+
+
+class Final(nn.Module):
+    """What stands between the last decoder layer and the table of logits."""
+
+    config: OPTConfig
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "batch seq hidden"]
+    ) -> Float[Array, "batch seq embed"]:
+        config = self.config
+        if config.has_final_layer_norm:
+            affine = config.layer_norm_elementwise_affine
+            hidden = LayerNorm(affine, name="final_layer_norm")(hidden)
+        if config.is_projected:
+            hidden = Linear(config.embed_dim, use_bias=False, name="project_out")(
+                hidden
+            )
+        return hidden
+
+
+def token_positions(
+    slots: Int[Array, " seq"], start: Int[Array, " batch"]
+) -> Int[Array, "batch seq"]:
+    """Row of the position table for each slot; padding takes the row before the first.
+
+    The first real token has row `POSITION_OFFSET`.
+    """
+    return jnp.maximum(slots[None, :] - start[:, None], -1) + POSITION_OFFSET
+
+
+def unflatten(tensors: Mapping[str, Array]) -> dict[str, Any]:
+    """The parameter tree of tensors with dotted names."""
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = tensor
+    return tree
+
+
+def forward(
+    params: Params,
+    token_ids: Int[Array, "batch seq"],
+    start: Int[Array, " batch"],
+    config: OPTConfig,
+) -> Float[Array, "batch seq vocab"]:
+    """Logits of the whole model at once, every weight at hand.
+
+    The plain reference that streamed runs are tested against, and what training uses.
+
+    Args:
+        params: `unflatten` of a checkpoint's tensors.
+        token_ids: left-padded rows.
+        start: first slot of each row that holds a real token.
+    """
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return prefill_attention(query, key, value, start)
+
+    rows = jnp.take(params["embed_tokens"]["weight"], token_ids, axis=0)
+    slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
+    positions = token_positions(slots, start)
+    hidden = Embedding(config).apply({"params": params}, rows, positions)
+    for layer in range(config.num_hidden_layers):
+        layer_params = {"params": params["layers"][str(layer)]}
+        hidden, _ = DecoderLayer(config).apply(layer_params, hidden, attend)
+    hidden = Final(config).apply({"params": params}, hidden)
+    table, leaf = config.head_table.split(".")
+    return contract_last(hidden, params[table][leaf])

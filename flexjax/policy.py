@@ -1,0 +1,230 @@
+"""Where tensors live and how prompts are batched: immutable pytrees, and their JSON.
+
+The six placement fractions are the leaves of a `Policy`; everything else is static.
+"""
+
+import dataclasses
+import enum
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+class Tier(enum.Enum):
+    """A level of the memory hierarchy, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class Kind(enum.Enum):
+    """The kinds of tensors that a policy places."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "kv_cache"
+    ACTIVATIONS = "activations"
+
+
+class Schedule(enum.StrEnum):
+    """The order in which the layers of a block of batches run."""
+
+    SERIAL = "serial"
+    ROW_BY_ROW = "row_by_row"
+    ZIGZAG = "zigzag"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Fractions of one kind of tensor kept on each tier; the rest is on disk."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+    @property
+    def disk(self) -> float:
+        return max(0.0, 1.0 - self.device - self.host)
+
+    def fraction(self, tier: Tier) -> float:
+        return getattr(self, tier.value)
+
+
+static = functools.partial(dataclasses.field, metadata={"static": True})
+ALL_ON_DEVICE = Placement(device=1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Where weights, KV cache and activations live, and how prompts are batched.
+
+    A block of `batch_size * num_batches` prompts runs together: one load of a layer's
+    weights serves all `num_batches` calls of `batch_size` rows.
+    """
+
+    weights: Placement = ALL_ON_DEVICE
+    kv_cache: Placement = ALL_ON_DEVICE
+    activations: Placement = ALL_ON_DEVICE
+    batch_size: int = static(default=8)
+    num_batches: int = static(default=1)
+    schedule: Schedule = static(default=Schedule.ZIGZAG)
+    host_attention: bool = static(default=False)
+    attention_sparsity: float = static(default=1.0)
+    weight_bits: int | None = static(default=None)
+    kv_cache_bits: int | None = static(default=None)
+    group_size: int = static(default=64)
+
+    def placement(self, kind: Kind) -> Placement:
+        return getattr(self, kind.value)
+
+    @property
+    def block_size(self) -> int:
+        """Prompts that run together."""
+        return self.batch_size * self.num_batches
+
+
+# What the engine can do today; a policy that asks for more is refused, not ignored.
+_ONLY: dict[str, Any] = {
+    "host_attention": False,
+    "attention_sparsity": 1.0,
+    "weight_bits": None,
+    "kv_cache_bits": None,
+    "group_size": 64,
+}
+
+
+def validate(policy: Policy) -> Policy:
+    """Returns `policy` with its schedule as an enum.
+
+    Raises:
+        ValueError: a fraction is outside [0, 1], fractions sum past 1, a count is not
+            positive, or the policy asks for something that this version cannot do.
+    """
+    for kind in Kind:
+        _validate_placement(kind.value, policy.placement(kind))
+    for name in ("batch_size", "num_batches"):
+        count = getattr(policy, name)
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} is {count!r}, expected an integer of at least 1")
+    for name, only in _ONLY.items():
+        if getattr(policy, name) != only:
+            raise ValueError(
+                f"{name}={getattr(policy, name)!r} is not supported by this version; "
+                f"leave it at {only!r}"
+            )
+    try:
+        schedule = Schedule(policy.schedule)
+    except ValueError:
+        names = ", ".join(schedule.value for schedule in Schedule)
+        raise ValueError(
+            f"schedule is {policy.schedule!r}, expected one of {names}"
+        ) from None
+    return dataclasses.replace(policy, schedule=schedule)
+
+
+def _validate_placement(name: str, placement: Placement) -> None:
+    if not isinstance(placement, Placement):
+        raise ValueError(f"{name} is {placement!r}, expected a Placement")
+    for tier in (Tier.DEVICE, Tier.HOST):
+        fraction = placement.fraction(tier)
+        number = isinstance(fraction, (int, float)) and math.isfinite(fraction)
+        if not number or not 0.0 <= fraction <= 1.0:
+            raise ValueError(
+                f"{name}: the fraction on {tier.value} is {fraction!r}, "
+                "expected a number between 0 and 1"
+            )
+    total = placement.device + placement.host
+    if total > 1.0 + 1e-6:
+        raise ValueError(
+            f"{name}: device={placement.device} and host={placement.host} sum to "
+            f"{total:g}, expected at most 1 (the rest is on disk)"
+        )
+
+
+def to_json(policy: Policy) -> dict[str, Any]:
+    """A JSON object that `from_json` reads back."""
+    values = dataclasses.asdict(policy)
+    return values | {"schedule": Schedule(policy.schedule).value}
+
+
+def from_json(values: Mapping[str, Any]) -> Policy:
+    """Reads what `to_json` wrote; names that are left out take their defaults.
+
+    Raises:
+        ValueError: an unknown name, or a value that `validate` refuses.
+    """
+    _refuse_unknown("policy", values, {f.name for f in dataclasses.fields(Policy)})
+    fields = dict(values)
+    for kind in Kind:
+        if kind.value in fields:
+            fields[kind.value] = _placement_from_json(kind.value, fields[kind.value])
+    return validate(Policy(**fields))
+
+
+def _placement_from_json(name: str, values: Any) -> Placement:
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f'{name} is {values!r}, expected an object like {{"device": 0.2, "host": 0.8}}'
+        )
+    _refuse_unknown(name, values, {tier.value for tier in Tier})
+    fractions = dict(values)
+    disk = fractions.pop("disk", None)
+    placement = Placement(**fractions)
+    _validate_placement(name, placement)
+    if disk is not None and not math.isclose(disk, placement.disk, abs_tol=1e-6):
+        raise ValueError(
+            f"{name}: disk={disk!r} does not bring device={placement.device} and "
+            f"host={placement.host} to a sum of 1; leave disk out, it is what remains"
+        )
+    return placement
+
+
+def _refuse_unknown(name: str, values: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{name} has no {unknown[0]!r}; known are {', '.join(sorted(known))}"
+        )
+
+
+def parse_placement(name: str, text: str) -> Placement:
+    """Reads a placement as command lines write it: `device=0.2,host=0.8`.
+
+    Raises:
+        ValueError: not of this form, or not a placement; the message begins with `name`.
+    """
+    fractions: dict[str, float] = {}
+    for item in text.split(","):
+        tier, separator, fraction = item.partition("=")
+        try:
+            fractions[tier.strip()] = float(fraction) if separator else math.nan
+        except ValueError:
+            fractions[tier.strip()] = math.nan
+        if math.isnan(fractions[tier.strip()]):
+            raise ValueError(
+                f"{name}: cannot read {item!r}, expected for example device=0.2,host=0.8"
+            )
+    return _placement_from_json(name, fractions)
+
+
+def read_policy(path: pathlib.Path) -> Policy:
+    """Reads a `policy.json`.
+
+    Raises:
+        ValueError: the file is missing, is not JSON or is not a policy.
+    """
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, expected an object")
+        return from_json(values)
+    except OSError as error:
+        raise ValueError(f"policy {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"policy {path}: {error}") from error

@@ -1,0 +1,144 @@
+"""The jitted steps of a run: one call of one layer on one batch.
+
+Each is compiled once for every shape that occurs, whatever the number of layers, tokens
+and prompts, and donates what it replaces. Hidden states are `[batch, 1, seq, hidden]`
+here, the layout in which the tiers hold them.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flexjax.attention import decode_attention, prefill_attention
+from flexjax.logprobs import ScoreState, fold_block
+from flexjax.models.config import OPTConfig
+from flexjax.models.opt import DecoderLayer, Embedding, Final, Params
+from flexjax.models.opt import contract_last, token_positions
+
+Hidden = Float[Array, "batch 1 seq hidden"]
+KeyValue = tuple[
+    Float[Array, "rows heads slots head_dim"], Float[Array, "rows heads slots head_dim"]
+]
+SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def embed_step(
+    params: Params,
+    rows: Float[Array, "batch seq embed"],
+    start: Int[Array, " batch"],
+    first_slot: Int[Array, ""],
+    *,
+    config: OPTConfig,
+) -> Hidden:
+    """Token rows, which stand in slots from `first_slot` on, become hidden states."""
+    slots = first_slot + jnp.arange(rows.shape[1], dtype=jnp.int32)
+    positions = token_positions(slots, start)
+    return Embedding(config).apply({"params": params}, rows, positions)[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
+def prefill_step(
+    params: Params, hidden: Hidden, start: Int[Array, " batch"], *, config: OPTConfig
+) -> tuple[Hidden, KeyValue]:
+    """A decoder layer on whole prompts; also returns the keys and values to cache."""
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return prefill_attention(query, key, value, start)
+
+    layer = DecoderLayer(config)
+    out, cache = layer.apply({"params": params}, hidden[:, 0], attend)
+    return out[:, None], cache
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
+def decode_step(
+    params: Params,
+    hidden: Hidden,
+    past: tuple[KeyValue, ...],
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    *,
+    config: OPTConfig,
+) -> tuple[Hidden, KeyValue]:
+    """A decoder layer on one new token a row.
+
+    Args:
+        params: of the layer.
+        hidden: of the new tokens.
+        past: cached keys and values; each segment holds some rows of the batch, all
+            segments together hold them all, in order.
+        start: first slot of each row that holds a real token.
+        length: slots of the cache that are in use.
+        config: of the model.
+    """
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        outs, first = [], 0
+        for segment in past:
+            rows = slice(first, first + segment[0].shape[0])
+            new = key[rows], value[rows]
+            outs.append(decode_attention(query[rows], new, segment, start[rows], length))
+            first = rows.stop
+        return jnp.concatenate(outs)
+
+    layer = DecoderLayer(config)
+    out, cache = layer.apply({"params": params}, hidden[:, 0], attend)
+    return out[:, None], cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "last_only"))
+def final_step(
+    params: Params, hidden: Hidden, *, config: OPTConfig, last_only: bool
+) -> Float[Array, "batch 1 seq_or_1 embed"]:
+    """What the head reads: the final norm and 350m's projection.
+
+    With `last_only`, of the last slot alone: left padding puts every row's newest token
+    there.
+    """
+    if last_only:
+        hidden = hidden[:, :, -1:]
+    return Final(config).apply({"params": params}, hidden)
+
+
+@jax.jit
+def head_step(
+    table: Float[Array, "block embed"], hidden: Float[Array, "batch 1 1 embed"]
+) -> Float[Array, "batch block"]:
+    """Logits of one block of the vocabulary."""
+    return contract_last(hidden[:, 0, 0], table)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def score_step(
+    state: ScoreState,
+    table: Float[Array, "block embed"],
+    hidden: Float[Array, "batch 1 seq embed"],
+    first_id: Int[Array, ""],
+    targets: Int[Array, "batch seq"],
+) -> ScoreState:
+    """Takes one block of the vocabulary into the scores of all tokens.
+
+    Works on `SCORE_CHUNK` tokens at a time, so that no `[batch, seq, block]` exists.
+    """
+    count = targets.size
+    chunk = math.gcd(count, SCORE_CHUNK)
+
+    def fold(inputs: tuple[ScoreState, Array, Array]) -> ScoreState:
+        state, hidden, targets = inputs
+        return fold_block(state, contract_last(hidden, table), first_id, targets)
+
+    def chunked(array: Array, *inner: int) -> Array:
+        return array.reshape(count // chunk, chunk, *inner)
+
+    inputs = (
+        jax.tree.map(chunked, state),
+        chunked(hidden, hidden.shape[-1]),
+        chunked(targets),
+    )
+    return jax.tree.map(
+        lambda array: array.reshape(targets.shape), jax.lax.map(fold, inputs)
+    )

@@ -1,0 +1,73 @@
+"""The shape of one run: which layers, how many batches, how long.
+
+A schedulable layer is a decoder layer or a block of the vocabulary. The embedding
+belongs to the first decoder layer and the final norm to the last one, so that every
+layer of a run is worth a transfer of its own. Vocabulary blocks come last: each adds its
+part of the logits, and the last one ends a step.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One block of batches, generated together.
+
+    Attributes:
+        num_decoder_layers: decoder layers of the model.
+        num_head_blocks: blocks of rows into which the table of logits is split.
+        num_parts: parts in which a layer's weights travel.
+        num_batches: batches that share one load of a layer's weights.
+        batch_size: rows of a batch.
+        prompt_len: slots of a padded prompt.
+        gen_len: tokens that are generated for every row; 1 also scores a prompt.
+    """
+
+    num_decoder_layers: int
+    num_head_blocks: int = 1
+    num_parts: int = 1
+    num_batches: int = 1
+    batch_size: int = 1
+    prompt_len: int = 1
+    gen_len: int = 1
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_decoder_layers + self.num_head_blocks
+
+    def is_decoder(self, layer: int) -> bool:
+        return layer < self.num_decoder_layers
+
+    def keeps_cache(self, step: int) -> bool:
+        """Whether a later step reads the cache that `step` writes."""
+        return step + 1 < self.gen_len
+
+    def seq_len(self, step: int) -> int:
+        """Slots that `step` computes: the whole prompt first, then one token."""
+        return self.prompt_len if step == 0 else 1
+
+    def past_len(self, step: int) -> int:
+        """Slots in the cache before `step`."""
+        return 0 if step == 0 else self.prompt_len + step - 1
+
+    def cache_slots(self, step: int) -> int:
+        """Slots that the cache has room for after `step` has stored its own."""
+        whole = bucket(self.prompt_len + self.gen_len - 1)
+        return min(whole, bucket(self.prompt_len + step + 1))
+
+    def tokens(self) -> int:
+        """Tokens generated for the block, padding rows included."""
+        return self.num_batches * self.batch_size * self.gen_len
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up so that few shapes occur: multiples of 32, then of an eighth.
+
+    Between two powers of two there are at most eight values, so the number of shapes,
+    and with it of compilations, grows with the logarithm of the longest sequence while
+    at most an eighth of a bucket beyond 256 slots is padding.
+    """
+    if length < 1:
+        raise ValueError(f"a length of {length} has no bucket; expected at least 1")
+    quantum = max(32, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // quantum) * quantum
