@@ -192,9 +192,7 @@ def _entry(
         )
         for rank in range(min(num_top, table.top_ids.shape[1]))
     }
-    chosen = Logprob(
-        logprob=float(table.logprob[place]), rank=int(table.rank[place])
-    )
+    chosen = Logprob(logprob=float(table.logprob[place]), rank=int(table.rank[place]))
     return entry | {token: chosen}
 
 
@@ -210,9 +208,8 @@ class ScoreRows:
         config: OPTConfig,
         *,
         head: HeadBlocks,
-        ledger: Ledger,
     ) -> None:
-        self._head, self._ledger = head, ledger
+        self._head = head
         self._sequences = sequences
         self._padded = _Padded(sequences, work, config.pad_token_id)
         self._states: dict[int, ScoreState] = {}

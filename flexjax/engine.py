@@ -1,8 +1,13 @@
 """Token ids in, token ids out: splits prompts into blocks and runs each as a schedule."""
 
+import contextlib
+import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,24 +16,39 @@ import numpy as np
 from flexjax.blocks import GenerateRows, Row, ScoreRows
 from flexjax.checkpoint import WeightStore
 from flexjax.executor import execute
+from flexjax.memory.capacity import ensure_fits, free_bytes
 from flexjax.memory.device import DeviceStore
 from flexjax.memory.disk import DiskStore
+from flexjax.memory.footprint import RunFootprint, cache_rows, condensed, hidden_rows
 from flexjax.memory.host import HostStore
 from flexjax.memory.lanes import Lane, Lanes
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink
 from flexjax.memory.placed import PlacedArrays
-from flexjax.memory.placement import Rows, place_rows, place_tensors
+from flexjax.memory.placement import Rows, effective, place_tensors
 from flexjax.memory.spill import SpillFolder
 from flexjax.memory.tier import TierStore
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.policy import Kind, Policy, Tier
-from flexjax.schedule.emit import EMITTERS
-from flexjax.schedule.ops import Cache, Hidden
-from flexjax.stage import LayerStage
+from flexjax.schedule.emit import EMITTERS, always
+from flexjax.schedule.footprint import peak_bytes
+from flexjax.stage import LayerStage, Waits
 from flexjax.workload import Workload, bucket
 
 MOST_PARTS = 4  # in which a layer's weights travel
+
+
+@dataclasses.dataclass
+class RunTimes:
+    """What the last call of an engine took and needed."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_tokens: int = 0
+    predicted_peak: dict[tuple[Tier, Kind], int] = dataclasses.field(
+        default_factory=dict
+    )
+    waits: Waits = dataclasses.field(default_factory=Waits)
 
 
 class Engine:
@@ -41,6 +61,9 @@ class Engine:
         device: that computes.
         seed: of rows that have none of their own.
         on_weights: called with the bytes of every weight that is read at the start.
+
+    Raises:
+        ValueError: the weights do not fit.
     """
 
     def __init__(
@@ -54,24 +77,30 @@ class Engine:
         on_weights: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self.config, self.policy, self._seed = store.config, policy, seed
-        self.ledger = Ledger()
+        self.ledger, self.times = Ledger(), RunTimes()
         self._link = DeviceLink(device, self.ledger)
-        self._lanes = Lanes()
+        self._offload_dir = offload_dir
         nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
-        self.tiers = place_tensors(policy.weights, nbytes)
-        self._head = head_blocks(store, self.tiers, self._link.is_shared)
+        tiers = place_tensors(policy.weights, nbytes)
+        self._ensure_fits(
+            {
+                (tier, Kind.WEIGHTS): size
+                for tier, size in effective(nbytes, tiers).items()
+                if tier is not Tier.DISK  # where the store is already
+            }
+        )
         self._num_parts = min(policy.num_batches, MOST_PARTS)
         self._spill: SpillFolder | None = None
-        self._offload_dir = offload_dir
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}
+        self._lanes = Lanes()
         try:
-            self._weights = PlacedWeights(
+            self.weights = PlacedWeights(
                 store,
-                self.tiers,
+                tiers,
                 link=self._link,
                 ledger=self.ledger,
                 lanes=self._lanes,
-                head=self._head,
+                head=head_blocks(store, tiers, self._link.is_shared),
                 num_parts=self._num_parts,
                 progress=on_weights,
             )
@@ -85,49 +114,89 @@ class Engine:
         """Runs every row to its end; the rows keep their tokens.
 
         Rows are sorted by length, so that those of about the same length share a block.
+
+        Raises:
+            ValueError: the policy does not fit.
+            OSError: a transfer failed; the message names what and where.
         """
         order = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
-        for block in _blocks(order, self.policy):
-            work = self._workload(
+        blocks = _blocks(order, self.policy)
+        works = [
+            self._workload(
                 max(len(row.prompt) for row in block),
                 max(row.params.max_tokens for row in block),
                 len(block),
             )
-            self._run(
-                work,
-                GenerateRows(
+            for block in blocks
+        ]
+        self._start(works, scores=False)
+
+        def count(num_tokens: int) -> None:
+            self.times.num_tokens += num_tokens
+            on_tokens(num_tokens)
+
+        with self._buffers():
+            for block, work in zip(blocks, works, strict=True):
+                sampler = GenerateRows(
                     block,
                     work,
                     self.config,
-                    head=self._head,
+                    head=self.weights.head,
                     seed=self._seed,
                     ledger=self.ledger,
-                    on_tokens=on_tokens,
-                ),
-            )
+                    on_tokens=count,
+                )
+                self._run(work, sampler)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """For each sequence, log p(token t+1 | tokens up to t), float32 `[length - 1]`."""
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> list[np.ndarray]:
+        """For each sequence, log p(token t+1 | tokens up to t), float32 `[length - 1]`.
+
+        Raises:
+            ValueError, OSError: as `generate`.
+        """
         lengths = [len(sequence) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda i: lengths[i], reverse=True)
+        blocks = _blocks(order, self.policy)
+        works = [
+            self._workload(max(lengths[i] for i in block), 1, len(block))
+            for block in blocks
+        ]
+        self._start(works, scores=True)
         results: dict[int, np.ndarray] = {}
-        for block in _blocks(order, self.policy):
-            work = self._workload(max(lengths[i] for i in block), 1, len(block))
-            rows = ScoreRows(
-                [sequences[i] for i in block],
-                work,
-                self.config,
-                head=self._head,
-                ledger=self.ledger,
-            )
-            self._run(work, rows)
-            results.update(zip(block, rows.results(), strict=True))
+        with self._buffers():
+            for block, work in zip(blocks, works, strict=True):
+                rows = ScoreRows(
+                    [sequences[i] for i in block],
+                    work,
+                    self.config,
+                    head=self.weights.head,
+                )
+                self._run(work, rows)
+                results.update(zip(block, rows.results(), strict=True))
+                on_tokens(sum(lengths[i] for i in block))
         return [results[i] for i in range(len(sequences))]
+
+    def predict(self, work: Workload, *, scores: bool) -> dict[tuple[Tier, Kind], int]:
+        """Peak bytes of a run, by tier and kind, workspaces of compute calls included."""
+        short, skipped = condensed(work)
+        footprint = RunFootprint(
+            work=work,
+            policy=self.policy,
+            weights=self.weights,
+            scores=scores,
+            device_is_host=self._link.is_shared,
+            skipped=skipped,
+        )
+        return peak_bytes(EMITTERS[self.policy.schedule](short, always), footprint)
 
     def close(self) -> None:
         """Ends the threads, lets go of all memory and removes what was spilled."""
         self._lanes.close()
-        self._weights.close()
+        self.weights.close()
         if self._spill is not None:
             self._spill.close()
             self._spill = None
@@ -136,7 +205,7 @@ class Engine:
         batch_size = min(self.policy.batch_size, num_rows)
         return Workload(
             num_decoder_layers=self.config.num_hidden_layers,
-            num_head_blocks=self._head.num_blocks,
+            num_head_blocks=self.weights.head.num_blocks,
             num_parts=self._num_parts,
             num_batches=math.ceil(num_rows / batch_size),
             batch_size=batch_size,
@@ -144,49 +213,89 @@ class Engine:
             gen_len=gen_len,
         )
 
+    def _start(self, works: Sequence[Workload], *, scores: bool) -> None:
+        """Refuses a call that does not fit before anything of it runs."""
+        peak: Counter[tuple[Tier, Kind]] = Counter()
+        for work in dict.fromkeys(works):
+            peak |= Counter(self.predict(work, scores=scores))
+        self.times = RunTimes(predicted_peak=dict(peak))
+        self.ledger.start()
+        held = {key: self.ledger.held(*key) for key in peak}
+        for tier, size in self.weights.home_bytes().items():
+            if tier is Tier.DISK:
+                held[tier, Kind.WEIGHTS] = size
+        self._ensure_fits({key: peak[key] - held[key] for key in peak})
+
+    def _ensure_fits(self, needed: Mapping[tuple[Tier, Kind], int]) -> None:
+        free = free_bytes(self._link.device, self._offload_dir)
+        ensure_fits(needed, free, device_is_host=self._link.is_shared)
+
+    @contextlib.contextmanager
+    def _buffers(self) -> Iterator[None]:
+        """Keeps buffers from block to block, and gives them back in the end."""
+        try:
+            yield
+        finally:
+            self.weights.clear()
+            for stores in self._stores.values():
+                for store in stores.values():
+                    store.clear()
+
     def _run(self, work: Workload, rows: GenerateRows | ScoreRows) -> None:
         policy = self.policy
         cache = self._placed(
-            Kind.KV_CACHE, Lane.CACHE_IN, Lane.CACHE_OUT, _cache_rows(policy, work)
+            Kind.KV_CACHE,
+            (Lane.CACHE_IN, Lane.CACHE_OUT),
+            functools.partial(cache_rows, policy, work),
         )
         hidden = self._placed(
-            Kind.ACTIVATIONS, Lane.HIDDEN, Lane.HIDDEN, _hidden_rows(policy, work)
+            Kind.ACTIVATIONS,
+            (Lane.HIDDEN, Lane.HIDDEN),
+            functools.partial(hidden_rows, policy, work),
         )
         stage = LayerStage(
             work,
             rows,
-            weights=self._weights,
+            weights=self.weights,
             cache=cache,
             hidden=hidden,
             lanes=self._lanes,
             ledger=self.ledger,
+            waits=self.times.waits,
         )
         taken = dict.fromkeys(range(work.num_batches), 0)
+        started = time.perf_counter()
+        prefilled = started
 
         def alive(step: int, batch: int) -> bool:
+            nonlocal prefilled
             if step > taken[batch]:
                 rows.take(batch, stage.outcome(batch))
                 taken[batch] = step
+                if step == 1:
+                    prefilled = time.perf_counter()
             return step == 0 or rows.is_alive(batch)
 
         try:
             execute(EMITTERS[policy.schedule](work, alive), stage)
             for batch in range(work.num_batches):
-                alive(work.gen_len, batch)
+                alive(taken[batch] + 1, batch)
         finally:
             self._lanes.drain()
             cache.clear()
             hidden.clear()
+        self.times.prefill_s += prefilled - started
+        self.times.decode_s += time.perf_counter() - prefilled
 
     def _placed(
         self,
         kind: Kind,
-        load_lane: Lane,
-        store_lane: Lane,
+        lanes: tuple[Lane, Lane],
         rows_of: Callable[[Any], Rows],
     ) -> PlacedArrays:
         if kind not in self._stores:
             self._stores[kind] = self._tier_stores(kind)
+        load_lane, store_lane = lanes
         return PlacedArrays(
             self._stores[kind],
             self._lanes,
@@ -211,23 +320,6 @@ class Engine:
 def _blocks[T](rows: Sequence[T], policy: Policy) -> list[Sequence[T]]:
     size = policy.block_size
     return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def _cache_rows(policy: Policy, work: Workload) -> Callable[[Hashable], Rows]:
-    def rows_of(key: Hashable) -> Rows:
-        assert isinstance(key, Cache)
-        index = key.layer * work.num_batches + key.batch
-        return place_rows(policy.kv_cache, work.batch_size, index)
-
-    return rows_of
-
-
-def _hidden_rows(policy: Policy, work: Workload) -> Callable[[Hashable], Rows]:
-    def rows_of(key: Hashable) -> Rows:
-        assert isinstance(key, Hidden)
-        return place_rows(policy.activations, work.batch_size, key.batch)
-
-    return rows_of
 
 
 def head_blocks(

@@ -1,6 +1,10 @@
 """The stage of one run: ops become transfers between tiers and calls of jitted steps."""
 
+import contextlib
 import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -57,6 +61,27 @@ class _Slot:
     stored: Future[int] | None = None
 
 
+class Waits:
+    """Seconds that the compute lane, and the loop over ops, spent waiting for what."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def wait(self, cause: str) -> Iterator[None]:
+        """Counts the time in the block."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[cause] += time.perf_counter() - begun
+
+    @property
+    def longest(self) -> str | None:
+        """What was waited for longest: "weights", "cache", "hidden" or "compute"."""
+        return max(self.seconds, key=lambda cause: self.seconds[cause], default=None)
+
+
 class LayerStage:
     """Runs the layers of one block of batches.
 
@@ -66,6 +91,7 @@ class LayerStage:
         weights, cache, hidden: where everything is.
         lanes: where everything happens.
         ledger: counts what is computed.
+        waits: counts what is waited for.
     """
 
     def __init__(
@@ -78,7 +104,9 @@ class LayerStage:
         hidden: PlacedArrays,
         lanes: Lanes,
         ledger: Ledger,
+        waits: Waits,
     ) -> None:
+        self._waits = waits
         self._work, self._rows = work, rows
         self._weights, self._cache, self._hidden = weights, cache, hidden
         self._lanes, self._ledger = lanes, ledger
@@ -150,13 +178,13 @@ class LayerStage:
             return
         slot = self._slots[buffer]
         if slot.made is not None:
-            made = _wait(slot.made)
+            made = self._wait(slot.made)
             if slot.stored is not None:
                 slot.stored.result()
             self._count(made, buffer, -1)
         else:
             assert isinstance(buffer, Hidden)
-            _wait(self._last_made[buffer.batch])
+            self._wait(self._last_made[buffer.batch])
         if slot.loaded is not None:
             slot.loaded.result().release()
         del self._slots[buffer]
@@ -164,7 +192,9 @@ class LayerStage:
     def _free_weights(self, buffer: Weights) -> None:
         loans = self._parts[buffer].result()
         if buffer.layer in self._last_use:
-            _wait(self._last_use[buffer.layer])
+            self._wait(self._last_use[buffer.layer])
+            if buffer.part == self._work.num_parts - 1:
+                del self._last_use[buffer.layer]  # it holds on to what was made
         for loan in loans.values():
             loan.release()
         del self._parts[buffer]
@@ -177,7 +207,7 @@ class LayerStage:
                     loan.release()
         for buffer, slot in self._slots.items():
             if slot.made is not None and slot.made.exception() is None:
-                self._count(_wait(slot.made), buffer, -1)
+                self._count(self._wait(slot.made), buffer, -1)
             if slot.loaded is not None and slot.loaded.exception() is None:
                 slot.loaded.result().release()
         self._parts.clear()
@@ -194,12 +224,11 @@ class LayerStage:
         hidden: Future[PlacedLoan],
         past: Future[PlacedLoan] | None,
     ) -> Made:
-        tensors = {
-            name: loan.array
-            for part in parts
-            for name, loan in part.result().items()
-        }
-        state = _joined(hidden.result())
+        with self._waits.wait("weights"):
+            loans = [part.result() for part in parts]
+        tensors = {n: loan.array for part in loans for n, loan in part.items()}
+        with self._waits.wait("hidden"):
+            state = _joined(hidden.result())
         if not self._work.is_decoder(cell.layer):
             block = cell.layer - self._work.num_decoder_layers
             table = tensors[self._config.head_table]
@@ -225,7 +254,8 @@ class LayerStage:
         if past is None:
             state, cache = prefill_step(layer, state, start, config=config)
         else:
-            segments = past.result().segments
+            with self._waits.wait("cache"):
+                segments = past.result().segments
             state, cache = decode_step(
                 layer, state, segments, start, length, config=config
             )
@@ -235,22 +265,20 @@ class LayerStage:
         state = final_step(params, state, config=config, last_only=last_only)
         return Made(state, state, cache)
 
+    def _wait(self, task: Future[Made]) -> Made:
+        """Waits until a compute call has been dispatched and has ended."""
+        made = task.result()
+        with self._waits.wait("compute"):
+            jax.block_until_ready(made.done)
+        return made
+
     def _count(self, made: Made, buffer: Buffer, sign: int) -> None:
         """Counts what a compute call made and a `Free` lets go of."""
         if isinstance(buffer, Cache):
             nbytes = sum(array.nbytes for array in made.cache)
             self._ledger.hold(Tier.DEVICE, Kind.KV_CACHE, sign * nbytes)
         elif made.hidden is not None:
-            self._ledger.hold(
-                Tier.DEVICE, Kind.ACTIVATIONS, sign * made.hidden.nbytes
-            )
-
-
-def _wait(task: Future[Made]) -> Made:
-    """Waits until a compute call has been dispatched and has ended."""
-    made = task.result()
-    jax.block_until_ready(made.done)
-    return made
+            self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, sign * made.hidden.nbytes)
 
 
 def _hidden_of(task: Future[Made]) -> Arrays:

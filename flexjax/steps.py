@@ -15,13 +15,22 @@ from jaxtyping import Array, Float, Int
 from flexjax.attention import decode_attention, prefill_attention
 from flexjax.logprobs import ScoreState, fold_block
 from flexjax.models.config import OPTConfig
-from flexjax.models.opt import DecoderLayer, Embedding, Final, Params
-from flexjax.models.opt import contract_last, token_positions
+from flexjax.models.opt import (
+    DecoderLayer,
+    Embedding,
+    Final,
+    Params,
+    contract_last,
+    token_positions,
+)
 
 Hidden = Float[Array, "batch 1 seq hidden"]
 KeyValue = tuple[
     Float[Array, "rows heads slots head_dim"], Float[Array, "rows heads slots head_dim"]
 ]
+# Tokens that a prefill works on at a time; matrix products are at full speed from a few
+# hundred rows on, so this costs nothing but bounds the workspace.
+PREFILL_TOKENS = 2048
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
 
 
@@ -44,14 +53,43 @@ def embed_step(
 def prefill_step(
     params: Params, hidden: Hidden, start: Int[Array, " batch"], *, config: OPTConfig
 ) -> tuple[Hidden, KeyValue]:
-    """A decoder layer on whole prompts; also returns the keys and values to cache."""
+    """A decoder layer on whole prompts; also returns the keys and values to cache.
 
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        return prefill_attention(query, key, value, start)
+    Works on some rows of the batch at a time, so that what lies between the layer's
+    matrices, four times as wide as its hidden state, is never there for all of them.
+    """
+    batch, seq = hidden.shape[0], hidden.shape[2]
+    rows = prefill_rows(batch, seq)
 
-    layer = DecoderLayer(config)
-    out, cache = layer.apply({"params": params}, hidden[:, 0], attend)
-    return out[:, None], cache
+    def run(inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        hidden, start = inputs
+
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            return prefill_attention(query, key, value, start)
+
+        layer = DecoderLayer(config)
+        out, cache = layer.apply({"params": params}, hidden[:, 0], attend)
+        return out[:, None], cache
+
+    if rows == batch:
+        return run((hidden, start))
+    grouped = jax.tree.map(
+        lambda array: array.reshape(batch // rows, rows, *array.shape[1:]),
+        (hidden, start),
+    )
+    return jax.tree.map(
+        lambda array: array.reshape(batch, *array.shape[2:]),
+        jax.lax.map(run, grouped),
+    )
+
+
+def prefill_rows(batch_size: int, seq_len: int) -> int:
+    """Rows that a prefill works on at a time: a divisor of the batch's.
+
+    As many as stay within `PREFILL_TOKENS`, but at least one.
+    """
+    most = max(1, PREFILL_TOKENS // seq_len)
+    return max(n for n in range(1, batch_size + 1) if not batch_size % n and n <= most)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
@@ -81,7 +119,9 @@ def decode_step(
         for segment in past:
             rows = slice(first, first + segment[0].shape[0])
             new = key[rows], value[rows]
-            outs.append(decode_attention(query[rows], new, segment, start[rows], length))
+            outs.append(
+                decode_attention(query[rows], new, segment, start[rows], length)
+            )
             first = rows.stop
         return jnp.concatenate(outs)
 

@@ -46,12 +46,17 @@ class DeviceStore:
     def free(self, key: Hashable) -> None:
         self._replace(key, None)
 
+    def clear(self) -> None:
+        """Nothing is kept."""
+
     def _replace(self, key: Hashable, array: jax.Array | None) -> None:
         with self._lock:
             old = self._arrays.pop(key, None)
             if array is not None:
                 self._arrays[key] = array
-        added = (0 if array is None else array.nbytes) - (0 if old is None else old.nbytes)
+        added = (0 if array is None else array.nbytes) - (
+            0 if old is None else old.nbytes
+        )
         self._ledger.hold(self.tier, self._kind, added)
 
 

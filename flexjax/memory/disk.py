@@ -114,13 +114,10 @@ class DiskStore:
             shutil.rmtree(entry.folder, ignore_errors=True)
 
     def clear(self) -> None:
-        """Gives all stage buffers back."""
         self._stage.clear()
         self._tails.clear()
 
-    def _entry(
-        self, key: Hashable, part: np.ndarray, at: int, slots: int
-    ) -> _Entry:
+    def _entry(self, key: Hashable, part: np.ndarray, at: int, slots: int) -> _Entry:
         """The entry to write into: the one that is there, or a new one at slot 0."""
         with self._lock:
             entry = self._entries.get(key)
@@ -169,7 +166,9 @@ class DiskStore:
             "fill_missing_data_reads": False,
         }
         try:
-            return ts.open(spec, context=self._context, create=True, open=False).result()
+            return ts.open(
+                spec, context=self._context, create=True, open=False
+            ).result()
         except ValueError as error:
             raise self._failure("written", key, error) from error
 

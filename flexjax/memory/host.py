@@ -58,7 +58,6 @@ class HostStore:
             self._pool.give(_memory(array))
 
     def clear(self) -> None:
-        """Gives all memory back that holds nothing."""
         self._pool.clear()
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

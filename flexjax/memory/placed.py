@@ -73,9 +73,7 @@ class PlacedArrays:
             at: the slot from which on they are written.
             slots: slots to have room for; as many as the arrays have, if None.
         """
-        task = self._lanes.submit(
-            self._store_lane, self._store, key, values, at, slots
-        )
+        task = self._lanes.submit(self._store_lane, self._store, key, values, at, slots)
         self._stored[key] = task
         return task
 

@@ -74,9 +74,7 @@ def place_tensors(placement: Placement, nbytes: Mapping[str, int]) -> dict[str, 
     for name in line:
         middle, end = end + nbytes[name] / 2, end + nbytes[name]
         on_device, on_host = middle <= device_end, middle <= host_end + 1e-9 * total
-        tiers[name] = (
-            Tier.DEVICE if on_device else Tier.HOST if on_host else Tier.DISK
-        )
+        tiers[name] = Tier.DEVICE if on_device else Tier.HOST if on_host else Tier.DISK
     return tiers
 
 

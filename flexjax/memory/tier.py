@@ -41,9 +41,12 @@ class TierStore(Protocol):
         """Forgets an array; unknown keys are none."""
         ...
 
+    def clear(self) -> None:
+        """Gives back to the system what was kept for arrays to come."""
+        ...
+
 
 def grown_shape(array: jax.Array | np.ndarray, slots: int) -> tuple[int, int, int, int]:
     """Shape of `array` with room for `slots` slots."""
     rows, groups, _, width = array.shape
     return rows, groups, slots, width
-

@@ -13,7 +13,7 @@ from flexjax.memory.buffers import BufferPool, page_aligned, typed
 from flexjax.memory.lanes import Lane, Lanes
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan
-from flexjax.memory.placement import partition
+from flexjax.memory.placement import effective, partition
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Tier
 
@@ -52,10 +52,10 @@ class PlacedWeights:
     ) -> None:
         self._store, self._tiers, self._link = store, tiers, link
         self._ledger, self._lanes = ledger, lanes
-        self._head, self._num_parts = head, num_parts
+        self.head, self._num_parts = head, num_parts
         self._stage = BufferPool(ledger, link.stage_tier, Kind.WEIGHTS)
         self._rows_stage = BufferPool(ledger, link.stage_tier, Kind.ACTIVATIONS)
-        self._verified: set[str] = set()
+        self._verified: set[tuple[str, int]] = set()  # (tensor, first row)
         self._on_device: dict[str, jax.Array] = {}
         self._on_host: dict[str, np.ndarray] = {}
         for name, tier in tiers.items():
@@ -67,15 +67,33 @@ class PlacedWeights:
     def config(self) -> OPTConfig:
         return self._store.config
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of every tensor."""
+        return self._store.dtype
+
+    def home_bytes(self) -> dict[Tier, int]:
+        """Bytes on each tier, where the tensors live."""
+        tensors = self._store.tensors
+        return effective({n: entry.nbytes for n, entry in tensors.items()}, self._tiers)
+
+    def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
+        """Bytes that a load needs for the tensors that are not on the device."""
+        staged = {Tier.HOST: 0, Tier.DISK: 0}
+        for name, rows in self._spans(layer, part).items():
+            tier, entry = self._tiers[name], self._store.tensors[name]
+            if tier is not Tier.DEVICE:
+                staged[tier] += (rows.stop - rows.start) * entry.row_bytes
+        if self._link.is_shared:
+            return {(Tier.DEVICE, Kind.WEIGHTS): staged[Tier.DISK]}
+        return {
+            (Tier.DEVICE, Kind.WEIGHTS): sum(staged.values()),
+            (Tier.HOST, Kind.WEIGHTS): staged[Tier.DISK],
+        }
+
     def load(self, layer: int, part: int) -> Future[Loans]:
         """Starts to bring a part of a layer's tensors to the device."""
-        num_decoder = self.config.num_hidden_layers
-        if layer >= num_decoder:
-            rows = self._head.span(layer - num_decoder, self.config.vocab_size)
-            task = self._load_head if part == 0 else _load_nothing
-            return self._lanes.submit(Lane.WEIGHTS, task, rows)
-        names = parts_of_layer(self._store, layer, self._num_parts)[part]
-        return self._lanes.submit(Lane.WEIGHTS, self._load, names)
+        return self._lanes.submit(Lane.WEIGHTS, self._load, self._spans(layer, part))
 
     def token_rows(self, ids: np.ndarray) -> Loan:
         """Rows of the token table, `[*ids.shape, embed]`, wherever the table is."""
@@ -96,6 +114,11 @@ class PlacedWeights:
             rows, Kind.ACTIVATIONS, lambda: self._rows_stage.give(buffer)
         )
 
+    def clear(self) -> None:
+        """Gives back the stage buffers that are not lent."""
+        self._stage.clear()
+        self._rows_stage.clear()
+
     def close(self) -> None:
         """Lets go of every tensor."""
         for tier, tensors in (
@@ -105,7 +128,7 @@ class PlacedWeights:
             for array in tensors.values():
                 self._ledger.hold(tier, Kind.WEIGHTS, -array.nbytes)
             tensors.clear()
-        self._stage.clear()
+        self.clear()
 
     def _read_resident(self, name: str, tier: Tier) -> None:
         entry = self._store.tensors[name]
@@ -118,65 +141,68 @@ class PlacedWeights:
             self._on_device[name] = jax.device_put(array, self._link.device)
         self._ledger.hold(tier, Kind.WEIGHTS, entry.nbytes)
 
-    def _load(self, names: list[str]) -> Loans:
+    def _spans(self, layer: int, part: int) -> dict[str, slice]:
+        """The tensors of a part, and the rows that it needs of each.
+
+        A vocabulary block is one tensor, which travels in the first part.
+        """
+        if layer < self.config.num_hidden_layers:
+            names = layer_tensors(self.config, layer)
+            tensors = self._store.tensors
+            nbytes = {name: tensors[name].nbytes for name in names}
+            names = partition(nbytes, self._num_parts)[part]
+            return {name: slice(0, tensors[name].shape[0]) for name in names}
+        if part > 0:
+            return {}
+        block = layer - self.config.num_hidden_layers
+        return {self.config.head_table: self.head.span(block, self.config.vocab_size)}
+
+    def _load(self, spans: dict[str, slice]) -> Loans:
         """All reads of a part are under way at once; the disk orders them."""
         reads = {
-            name: self._start_reading(name)
-            for name in names
+            name: self._start_reading(name, rows)
+            for name, rows in spans.items()
             if self._tiers[name] is Tier.DISK
         }
         try:
-            for name, (_, array, reading) in reads.items():
-                reading.result()
-                self._count(array)
-                if name not in self._verified:
-                    self._store.verify(name, array)
-                    self._verified.add(name)
+            for name, read in reads.items():
+                read.done.result()
+                self._ledger.move(Tier.DISK, self._link.stage_tier, read.array.nbytes)
+                self._verify_once(name, spans[name], read.array)
         except BaseException:
-            for buffer, _, reading in reads.values():
-                reading.exception()  # nothing may write into a buffer that was given
-                self._stage.give(buffer)
+            for read in reads.values():
+                read.done.exception()  # nothing may write into a buffer once it is given
+                self._stage.give(read.buffer)
             raise
         return {
-            name: self._lend(reads[name]) if name in reads else self._resident(name)
-            for name in names
+            name: self._lend(reads[name])
+            if name in reads
+            else self._resident(name, rows)
+            for name, rows in spans.items()
         }
 
-    def _load_head(self, rows: slice) -> Loans:
-        name = self.config.head_table
-        if self._tiers[name] is not Tier.DISK:
-            return {name: self._resident(name, rows)}
-        read = self._start_reading(name, rows)
-        buffer, array, reading = read
-        try:
-            reading.result()
-        except BaseException:
-            self._stage.give(buffer)
-            raise
-        self._count(array)
-        return {name: self._lend(read)}
+    def _start_reading(self, name: str, rows: slice) -> "_Read":
+        entry, count = self._store.tensors[name], rows.stop - rows.start
+        buffer = self._stage.take(count * entry.row_bytes)
+        array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
+        done = self._store.read_rows(name, rows.start, rows.stop, array)
+        return _Read(buffer, array, done)
 
-    def _start_reading(self, name: str, rows: slice | None = None) -> "_Read":
-        entry = self._store.tensors[name]
-        first, last = (0, entry.shape[0]) if rows is None else (rows.start, rows.stop)
-        buffer = self._stage.take((last - first) * entry.row_bytes)
-        array = typed(buffer, (last - first, *entry.shape[1:]), entry.dtype)
-        return _Read(buffer, array, self._store.read_rows(name, first, last, array))
+    def _verify_once(self, name: str, rows: slice, array: np.ndarray) -> None:
+        if (name, rows.start) not in self._verified:
+            self._store.verify(name, array, rows.start)
+            self._verified.add((name, rows.start))
 
     def _lend(self, read: "_Read") -> Loan:
         return self._link.lend(
             read.array, Kind.WEIGHTS, lambda: self._stage.give(read.buffer)
         )
 
-    def _resident(self, name: str, rows: slice = slice(None)) -> Loan:
+    def _resident(self, name: str, rows: slice) -> Loan:
         if self._tiers[name] is Tier.HOST:
             return self._link.lend(self._on_host[name][rows], Kind.WEIGHTS)
         array = self._on_device[name]
-        whole = rows.start in (None, 0) and rows.stop in (None, array.shape[0])
-        return Loan(array if whole else array[rows])
-
-    def _count(self, array: np.ndarray) -> None:
-        self._ledger.move(Tier.DISK, self._link.stage_tier, array.nbytes)
+        return Loan(array if rows == slice(0, array.shape[0]) else array[rows])
 
 
 class _Read(NamedTuple):
@@ -185,16 +211,3 @@ class _Read(NamedTuple):
     buffer: np.ndarray
     array: np.ndarray
     done: Future[None]
-
-
-def parts_of_layer(store: WeightStore, layer: int, num_parts: int) -> list[list[str]]:
-    """Names of the tensors of a decoder layer, cut into parts of about equal size."""
-    names = layer_tensors(store.config, layer)
-    return partition({name: store.tensors[name].nbytes for name in names}, num_parts)
-
-
-def _load_nothing(rows: slice) -> Loans:
-    """A part of a vocabulary block beyond the first, which holds it all."""
-    del rows
-    return {}
-

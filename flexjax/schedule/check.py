@@ -2,8 +2,18 @@
 
 from collections.abc import Iterable
 
-from flexjax.schedule.ops import Buffer, Cache, Cell, Compute, Free, Hidden, Load, Op
-from flexjax.schedule.ops import Store, Weights
+from flexjax.schedule.ops import (
+    Buffer,
+    Cache,
+    Cell,
+    Compute,
+    Free,
+    Hidden,
+    Load,
+    Op,
+    Store,
+    Weights,
+)
 from flexjax.workload import Workload
 
 
@@ -51,12 +61,14 @@ class _State:
             case Cache():
                 _require(step > 0, op, "a prefill has no cache to load")
                 stored = self._cached_step.get(buffer)
-                _require(stored == step - 1, op, f"{buffer} was stored at step {stored}")
+                _require(
+                    stored == step - 1, op, f"{buffer} was stored at step {stored}"
+                )
             case Hidden(batch):
                 home, done = self._home.get(buffer), self._done.get(batch)
                 starts = done is None or done.layer == self._work.num_layers - 1
                 _require(
-                    starts or home is not None and home.step == step,
+                    starts or (home is not None and home.step == step),
                     op,
                     f"{buffer} was never stored at step {step}",
                 )

@@ -12,8 +12,17 @@ as it can, and leaves out the batches that have ended.
 from collections.abc import Callable, Iterator
 
 from flexjax.policy import Schedule
-from flexjax.schedule.ops import Cache, Cell, Compute, Free, Hidden, Load, Op, Store
-from flexjax.schedule.ops import Weights
+from flexjax.schedule.ops import (
+    Cache,
+    Cell,
+    Compute,
+    Free,
+    Hidden,
+    Load,
+    Op,
+    Store,
+    Weights,
+)
 from flexjax.workload import Workload
 
 # (step, batch) -> whether some row of the batch still wants a token at that step

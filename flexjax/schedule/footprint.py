@@ -1,18 +1,27 @@
-"""How much memory a schedule needs, tier by tier, at its worst moment."""
+"""How much memory a schedule needs, by tier and kind, at its worst moment."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from flexjax.policy import Tier
-from flexjax.schedule.ops import Buffer, Cache, Cell, Compute, Free, Hidden, Load, Op
-from flexjax.schedule.ops import Store
+from flexjax.policy import Kind, Tier
+from flexjax.schedule.ops import (
+    Buffer,
+    Cache,
+    Cell,
+    Compute,
+    Free,
+    Hidden,
+    Load,
+    Op,
+    Store,
+)
 
-Bytes = Mapping[Tier, int]
+Bytes = Mapping[tuple[Tier, Kind], int]
 
 
 class Footprint(Protocol):
-    """Bytes by tier of everything that the ops of a run bring into being."""
+    """Bytes of everything that the ops of a run bring into being."""
 
     def resident(self) -> Bytes:
         """What is there from the first op to the last: the weights' homes, above all."""
@@ -35,18 +44,19 @@ class Footprint(Protocol):
         ...
 
 
-def peak_bytes(ops: Iterable[Op], footprint: Footprint) -> dict[Tier, int]:
-    """The largest number of bytes that each tier holds while `ops` run.
+def peak_bytes(ops: Iterable[Op], footprint: Footprint) -> dict[tuple[Tier, Kind], int]:
+    """The largest number of bytes of each kind that each tier holds while `ops` run.
 
     An upper bound for any timing of the transfers: memory is counted from the op that
     asks for it to the `Free` that waits for its last use, and a home that is written
-    anew counts twice until then.
+    anew counts twice until then. What a tier needs in all is the sum over its kinds,
+    since stage buffers stay with their kind between one use and the next.
     """
     now = Counter(footprint.resident())
     peak = Counter(now)
-    on_device: dict[Buffer, Counter[Tier]] = {}
-    homes: dict[Buffer, Counter[Tier]] = {}
-    replaced: dict[Buffer, Counter[Tier]] = {}
+    on_device: dict[Buffer, Counter[tuple[Tier, Kind]]] = {}
+    homes: dict[Buffer, Counter[tuple[Tier, Kind]]] = {}
+    replaced: dict[Buffer, Counter[tuple[Tier, Kind]]] = {}
     for op in ops:
         match op:
             case Load(buffer, step):
@@ -66,4 +76,12 @@ def peak_bytes(ops: Iterable[Op], footprint: Footprint) -> dict[Tier, int]:
                 now.subtract(on_device.pop(buffer))
                 now.subtract(replaced.pop(buffer, Counter()))
         peak |= now
-    return {tier: peak[tier] for tier in Tier}
+    return dict(peak)
+
+
+def by_tier(sizes: Bytes) -> dict[Tier, int]:
+    """The sum over the kinds, for every tier."""
+    total = dict.fromkeys(Tier, 0)
+    for (tier, _), nbytes in sizes.items():
+        total[tier] += nbytes
+    return total

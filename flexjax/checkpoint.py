@@ -1,0 +1,297 @@
+"""Reading the weight store on disk: asynchronous, into the caller's buffers."""
+
+import errno
+import json
+import mmap
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+import numpy as np
+import tensorstore as ts
+import xxhash
+
+from flexjax.models.config import OPTConfig
+from flexjax.store_format import (
+    MANIFEST,
+    Manifest,
+    TensorEntry,
+    array_spec,
+    chunk_path,
+    manifest_from_json,
+)
+
+
+def open_store(folder: str | os.PathLike[str]) -> "WeightStore":
+    """Opens a finished weight store; finds missing and truncated files at once.
+
+    Raises:
+        ValueError: no store, another version, or one that is damaged.
+    """
+    folder = pathlib.Path(folder)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest.tensors)
+    return WeightStore(folder, manifest)
+
+
+def is_store(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds a finished weight store (which may still be damaged)."""
+    return pathlib.Path(folder, MANIFEST).is_file()
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """Reads `manifest.json` and checks it against itself, but no other file.
+
+    Raises:
+        ValueError: no manifest, or not one of a store that can be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a finished weight store: it has no {MANIFEST}; make one "
+            f"with `python -m checkpoints_tools.convert CHECKPOINT {folder}`"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; convert again") from error
+    return manifest_from_json(values, str(path))
+
+
+def _check_files(folder: pathlib.Path, tensors: Mapping[str, TensorEntry]) -> None:
+    for name, entry in tensors.items():
+        for index in range(entry.num_chunks):
+            path = chunk_path(folder, name, entry, index)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise ValueError(
+                    f"{path} of tensor {name!r} is missing ({error.strerror}); convert "
+                    "the checkpoint again"
+                ) from error
+            if size != entry.chunk_bytes:
+                raise ValueError(
+                    f"{path} of tensor {name!r} has {size} bytes, expected "
+                    f"{entry.chunk_bytes}; convert the checkpoint again"
+                )
+
+
+class WeightStore:
+    """A finished weight store that is open for reading, from any thread."""
+
+    def __init__(self, folder: pathlib.Path, manifest: Manifest):
+        self.folder = folder
+        self.config: OPTConfig = manifest.config
+        self.dtype: np.dtype = manifest.dtype
+        self.source: str = manifest.source
+        self.tensors: Mapping[str, TensorEntry] = manifest.tensors
+        self.direct_io = _reads_direct(folder, manifest.tensors)
+        self._context = ts.Context(
+            {"file_io_mode": {"mode": "direct"}} if self.direct_io else {}
+        )
+        self._handles: dict[str, ts.TensorStore] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, out: np.ndarray) -> Future[None]:
+        """Starts filling `out` with a tensor; the future's result waits for it.
+
+        Raises:
+            ValueError: no such tensor, or `out` does not fit it. What goes wrong on the
+                disk is an OSError of the future.
+        """
+        return self.read_rows(name, 0, self._entry(name).shape[0], out)
+
+    def read_rows(
+        self, name: str, first: int, last: int, out: np.ndarray
+    ) -> Future[None]:
+        """Like `read`, for rows `first` to `last - 1` only."""
+        entry = self._entry(name)
+        if not 0 <= first < last <= entry.shape[0]:
+            raise ValueError(
+                f"rows {first}:{last} are not in tensor {name!r} of {entry.shape[0]}"
+            )
+        _check_buffer(name, entry, last - first, out)
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        try:
+            rows = self._handle(name)[first:last].translate_to[0]
+            reading = ts.array(out).write(rows).commit
+        except ValueError as error:
+            done.set_exception(self._failure(name, error))
+            return done
+
+        def finish(read: ts.Future) -> None:
+            error = read.exception()
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(self._failure(name, error))
+
+        reading.add_done_callback(finish)
+        return done
+
+    def gather_rows(self, name: str, ids: np.ndarray, out: np.ndarray) -> None:
+        """Fills `out[i]` with row `ids[i]`, reading each distinct row once.
+
+        Reads the rows alone, where tensorstore would read every chunk that they touch.
+
+        Raises:
+            ValueError: no such tensor, an id outside it, or `out` does not fit.
+            OSError: a file could not be read; the message names it.
+        """
+        entry = self._entry(name)
+        ids = np.asarray(ids).reshape(-1)
+        _check_buffer(name, entry, len(ids), out)
+        if not len(ids):
+            return
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"ids of rows of {name!r} are {ids.dtype}, not integers")
+        rows, where, inverse = np.unique(ids, return_index=True, return_inverse=True)
+        if rows[0] < 0 or rows[-1] >= entry.shape[0]:
+            raise ValueError(
+                f"rows {rows[0]}..{rows[-1]} are not all in tensor {name!r}, which has "
+                f"{entry.shape[0]} rows"
+            )
+        into = out.reshape(len(ids), -1).view(np.uint8)
+        chunks = rows // entry.chunk_rows
+        for index in np.unique(chunks):
+            inside = chunks == index
+            self._read_from_chunk(
+                chunk_path(self.folder, name, entry, int(index)),
+                (rows[inside] - index * entry.chunk_rows) * entry.row_bytes,
+                [into[target] for target in where[inside]],
+            )
+        source = where[inverse]
+        again = source != np.arange(len(ids))
+        out[again] = out[source[again]]
+
+    def verify(self, name: str, data: np.ndarray, first_row: int = 0) -> None:
+        """Checks that `data` holds the rows from `first_row` on as they were converted.
+
+        A chunk that `data` covers in part only is read once more, for its checksum.
+
+        Raises:
+            ValueError: a byte differs; the message names the tensor and the checksums.
+            OSError: a file could not be read.
+        """
+        entry = self._entry(name)
+        last_row = first_row + len(data)
+        if not 0 <= first_row < last_row <= entry.shape[0]:
+            raise ValueError(
+                f"rows {first_row}:{last_row} are not in tensor {name!r} of "
+                f"{entry.shape[0]}"
+            )
+        for index, first, last in entry.chunks():
+            begin, end = max(first, first_row), min(last, last_row)
+            if begin < end:
+                rows = _bytes(data[begin - first_row : end - first_row])
+                skipped_bytes = (begin - first) * entry.row_bytes
+                chunk_bytes = (last - first) * entry.row_bytes
+                self._verify_chunk(name, index, rows, skipped_bytes, chunk_bytes)
+
+    def _verify_chunk(
+        self, name: str, index: int, rows: np.ndarray, offset: int, chunk_bytes: int
+    ) -> None:
+        entry, chunk = self.tensors[name], rows
+        if rows.size < chunk_bytes:
+            path = chunk_path(self.folder, name, entry, index)
+            chunk = np.empty(chunk_bytes, np.uint8)
+            self._read_from_chunk(path, np.zeros(1, int), [chunk])
+        found, expected = _checksum(chunk), entry.chunk_checksums[index]
+        if found == expected and chunk is not rows:
+            # The file is well: what is left is that the rows are the file's.
+            inside = chunk[offset : offset + rows.size]
+            found, expected = _checksum(rows), _checksum(inside)
+        if found != expected:
+            raise ValueError(
+                f"tensor {name!r} of {self.folder} was altered: the checksum of its "
+                f"chunk {index} is {found}, expected {expected}; convert the "
+                "checkpoint again"
+            )
+
+    def _read_from_chunk(
+        self, path: pathlib.Path, offsets: np.ndarray, buffers: list[np.ndarray]
+    ) -> None:
+        with open(path, "rb", buffering=0) as file:
+            for offset, buffer in zip(offsets.tolist(), buffers, strict=True):
+                count = os.preadv(file.fileno(), [buffer], offset)
+                if count != buffer.nbytes:
+                    raise OSError(
+                        f"{path} ended early: {count} of {buffer.nbytes} bytes at "
+                        f"offset {offset}; convert the checkpoint again"
+                    )
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            raise ValueError(f"{self.folder} has no tensor {name!r}")
+        return self.tensors[name]
+
+    def _handle(self, name: str) -> ts.TensorStore:
+        with self._lock:
+            if name not in self._handles:
+                self._handles[name] = ts.open(
+                    array_spec(self.folder, name, self.tensors[name])
+                    | {"fill_missing_data_reads": False},
+                    context=self._context,
+                    open=True,
+                    read=True,
+                ).result()
+            return self._handles[name]
+
+    def _failure(self, name: str, error: BaseException) -> OSError:
+        return OSError(
+            f"cannot read tensor {name!r} of {self.folder}: "
+            f"{tensorstore_message(error)}; convert the checkpoint again if the disk "
+            "is well"
+        )
+
+
+def tensorstore_message(error: BaseException) -> str:
+    """What tensorstore says, without the machine-readable tail."""
+    text = re.sub(
+        r"\s*\[(tensorstore_spec|os_error_code|source locations)=?.*",
+        "",
+        str(error),
+        flags=re.DOTALL,
+    )
+    return re.sub(r"^[A-Z_]+: ", "", text.replace("\0", "/"))
+
+
+def _checksum(data: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def _bytes(rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+
+
+def _check_buffer(name: str, entry: TensorEntry, rows: int, out: np.ndarray) -> None:
+    shape = (rows, *entry.shape[1:])
+    if out.shape != shape or out.dtype != entry.dtype or not out.flags.c_contiguous:
+        layout = "" if out.flags.c_contiguous else "non-contiguous "
+        raise ValueError(
+            f"buffer for tensor {name!r} is {layout}{out.dtype.name}{list(out.shape)}, "
+            f"expected contiguous {entry.dtype.name}{list(shape)}"
+        )
+
+
+def _reads_direct(folder: pathlib.Path, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Whether the file system of `folder` reads past the page cache (O_DIRECT)."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    name, entry = next(iter(tensors.items()))
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    try:
+        file = os.open(chunk_path(folder, name, entry, 0), os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(file, [page], 0)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True

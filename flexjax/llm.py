@@ -1,0 +1,331 @@
+"""The front door: text or token ids in, text and log-probabilities out."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from checkpoints_tools.resolve import default_cache, resolve_model
+from flexjax.blocks import Row
+from flexjax.checkpoint import WeightStore, open_store
+from flexjax.engine import Engine
+from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexjax.placement_report import placement_report
+from flexjax.policy import Policy, Tier, read_policy, validate
+from flexjax.sampling_params import SamplingParams
+from flexjax.schedule.footprint import by_tier
+from flexjax.stopping import StopChecker
+from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+EMBEDDED_MODEL = pathlib.Path(__file__).parent / "embedded_model"
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """An OPT model that runs under a policy.
+
+    Args of the constructor:
+        model: a folder with a Hugging Face checkpoint, a converted store, or a Hub id;
+            None is the small model that comes with flexjax. A checkpoint is converted
+            into a cache folder the first time.
+        policy: a `Policy`, or the path of a JSON file that holds one; None keeps
+            everything on the device.
+        dtype: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, but
+            bfloat16 for float16 on a CPU.
+        offload_dir: where KV cache and activations on disk are spilled to, in a folder
+            that goes when this is closed; the cache folder's, if not given.
+        max_model_len: positions to use at most; the model's own, if not given.
+        seed: of prompts whose parameters name none.
+        progress: whether to show progress bars; only on a terminal, if not given.
+
+    Raises:
+        ValueError: the model or the policy cannot be used; the message says why.
+        OSError: the disk failed.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        policy: Policy | str | os.PathLike[str] | None = None,
+        dtype: str = "auto",
+        offload_dir: str | os.PathLike[str] | None = None,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        self.policy = _read_policy(policy)
+        self._progress = sys.stderr.isatty() if progress is None else progress
+        device = jax.devices()[0]
+        folder = resolve_model(
+            EMBEDDED_MODEL if model is None else model, dtype, platform=device.platform
+        )
+        store = open_store(folder)
+        self.config = store.config
+        self.max_model_len = _max_model_len(max_model_len, store)
+        self._folder = folder
+        self._tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        spill = default_cache() if offload_dir is None else pathlib.Path(offload_dir)
+        with self._bar(_resident_bytes(store, self.policy), "loading", "B") as bar:
+            self._engine = Engine(
+                store,
+                self.policy,
+                offload_dir=spill,
+                device=device,
+                seed=seed,
+                on_weights=bar.update,
+            )
+        self.placement = placement_report(self._engine.weights, self.policy)
+        self.metrics: dict[str, Any] = {}
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of all memory and removes what was spilled; may be called again."""
+        self._engine.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            ValueError: it came with none.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._folder)
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues every prompt; the outputs stand in the order of the prompts.
+
+        Args:
+            prompts: texts or lists of token ids, any number of them, of any lengths.
+            sampling_params: for all prompts, or one for each.
+
+        Raises:
+            ValueError: a prompt cannot be used; the message counts prompts from 0.
+            OSError: a transfer failed; nothing of this call can be used.
+        """
+        requests = [prompts] if _is_prompt(prompts) else list(prompts)
+        params = _one_for_each(sampling_params, len(requests))
+        rows = [
+            self._row(index, prompt, row_params)
+            for index, (prompt, row_params) in enumerate(
+                zip(requests, params, strict=True)
+            )
+        ]
+        most = sum(row.params.max_tokens for row in rows)
+        with self._bar(most, "generating", "token") as bar:
+            self._engine.generate(rows, self._on_tokens(bar))
+        self.metrics = self._measured()
+        return [
+            self._output(row, prompt)
+            for row, prompt in zip(rows, requests, strict=True)
+        ]
+
+    def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-probability of every token but the first, given those before it.
+
+        Args:
+            token_ids: sequences, of any number and lengths.
+
+        Returns:
+            For each sequence, log p(token t+1 | tokens up to t), float32
+            `[length - 1]`, from the raw logits.
+
+        Raises:
+            ValueError, OSError: as `generate`.
+        """
+        sequences = [
+            self._checked_ids(f"sequence {index}", list(sequence), 0)
+            for index, sequence in enumerate(token_ids)
+        ]
+        most = sum(map(len, sequences))
+        with self._bar(most, "scoring", "token") as bar:
+            scores = self._engine.score(sequences, self._on_tokens(bar))
+        self.metrics = self._measured()
+        return scores
+
+    def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; give it at least a word")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+        ids = self._checked_ids(f"prompt {index}", ids, params.max_tokens)
+        for token in params.stop_token_ids:
+            if token >= self.config.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids of prompt {index} has {token}, but the vocabulary "
+                    f"ends at {self.config.vocab_size - 1}"
+                )
+        decode = self._tokenizer and self._tokenizer.decode
+        eos = self.config.eos_token_id
+        return Row(
+            index, ids, params, StopChecker(params, eos_token_id=eos, decode=decode)
+        )
+
+    def _checked_ids(self, name: str, ids: list[Any], max_tokens: int) -> list[int]:
+        if not ids:
+            raise ValueError(f"{name} has no tokens; give it at least one")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+                raise ValueError(f"{name} has {token!r}, which is not a token id")
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"{name} has token id {token}, but the vocabulary is "
+                    f"0..{self.config.vocab_size - 1}"
+                )
+        if len(ids) + max_tokens > self.max_model_len:
+            wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
+            raise ValueError(
+                f"{name} has {len(ids)} tokens{wanted}, but the model has positions for "
+                f"{self.max_model_len}; shorten the prompt or ask for fewer tokens"
+            )
+        return [int(token) for token in ids]
+
+    def _output(self, row: Row, prompt: Prompt) -> RequestOutput:
+        finish = row.checker.finish
+        assert finish is not None
+        wants_logprobs = row.params.logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text=row.checker.text,
+            token_ids=row.checker.token_ids,
+            logprobs=self._decoded(row.logprobs) if wants_logprobs else None,
+            cumulative_logprob=_cumulative(row) if wants_logprobs else None,
+            finish_reason=finish.finish_reason,
+            stop_reason=finish.stop_reason,
+        )
+        return RequestOutput(
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=list(row.prompt),
+            outputs=[completion],
+        )
+
+    def _decoded(self, tables: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
+        if self._tokenizer is None:
+            return tables
+        decode = self._tokenizer.decode
+        return [
+            {
+                token: Logprob(
+                    logprob=entry.logprob,
+                    rank=entry.rank,
+                    decoded_token=decode([token]),
+                )
+                for token, entry in table.items()
+            }
+            for table in tables
+        ]
+
+    def _measured(self) -> dict[str, Any]:
+        times, ledger = self._engine.times, self._engine.ledger
+        seconds = times.prefill_s + times.decode_s
+        return {
+            "seconds": seconds,
+            "prefill_s": times.prefill_s,
+            "decode_s": times.decode_s,
+            "num_tokens": times.num_tokens,
+            "tokens_per_s": times.num_tokens / seconds if seconds else 0.0,
+            "waited_longest_for": times.waits.longest,
+            "waited_s": dict(times.waits.seconds),
+            "bytes_moved": {
+                f"{source.value}->{target.value}": nbytes
+                for (source, target), nbytes in ledger.moved().items()
+            },
+            "peak_bytes": {tier.value: ledger.peak(tier) for tier in Tier},
+            "predicted_peak_bytes": {
+                tier.value: nbytes
+                for tier, nbytes in by_tier(times.predicted_peak).items()
+            },
+        }
+
+    def _bar(self, total: int, label: str, unit: str) -> tqdm:
+        return tqdm(
+            total=total,
+            desc=label,
+            unit=unit,
+            unit_scale=True,
+            disable=not self._progress,
+            file=sys.stderr,
+        )
+
+    def _on_tokens(self, bar: tqdm) -> Callable[[int], None]:
+        def update(count: int) -> None:
+            bar.set_postfix_str(
+                f"waiting most for {self._engine.times.waits.longest}", refresh=False
+            )
+            bar.update(count)
+
+        return update
+
+
+def _read_policy(policy: Policy | str | os.PathLike[str] | None) -> Policy:
+    if policy is None:
+        return Policy()
+    if isinstance(policy, Policy):
+        return validate(policy)
+    if policy == "auto":
+        raise ValueError(
+            "policy 'auto' is not supported by this version; give a Policy, the path of "
+            "a policy.json, or nothing to keep everything on the device"
+        )
+    return read_policy(pathlib.Path(policy))
+
+
+def _max_model_len(wanted: int | None, store: WeightStore) -> int:
+    most = store.config.max_position_embeddings
+    if wanted is None:
+        return most
+    if type(wanted) is not int or not 1 <= wanted <= most:
+        raise ValueError(
+            f"max_model_len is {wanted!r}, expected 1 to {most}, the positions that the "
+            "model has"
+        )
+    return wanted
+
+
+def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or bool(
+        len(prompts) and isinstance(prompts[0], (int, np.integer))
+    )
+
+
+def _one_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"{len(params)} sampling_params for {count} prompts; give one for all, or "
+            "one for each"
+        )
+    return params
+
+
+def _cumulative(row: Row) -> float:
+    pairs = zip(row.logprobs, row.checker.token_ids, strict=True)
+    return sum(table[token].logprob for table, token in pairs)
+
+
+def _resident_bytes(store: WeightStore, policy: Policy) -> int:
+    """About what is read at the start; the bar may end a little early or late."""
+    total = sum(entry.nbytes for entry in store.tensors.values())
+    return round(total * (1.0 - policy.weights.disk))

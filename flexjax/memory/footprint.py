@@ -1,0 +1,167 @@
+"""The bytes of a run of the engine: what `peak_bytes` asks about a schedule's buffers."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+
+from flexjax.memory.disk import chunk_slots
+from flexjax.memory.placement import Rows, place_rows
+from flexjax.memory.weights import HeadBlocks, PlacedWeights
+from flexjax.models.config import OPTConfig
+from flexjax.policy import Kind, Policy, Tier
+from flexjax.schedule.footprint import Bytes
+from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
+from flexjax.steps import prefill_rows
+from flexjax.workload import Workload
+
+
+def cache_rows(policy: Policy, work: Workload, buffer: Cache) -> Rows:
+    """Which rows of a batch have their keys and values on which tier."""
+    index = buffer.layer * work.num_batches + buffer.batch
+    return place_rows(policy.kv_cache, work.batch_size, index)
+
+
+def hidden_rows(policy: Policy, work: Workload, buffer: Hidden) -> Rows:
+    """Which rows of a batch have their hidden states on which tier."""
+    return place_rows(policy.activations, work.batch_size, buffer.batch)
+
+
+def condensed(work: Workload) -> tuple[Workload, int]:
+    """`work` with its prefill and last two steps alone, and how many it leaves out.
+
+    A step needs no more memory than a later one but for the prefill, so the peak is the
+    same, and a long generation is as quickly sized as a short one.
+    """
+    skipped = max(0, work.gen_len - 3)
+    return dataclasses.replace(work, gen_len=work.gen_len - skipped), skipped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFootprint:
+    """Sizes of a run's buffers.
+
+    Attributes:
+        work: the run.
+        policy: that places it.
+        weights: that it uses.
+        scores: whether it scores whole prompts, instead of generating.
+        device_is_host: whether the device computes in the host's memory.
+        skipped: steps that are left out after the prefill, see `condensed`.
+    """
+
+    work: Workload
+    policy: Policy
+    weights: PlacedWeights
+    scores: bool
+    device_is_host: bool
+    skipped: int = 0
+
+    @property
+    def config(self) -> OPTConfig:
+        return self.weights.config
+
+    @property
+    def head(self) -> HeadBlocks:
+        return self.weights.head
+
+    @property
+    def _itemsize(self) -> int:
+        return self.weights.dtype.itemsize
+
+    def resident(self) -> Bytes:
+        size = Counter(
+            {(tier, Kind.WEIGHTS): n for tier, n in self.weights.home_bytes().items()}
+        )
+        if not self.scores:
+            # Where the head comes in blocks, every batch's logits wait for the last one.
+            waiting = self.work.num_batches if self.head.num_blocks > 1 else 1
+            logits = 4 * self.work.batch_size * self.config.vocab_size
+            size[Tier.DEVICE, Kind.ACTIVATIONS] += waiting * logits
+        return size
+
+    def loaded(self, buffer: Buffer, step: int) -> Bytes:
+        work = self.work
+        match buffer:
+            case Weights(layer, part):
+                return self.weights.staged_bytes(layer, part)
+            case Cache():
+                rows = cache_rows(self.policy, work, buffer)
+                slots = work.cache_slots(self._true(step) - 1)
+                return self._staged(Kind.KV_CACHE, rows, slots * self._cache_slot_bytes)
+            case Hidden():
+                # In front of the first layer, and where tiers join, all rows are staged.
+                return self._staged(
+                    Kind.ACTIVATIONS,
+                    Rows(0, 0, work.batch_size),
+                    work.seq_len(step) * self._hidden_bytes,
+                )
+
+    def computed(self, cell: Cell) -> Mapping[Buffer, Bytes]:
+        work = self.work
+        if not work.is_decoder(cell.layer):
+            return {}
+        slots = work.batch_size * work.seq_len(cell.step)
+        hidden = {(Tier.DEVICE, Kind.ACTIVATIONS): slots * self._hidden_bytes}
+        cache = {(Tier.DEVICE, Kind.KV_CACHE): slots * self._cache_slot_bytes}
+        return {Hidden(cell.batch): hidden, Cache(cell.layer, cell.batch): cache}
+
+    def workspace(self, cell: Cell) -> Bytes:
+        """What XLA's CPU backend allocates for a decoder layer (its memory analysis).
+
+        Between the layer's matrices lie 5 bytes and one element for every element of
+        the MLP's inner width; results of a prefill in groups are there twice.
+        """
+        work, config = self.work, self.config
+        if not work.is_decoder(cell.layer):
+            return {}
+        seq = work.seq_len(cell.step)
+        rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
+        factor = 1 if rows == work.batch_size else 2
+        nbytes = rows * seq * config.ffn_dim * (5 + factor * self._itemsize)
+        return {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
+
+    def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
+        work = self.work
+        if isinstance(buffer, Hidden):
+            rows = hidden_rows(self.policy, work, buffer)
+            slot_bytes = work.seq_len(step) * self._hidden_bytes
+            return {
+                (tier, Kind.ACTIVATIONS): count * slot_bytes
+                for tier, count in zip(Tier, rows, strict=True)
+            }
+        rows = cache_rows(self.policy, work, buffer)
+        slot_bytes = self._cache_slot_bytes
+        size = Counter(
+            {
+                (tier, Kind.KV_CACHE): count
+                * slot_bytes
+                * work.cache_slots(self._true(step))
+                for tier, count in zip(Tier, rows, strict=True)
+            }
+        )
+        # Keys and values are two arrays; a chunk is full by the slots of one of them.
+        tail_slots = chunk_slots(rows.disk * slot_bytes // 2) if rows.disk else 0
+        size[Tier.HOST, Kind.KV_CACHE] += rows.disk * slot_bytes * tail_slots
+        return size
+
+    def _true(self, step: int) -> int:
+        return step + self.skipped if step > 0 else 0
+
+    @property
+    def _cache_slot_bytes(self) -> int:
+        """Key and value of one token of one row in one layer."""
+        return 2 * self.config.hidden_size * self._itemsize
+
+    @property
+    def _hidden_bytes(self) -> int:
+        """The widest that a token's hidden state gets."""
+        return max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
+
+    def _staged(self, kind: Kind, rows: Rows, row_bytes: int) -> Bytes:
+        """Bytes of a load: rows that are not on the device need room there."""
+        if self.device_is_host:
+            return {(Tier.DEVICE, kind): rows.disk * row_bytes}
+        return {
+            (Tier.DEVICE, kind): (rows.host + rows.disk) * row_bytes,
+            (Tier.HOST, kind): rows.disk * row_bytes,
+        }

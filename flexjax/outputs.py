@@ -1,0 +1,42 @@
+"""What a generation gives back: plain values with vLLM's names and meanings."""
+
+import dataclasses
+import enum
+
+
+class FinishReason(enum.StrEnum):
+    """Why a row ended; equal to, and written to JSON as, its plain string."""
+
+    STOP = "stop"  # end of sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens were generated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logprob:
+    """How likely the model found one token, before temperature and penalties."""
+
+    logprob: float
+    rank: int | None = None  # 1 is the most likely token
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One generated continuation of a prompt."""
+
+    index: int
+    text: str  # without the stop string or the stop token
+    token_ids: list[int]  # everything generated, the stop token too
+    logprobs: list[dict[int, Logprob]] | None = None  # one table a token, if asked for
+    cumulative_logprob: float | None = None  # of the generated tokens, if asked for
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or string; None: end of text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A prompt and what was generated from it; `dataclasses.asdict` is JSON-ready."""
+
+    prompt: str | None  # None if the prompt came as token ids
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]

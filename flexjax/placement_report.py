@@ -1,0 +1,51 @@
+"""Requested beside effective placement, by kind of tensor and tier."""
+
+from typing import Any
+
+from flexjax.memory.placement import place_rows
+from flexjax.memory.weights import PlacedWeights
+from flexjax.policy import Kind, Policy, Tier
+
+
+def placement_report(weights: PlacedWeights, policy: Policy) -> dict[str, Any]:
+    """For each kind and tier: the fraction that was asked for, and the effective one.
+
+    Weights also have their bytes. Cache and activations are split by rows, so their
+    effective fractions hold for full batches; their bytes depend on the prompts and are
+    in the metrics of a run.
+    """
+    config = weights.config
+    cells = {
+        Kind.KV_CACHE: config.num_hidden_layers * policy.num_batches,
+        Kind.ACTIVATIONS: policy.num_batches,
+    }
+    report: dict[str, Any] = {
+        Kind.WEIGHTS.value: _weights(weights, policy),
+    }
+    for kind, count in cells.items():
+        placed = [
+            place_rows(policy.placement(kind), policy.batch_size, index)
+            for index in range(count)
+        ]
+        totals = [sum(rows[tier] for rows in placed) for tier in range(len(Tier))]
+        report[kind.value] = {
+            tier.value: {
+                "requested": policy.placement(kind).fraction(tier),
+                "effective": rows / (count * policy.batch_size),
+            }
+            for tier, rows in zip(Tier, totals, strict=True)
+        }
+    return report
+
+
+def _weights(weights: PlacedWeights, policy: Policy) -> dict[str, dict[str, float]]:
+    held = weights.home_bytes()
+    total = sum(held.values())
+    return {
+        tier.value: {
+            "requested": policy.weights.fraction(tier),
+            "effective": held[tier] / total,
+            "bytes": held[tier],
+        }
+        for tier in Tier
+    }

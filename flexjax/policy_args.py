@@ -1,0 +1,130 @@
+"""The arguments of command lines that say a policy, in flexjax's words and FlexGen's."""
+
+import argparse
+import dataclasses
+import pathlib
+
+from flexjax.policy import (
+    Kind,
+    Placement,
+    Policy,
+    Schedule,
+    parse_placement,
+    read_policy,
+    validate,
+)
+
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `policy_from_args` reads."""
+    group = parser.add_argument_group(
+        "policy", "where tensors live; what no argument places is on the device"
+    )
+    group.add_argument("--policy", metavar="FILE", help="a policy.json")
+    for kind in Kind:
+        group.add_argument(
+            f"--{kind.value.replace('_', '-')}",
+            metavar="device=F,host=F",
+            help=f"fractions of the {kind.value.replace('_', ' ')} on the device and on "
+            "the host; the rest is on disk (disk=1 puts all of it there)",
+        )
+    group.add_argument(
+        "--batch-size",
+        "--gpu-batch-size",
+        type=int,
+        metavar="N",
+        help="rows of one compute call",
+    )
+    group.add_argument(
+        "--num-batches",
+        "--num-gpu-batches",
+        type=int,
+        metavar="N",
+        help="compute calls that share one load of a layer's weights",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=[schedule.value for schedule in Schedule],
+        metavar="NAME",
+        help=f"one of {', '.join(schedule.value for schedule in Schedule)}",
+    )
+    group.add_argument("--offload-dir", metavar="DIR", help="where to spill to")
+    _add_flexgen_arguments(parser)
+
+
+def _add_flexgen_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("FlexGen's names", "for those who know them")
+    group.add_argument(
+        "--percent",
+        nargs=6,
+        type=float,
+        metavar="P",
+        help="weights, cache and activations, each: percent on the device, on the host",
+    )
+    group.add_argument(
+        "--overlap",
+        type=_boolean,
+        metavar="BOOL",
+        help="false: --schedule serial",
+    )
+    group.add_argument(
+        "--cpu-cache-compute", action="store_true", help="host_attention"
+    )
+    group.add_argument("--attn-sparsity", type=float, metavar="F")
+    group.add_argument("--compress-weight", action="store_true", help="weight_bits=4")
+    group.add_argument("--compress-cache", action="store_true", help="kv_cache_bits=4")
+
+
+def policy_from_args(args: argparse.Namespace) -> Policy:
+    """The policy that the arguments say, validated.
+
+    Raises:
+        ValueError: two arguments say the same thing, or the policy cannot be used.
+    """
+    policy = Policy()
+    if args.policy is not None:
+        policy = read_policy(pathlib.Path(args.policy))
+    changes: dict[str, object] = {}
+    for kind in Kind:
+        text = getattr(args, kind.value)
+        if text is not None:
+            changes[kind.value] = parse_placement(
+                f"--{kind.value.replace('_', '-')}", text
+            )
+    for name in ("batch_size", "num_batches", "schedule"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    for name, value in _flexgen_changes(args).items():
+        if name in changes:
+            raise ValueError(
+                f"{name} is given twice, once by one of FlexGen's names; give it once"
+            )
+        changes[name] = value
+    return validate(dataclasses.replace(policy, **changes))
+
+
+def _flexgen_changes(args: argparse.Namespace) -> dict[str, object]:
+    changes: dict[str, object] = {}
+    if args.percent is not None:
+        shares = [percent / 100 for percent in args.percent]
+        for kind, device, host in zip(Kind, shares[::2], shares[1::2], strict=True):
+            changes[kind.value] = Placement(device=device, host=host)
+    if args.overlap is False:
+        changes["schedule"] = Schedule.SERIAL
+    if args.cpu_cache_compute:
+        changes["host_attention"] = True
+    if args.attn_sparsity is not None:
+        changes["attention_sparsity"] = args.attn_sparsity
+    if args.compress_weight:
+        changes["weight_bits"] = 4
+    if args.compress_cache:
+        changes["kv_cache_bits"] = 4
+    return changes
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return _BOOLEANS[text.lower()]

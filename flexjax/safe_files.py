@@ -1,0 +1,105 @@
+"""Folders and files that are either all there or not there, even after a crash."""
+
+import fcntl
+import os
+import pathlib
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+from flexjax.sizes import format_bytes
+
+LOCK = ".lock"
+
+
+def ensure_space(folder: pathlib.Path, needed_bytes: int) -> None:
+    """Raises OSError if the file system of `folder` has less free space."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            f"not enough space in {folder}: {format_bytes(needed_bytes)} are needed, "
+            f"{format_bytes(free_bytes)} are free; free some space or choose a folder "
+            "on another disk"
+        )
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes `folder` if needed.
+
+    Raises:
+        ValueError: it is a file, or cannot be made or written; the message says why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that is either all there or not there, even after a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def sync_tree(folder: pathlib.Path) -> None:
+    """Waits until every file and folder under `folder` has reached the disk."""
+    paths = [folder]
+    for parent, folders, files in os.walk(folder):
+        paths += [pathlib.Path(parent, name) for name in folders + files]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(_sync, paths):
+            pass
+
+
+def _sync(path: pathlib.Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"cannot write into {folder}: {error.strerror}; choose a folder that you may "
+        "write to"
+    )
+
+
+def lock_folder(folder: pathlib.Path) -> int:
+    """Makes and locks `folder`; the lock goes when the process does."""
+    make_folder(folder)
+    path = folder / LOCK
+    while True:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
+            os.close(lock)
+            raise ValueError(
+                f"{folder} is being written by process {holder}; wait for it, or "
+                "choose another folder"
+            ) from error
+        # The holder before us may have deleted the file between our open and our lock.
+        if os.fstat(lock).st_nlink:
+            os.truncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            return lock
+        os.close(lock)
+
+
+def unlock_folder(folder: pathlib.Path, lock: int) -> None:
+    """Gives back what `lock_folder` returned."""
+    (folder / LOCK).unlink(missing_ok=True)
+    os.close(lock)

@@ -1,0 +1,43 @@
+"""The ground of all tests: shapes checked, silent upcasts forbidden, quick compiles."""
+
+import importlib
+import importlib.util
+import os
+import pathlib
+
+import hypothesis
+
+# Before JAX is imported. Subprocesses of the tests inherit these.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU
+if not pathlib.Path("/dev/nvidia0").exists():
+    # Most of the suite's time is compilation: measured, a quarter of it goes away.
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    )
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Modules whose functions take arrays: their shapes are checked at every call. Doors are
+# left out, so that they answer a wrong type as they do for a user.
+CHECKED = [
+    "flexjax.attention",
+    "flexjax.logprobs",
+    "flexjax.memory",
+    "flexjax.models",
+    "flexjax.sampling",
+    "flexjax.steps",
+]
+if importlib.util.find_spec("beartype"):
+    importlib.import_module("tests.typecheck")  # the hook itself imports only `tests`
+    jaxtyping.install_import_hook(CHECKED, "tests.typecheck.check")
+
+# `HYPOTHESIS_PROFILE=thorough make test` looks further, and elsewhere each time.
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=20, database=None
+)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=300)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

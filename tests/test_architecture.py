@@ -1,0 +1,223 @@
+import ast
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import flexjax
+
+ROOT = pathlib.Path(flexjax.__file__).parent
+HOUSES = [ROOT, ROOT.parent / "checkpoints_tools"]
+# The modules of flexjax/, the lowest first: each may import only those before it. A new
+# module goes as early into the list as its imports let it.
+STAIRS = [
+    # words
+    "sizes",
+    "policy",
+    "workload",
+    "sampling_params",
+    "outputs",
+    "models.config",
+    # paper
+    "schedule.ops",
+    "schedule.emit",
+    "schedule.check",
+    "schedule.footprint",
+    # numbers
+    "attention",
+    "logprobs",
+    "sampling",
+    "stopping",
+    "models.opt",
+    # memory
+    "safe_files",
+    "store_format",
+    "checkpoint",
+    "store_writer",
+    "memory.ledger",
+    "memory.lanes",
+    "memory.placement",
+    "memory.buffers",
+    "memory.link",
+    "memory.tier",
+    "memory.device",
+    "memory.host",
+    "memory.spill",
+    "memory.disk",
+    "memory.placed",
+    "memory.weights",
+    # run
+    "steps",
+    "executor",
+    "stage",
+    "blocks",
+    "engine",
+    # doors
+    "cli",
+    "tokenizer",
+]
+MAX_FILE_LINES = 350
+MAX_BODY_LINES = 50
+MAX_ARGUMENTS = 8
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def module_name(path: pathlib.Path, root: pathlib.Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+def modules(root: pathlib.Path) -> dict[str, ast.Module]:
+    """Every module below `root` but the `__init__`s, by its name inside `root`."""
+    return {
+        module_name(path, root): ast.parse(path.read_text(), str(path))
+        for path in sorted(root.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Full names of what `tree` imports anywhere, `from a import b` as `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            yield from (f"{dots}{node.module or ''}.{a.name}" for a in node.names)
+
+
+def offences(name: str, tree: ast.Module, stairs: list[str]) -> list[str]:
+    """What module `name` of the house imports against the rules."""
+    found = []
+    for full in imported(tree):
+        if full.startswith("."):
+            found.append(f"{name}: relative import of {full}")
+        if full.split(".")[0] != "flexjax":
+            continue
+        inside = full.removeprefix("flexjax").lstrip(".")
+        used = next(
+            (m for m in (inside, inside.rpartition(".")[0]) if m in stairs), None
+        )
+        if used is None:
+            found.append(f"{name}: {full} is in no module of STAIRS")
+        elif stairs.index(used) >= stairs.index(name):
+            found.append(f"{name}: imports {used}, which is not below it")
+    return found
+
+
+def functions(tree: ast.Module) -> Iterator[Function]:
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def body_lines(function: Function) -> int:
+    body = function.body[ast.get_docstring(function) is not None :]
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def num_arguments(function: Function) -> int:
+    spec = function.args
+    names = [a.arg for a in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
+    stars = [a for a in (spec.vararg, spec.kwarg) if a is not None]
+    return len([name for name in names if name not in ("self", "cls")]) + len(stars)
+
+
+def test_every_module_has_a_stair():
+    found = set(modules(ROOT))
+    assert len(STAIRS) == len(set(STAIRS))
+    assert not found - set(STAIRS), "these modules have no place in STAIRS"
+    assert not set(STAIRS) - found, "STAIRS names modules that do not exist"
+
+
+def test_imports_go_down():
+    stairs = [m for m in STAIRS if m in modules(ROOT)]
+    found = [
+        offence
+        for name, tree in modules(ROOT).items()
+        if name in stairs
+        for offence in offences(name, tree, stairs)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import flexjax.b", "imports b"),
+        ("from flexjax.b import thing", "imports b"),
+        ("from flexjax import b", "imports b"),
+        ("from flexjax.b import thing as other, more", "imports b"),
+        ("from flexjax.p import c", "imports p.c"),
+        ("def f():\n    from flexjax.b import thing", "imports b"),
+        ("import flexjax", "flexjax is in no module"),
+        ("from flexjax import LLM", "flexjax.LLM is in no module"),
+        ("from . import b", "relative import"),
+        ("from .b import thing", "relative import"),
+        ("from flexjax.a import itself", "imports a"),
+    ],
+)
+def test_an_import_upwards_is_seen(source, message):
+    (first, *_) = offences("a", ast.parse(source), ["z", "a", "b", "p.c"])
+    assert message in first
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import numpy", "from flexjax.z import x", "from flexjax import z", "import jax"],
+)
+def test_an_import_downwards_is_fine(source):
+    assert not offences("a", ast.parse(source), ["z", "a", "b"])
+
+
+@pytest.mark.parametrize("house", HOUSES, ids=lambda house: house.name)
+def test_only_the_front_door_has_an_init(house):
+    for path in house.rglob("__init__.py"):
+        if path != ROOT / "__init__.py":
+            assert not path.read_text().strip(), f"{path} is not empty"
+
+
+@pytest.mark.parametrize("house", HOUSES, ids=lambda house: house.name)
+def test_files_and_functions_stay_small(house):
+    found = []
+    for path in sorted(house.rglob("*.py")):
+        text = path.read_text()
+        where = path.relative_to(house.parent)
+        if (lines := text.count("\n")) > MAX_FILE_LINES:
+            found.append(f"{where}: {lines} lines, at most {MAX_FILE_LINES}")
+        for function in functions(ast.parse(text)):
+            at = f"{where}:{function.lineno} {function.name}"
+            if (lines := body_lines(function)) > MAX_BODY_LINES:
+                found.append(f"{at}: body of {lines} lines, at most {MAX_BODY_LINES}")
+            if (count := num_arguments(function)) > MAX_ARGUMENTS:
+                found.append(f"{at}: {count} arguments, at most {MAX_ARGUMENTS}")
+    assert not found, "\n".join(found)
+
+
+def test_importing_the_package_loads_no_other_package():
+    program = (
+        "import sys; before = set(sys.modules); import flexjax; dir(flexjax);"
+        "loaded = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(*sorted(loaded - sys.stdlib_module_names))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["flexjax"]
+
+
+@pytest.mark.parametrize("name", flexjax.__all__)
+def test_a_public_name_comes_from_the_module_that_defines_it(name):
+    assert name in dir(flexjax)
+    value = getattr(flexjax, name)
+    assert value.__name__ == name
+    assert value.__module__.startswith("flexjax.")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        flexjax.nonsense  # noqa: B018
