@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Rows to which the one query of a decoded token is padded, where it has 16 bits: XLA's CPU
-# backend multiplies a single row by first converting the whole cache to float32, which
-# is 4 times slower and takes twice the cache's memory.
+# Rows to which the one query of a decoded token is padded, where it has 16 bits: XLA's
+# CPU backend multiplies a single row by first converting the whole cache to float32,
+# which is 4 times slower and takes twice the cache's memory.
 MIN_QUERY_ROWS = 4
 # Finite, so that a row of padding, which may see no slot at all, stays finite too.
 MASKED = -1e30

@@ -1,4 +1,4 @@
-"""The rows of a block while it runs: what they feed in, and what becomes of the logits."""
+"""The rows of a block while it runs: what goes in, and what comes of the logits."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class Row:
 
 
 class _Padded:
-    """Prompts of a block, left-padded, in batches; rows without a prompt are padding."""
+    """Prompts of a block, left-padded, in batches; the last batch is filled up."""
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], work: Workload, pad_token_id: int
@@ -246,7 +246,7 @@ class ScoreRows:
         return False
 
     def results(self) -> list[np.ndarray]:
-        """For each sequence, log p(token t+1 | tokens up to t), float32 `[length - 1]`."""
+        """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`."""
         batch_size = self._padded.ids.shape[1]
         found = []
         for place, sequence in enumerate(self._sequences):

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: splits prompts into blocks and runs each as a schedule."""
+"""Token ids in, token ids out: runs blocks of prompts, each as a schedule."""
 
 import contextlib
 import dataclasses
@@ -153,7 +153,7 @@ class Engine:
         sequences: Sequence[Sequence[int]],
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> list[np.ndarray]:
-        """For each sequence, log p(token t+1 | tokens up to t), float32 `[length - 1]`.
+        """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`.
 
         Raises:
             ValueError, OSError: as `generate`.
@@ -181,7 +181,7 @@ class Engine:
         return [results[i] for i in range(len(sequences))]
 
     def predict(self, work: Workload, *, scores: bool) -> dict[tuple[Tier, Kind], int]:
-        """Peak bytes of a run, by tier and kind, workspaces of compute calls included."""
+        """Peak bytes of a run, by tier and kind, workspaces included."""
         short, skipped = condensed(work)
         footprint = RunFootprint(
             work=work,

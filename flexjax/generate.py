@@ -8,7 +8,10 @@ import pathlib
 import sys
 
 from flexjax.cli import run_command
+from flexjax.policy import to_json
 from flexjax.policy_args import add_policy_arguments, policy_from_args
+from flexjax.safe_files import make_folder, write_atomically
+from flexjax.sampling_params import SamplingParams
 
 _DUMMY = "_DUMMY_"  # FlexGen's word for random weights
 _EXAMPLE = """examples:
@@ -90,24 +93,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
-    from flexjax.policy import to_json
-    from flexjax.safe_files import make_folder, write_atomically
-    from flexjax.sampling_params import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        stop=args.stop,
-        stop_token_ids=args.stop_token_ids,
-        ignore_eos=args.ignore_eos,
-        logprobs=args.logprobs,
-    )
-    policy = policy_from_args(args)
-    prompts = _read_prompts(args)
+    params, policy, prompts = _params(args), policy_from_args(args), _read_prompts(args)
     if args.json is not None:
         make_folder(pathlib.Path(args.json).absolute().parent)
     model = _model(args)
@@ -121,12 +107,10 @@ def main(args: argparse.Namespace) -> None:
         offload_dir=args.offload_dir,
         seed=args.seed,
     ) as llm:
-        outputs = llm.generate(
-            _random_prompts(llm.config.vocab_size, policy.block_size, args.prompt_len)
-            if prompts is None
-            else prompts,
-            params,
-        )
+        if prompts is None:
+            vocab_size, count = llm.config.vocab_size, policy.block_size
+            prompts = _random_prompts(vocab_size, count, args.prompt_len)
+        outputs = llm.generate(prompts, params)
         metrics, placement = llm.metrics, llm.placement
     for output in outputs:
         completion = output.outputs[0]
@@ -142,6 +126,17 @@ def main(args: argparse.Namespace) -> None:
         }
         data = json.dumps(report, indent=1, ensure_ascii=False).encode()
         write_atomically(pathlib.Path(args.json), data)
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    return SamplingParams(
+        **{
+            name: value
+            for name, value in vars(args).items()
+            if name in names - {"seed"}
+        }
+    )
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str] | None:
@@ -210,8 +205,8 @@ def _summary(metrics: dict) -> str:
     )
     return (
         f"{metrics['num_tokens']} tokens in {metrics['seconds']:.2f} s "
-        f"({metrics['tokens_per_s']:.1f} tokens/s; prefill {metrics['prefill_s']:.2f} s), "
-        f"waited most for {metrics['waited_longest_for']}\n"
+        f"({metrics['tokens_per_s']:.1f} tokens/s; prefill "
+        f"{metrics['prefill_s']:.2f} s), waited most for {metrics['waited_longest_for']}\n"
         f"moved: {moved or 'nothing'}\npeak: {peaks}"
     )
 

@@ -120,7 +120,7 @@ class LLM:
             ValueError: a prompt cannot be used; the message counts prompts from 0.
             OSError: a transfer failed; nothing of this call can be used.
         """
-        requests = [prompts] if _is_prompt(prompts) else list(prompts)
+        requests = _as_list(prompts)
         params = _one_for_each(sampling_params, len(requests))
         rows = [
             self._row(index, prompt, row_params)
@@ -194,8 +194,8 @@ class LLM:
         if len(ids) + max_tokens > self.max_model_len:
             wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
             raise ValueError(
-                f"{name} has {len(ids)} tokens{wanted}, but the model has positions for "
-                f"{self.max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"{name} has {len(ids)} tokens{wanted}, but the model has positions "
+                f"for {self.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
         return [int(token) for token in ids]
 
@@ -283,8 +283,8 @@ def _read_policy(policy: Policy | str | os.PathLike[str] | None) -> Policy:
         return validate(policy)
     if policy == "auto":
         raise ValueError(
-            "policy 'auto' is not supported by this version; give a Policy, the path of "
-            "a policy.json, or nothing to keep everything on the device"
+            "policy 'auto' is not supported by this version; give a Policy, the path "
+            "of a policy.json, or nothing to keep everything on the device"
         )
     return read_policy(pathlib.Path(policy))
 
@@ -295,16 +295,19 @@ def _max_model_len(wanted: int | None, store: WeightStore) -> int:
         return most
     if type(wanted) is not int or not 1 <= wanted <= most:
         raise ValueError(
-            f"max_model_len is {wanted!r}, expected 1 to {most}, the positions that the "
-            "model has"
+            f"max_model_len is {wanted!r}, expected 1 to {most}, the positions that "
+            "the model has"
         )
     return wanted
 
 
-def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or bool(
-        len(prompts) and isinstance(prompts[0], (int, np.integer))
-    )
+def _as_list(prompts: Any) -> list[Any]:
+    """Prompts as a list; a text or a list of token ids alone is a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    is_one = bool(prompts) and isinstance(prompts[0], (int, np.integer))
+    return [prompts] if is_one else prompts
 
 
 def _one_for_each(

@@ -132,18 +132,21 @@ def _validate_placement(name: str, placement: Placement) -> None:
     if not isinstance(placement, Placement):
         raise ValueError(f"{name} is {placement!r}, expected a Placement")
     for tier in (Tier.DEVICE, Tier.HOST):
-        fraction = placement.fraction(tier)
-        number = isinstance(fraction, (int, float)) and math.isfinite(fraction)
-        if not number or not 0.0 <= fraction <= 1.0:
-            raise ValueError(
-                f"{name}: the fraction on {tier.value} is {fraction!r}, "
-                "expected a number between 0 and 1"
-            )
+        _validate_fraction(name, tier, placement.fraction(tier))
     total = placement.device + placement.host
     if total > 1.0 + 1e-6:
         raise ValueError(
             f"{name}: device={placement.device} and host={placement.host} sum to "
             f"{total:g}, expected at most 1 (the rest is on disk)"
+        )
+
+
+def _validate_fraction(name: str, tier: Tier, fraction: Any) -> None:
+    number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+    if not number or not 0.0 <= fraction <= 1.0:  # NaN neither
+        raise ValueError(
+            f"{name}: the fraction on {tier.value} is {fraction!r}, "
+            "expected a number between 0 and 1"
         )
 
 
@@ -170,18 +173,21 @@ def from_json(values: Mapping[str, Any]) -> Policy:
 def _placement_from_json(name: str, values: Any) -> Placement:
     if not isinstance(values, Mapping):
         raise ValueError(
-            f'{name} is {values!r}, expected an object like {{"device": 0.2, "host": 0.8}}'
+            f"{name} is {values!r}, expected an object such as "
+            '{"device": 0.2, "host": 0.8}'
         )
     _refuse_unknown(name, values, {tier.value for tier in Tier})
     fractions = dict(values)
     disk = fractions.pop("disk", None)
     placement = Placement(**fractions)
     _validate_placement(name, placement)
-    if disk is not None and not math.isclose(disk, placement.disk, abs_tol=1e-6):
-        raise ValueError(
-            f"{name}: disk={disk!r} does not bring device={placement.device} and "
-            f"host={placement.host} to a sum of 1; leave disk out, it is what remains"
-        )
+    if disk is not None:
+        _validate_fraction(name, Tier.DISK, disk)
+        if not math.isclose(disk, placement.disk, abs_tol=1e-6):
+            raise ValueError(
+                f"{name}: disk={disk!r} does not bring device={placement.device} and "
+                f"host={placement.host} to a sum of 1; leave disk out, it is the rest"
+            )
     return placement
 
 
@@ -197,19 +203,21 @@ def parse_placement(name: str, text: str) -> Placement:
     """Reads a placement as command lines write it: `device=0.2,host=0.8`.
 
     Raises:
-        ValueError: not of this form, or not a placement; the message begins with `name`.
+        ValueError: not of this form, or no placement; the message starts with `name`.
     """
     fractions: dict[str, float] = {}
     for item in text.split(","):
-        tier, separator, fraction = item.partition("=")
+        tier, _, fraction = item.partition("=")
         try:
-            fractions[tier.strip()] = float(fraction) if separator else math.nan
+            value = float(fraction)
         except ValueError:
-            fractions[tier.strip()] = math.nan
-        if math.isnan(fractions[tier.strip()]):
             raise ValueError(
-                f"{name}: cannot read {item!r}, expected for example device=0.2,host=0.8"
-            )
+                f"{name}: cannot read {item!r}, expected fractions such as "
+                "device=0.2,host=0.8"
+            ) from None
+        if tier.strip() in fractions:
+            raise ValueError(f"{name}: {tier.strip()} is given twice; give it once")
+        fractions[tier.strip()] = value
     return _placement_from_json(name, fractions)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of command lines that say a policy, in flexjax's words and FlexGen's."""
+"""The arguments of command lines that say a policy, in our words and FlexGen's."""
 
 import argparse
 import dataclasses
@@ -25,10 +25,10 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy", metavar="FILE", help="a policy.json")
     for kind in Kind:
         group.add_argument(
-            f"--{kind.value.replace('_', '-')}",
+            _flag(kind),
             metavar="device=F,host=F",
-            help=f"fractions of the {kind.value.replace('_', ' ')} on the device and on "
-            "the host; the rest is on disk (disk=1 puts all of it there)",
+            help=f"fractions of the {kind.value.replace('_', ' ')} on the device and "
+            "on the host; the rest is on disk (disk=1 puts all of it there)",
         )
     group.add_argument(
         "--batch-size",
@@ -90,9 +90,7 @@ def policy_from_args(args: argparse.Namespace) -> Policy:
     for kind in Kind:
         text = getattr(args, kind.value)
         if text is not None:
-            changes[kind.value] = parse_placement(
-                f"--{kind.value.replace('_', '-')}", text
-            )
+            changes[kind.value] = parse_placement(_flag(kind), text)
     for name in ("batch_size", "num_batches", "schedule"):
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
@@ -102,7 +100,17 @@ def policy_from_args(args: argparse.Namespace) -> Policy:
                 f"{name} is given twice, once by one of FlexGen's names; give it once"
             )
         changes[name] = value
-    return validate(dataclasses.replace(policy, **changes))
+    policy = validate(dataclasses.replace(policy, **changes))
+    if args.overlap and policy.schedule is Schedule.SERIAL:
+        raise ValueError(
+            "--overlap true asks for transfers during computation, but the schedule is "
+            "serial; leave --overlap out, or give another --schedule"
+        )
+    return policy
+
+
+def _flag(kind: Kind) -> str:
+    return f"--{kind.value.replace('_', '-')}"
 
 
 def _flexgen_changes(args: argparse.Namespace) -> dict[str, object]:

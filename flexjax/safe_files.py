@@ -31,7 +31,7 @@ def make_folder(folder: pathlib.Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
@@ -66,7 +66,8 @@ def _sync(path: pathlib.Path) -> None:
         os.close(file)
 
 
-def _unwritable(folder: pathlib.Path, error: OSError) -> ValueError:
+def unwritable(folder: pathlib.Path, error: OSError) -> ValueError:
+    """The one sentence about a folder that cannot be written."""
     return ValueError(
         f"cannot write into {folder}: {error.strerror}; choose a folder that you may "
         "write to"
@@ -81,7 +82,7 @@ def lock_folder(folder: pathlib.Path) -> int:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -1,9 +1,8 @@
-"""The stage of one run: ops become transfers between tiers and calls of jitted steps."""
+"""The stage of one run: ops become transfers between tiers and calls of steps."""
 
 import contextlib
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -43,13 +42,21 @@ class Rows(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Made:
     """What a compute call made; everything in it may still be on its way."""
 
     done: Any  # what to wait for: arrays that no later call donates
     hidden: jax.Array | None = None  # [batch, 1, seq, hidden]
     cache: Arrays = ()  # key and value, [batch, heads, seq, head_dim]
+
+    def let_go(self, buffer: Cache | Hidden) -> None:
+        """Drops the arrays of `buffer`, once the call has ended and they are stored."""
+        self.done = ()
+        if isinstance(buffer, Cache):
+            self.cache = ()
+        else:
+            self.hidden = None
 
 
 @dataclasses.dataclass
@@ -65,7 +72,8 @@ class Waits:
     """Seconds that the compute lane, and the loop over ops, spent waiting for what."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        # All causes from the start: two threads write, and a third may read.
+        self.seconds = dict.fromkeys(("weights", "cache", "hidden", "compute"), 0.0)
 
     @contextlib.contextmanager
     def wait(self, cause: str) -> Iterator[None]:
@@ -79,7 +87,8 @@ class Waits:
     @property
     def longest(self) -> str | None:
         """What was waited for longest: "weights", "cache", "hidden" or "compute"."""
-        return max(self.seconds, key=lambda cause: self.seconds[cause], default=None)
+        cause = max(self.seconds, key=lambda cause: self.seconds[cause])
+        return cause if self.seconds[cause] > 0 else None
 
 
 class LayerStage:
@@ -114,12 +123,12 @@ class LayerStage:
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
         self._last_use: dict[int, Future[Made]] = {}  # of a layer's weights
-        self._last_made: dict[int, Future[Made]] = {}  # of a batch
+        self._heads: dict[int, Future[Made]] = {}  # the last head call of a batch
         self._begun: dict[int, int] = {}  # the step that a batch is at
 
     def outcome(self, batch: int) -> Any:
         """Waits for the last head call of a batch; what `read_head` returned."""
-        return self._last_made[batch].result().done
+        return self._heads[batch].result().done
 
     def load(self, buffer: Buffer, step: int) -> None:
         match buffer:
@@ -151,12 +160,14 @@ class LayerStage:
             hidden.loaded,
             cache and cache.loaded,
         )
-        self._last_use[cell.layer] = self._last_made[cell.batch] = task
+        self._last_use[cell.layer] = task
         if self._work.is_decoder(cell.layer):
             self._slots[Hidden(cell.batch)] = _Slot(hidden.loaded, task)
             self._slots[Cache(cell.layer, cell.batch)] = _Slot(
                 cache and cache.loaded, task
             )
+        else:
+            self._heads[cell.batch] = task
 
     def store(self, buffer: Cache | Hidden, step: int) -> None:
         slot, work = self._slots[buffer], self._work
@@ -182,9 +193,10 @@ class LayerStage:
             if slot.stored is not None:
                 slot.stored.result()
             self._count(made, buffer, -1)
+            made.let_go(buffer)
         else:
             assert isinstance(buffer, Hidden)
-            self._wait(self._last_made[buffer.batch])
+            self._wait(self._heads[buffer.batch])
         if slot.loaded is not None:
             slot.loaded.result().release()
         del self._slots[buffer]
@@ -194,20 +206,22 @@ class LayerStage:
         if buffer.layer in self._last_use:
             self._wait(self._last_use[buffer.layer])
             if buffer.part == self._work.num_parts - 1:
-                del self._last_use[buffer.layer]  # it holds on to what was made
+                del self._last_use[buffer.layer]
         for loan in loans.values():
             loan.release()
         del self._parts[buffer]
 
     def abandon(self) -> None:
         self._lanes.drain()
+        for task in (*self._last_use.values(), *self._heads.values()):
+            _settle(task)
         for parts in self._parts.values():
             if parts.exception() is None:
                 for loan in parts.result().values():
                     loan.release()
         for buffer, slot in self._slots.items():
             if slot.made is not None and slot.made.exception() is None:
-                self._count(self._wait(slot.made), buffer, -1)
+                self._count(slot.made.result(), buffer, -1)
             if slot.loaded is not None and slot.loaded.exception() is None:
                 slot.loaded.result().release()
         self._parts.clear()
@@ -279,6 +293,13 @@ class LayerStage:
             self._ledger.hold(Tier.DEVICE, Kind.KV_CACHE, sign * nbytes)
         elif made.hidden is not None:
             self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, sign * made.hidden.nbytes)
+
+
+def _settle(task: Future[Made]) -> None:
+    """Waits until a compute call that was dispatched has ended, well or badly."""
+    if task.exception() is None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.block_until_ready(task.result().done)
 
 
 def _hidden_of(task: Future[Made]) -> Arrays:

@@ -20,14 +20,15 @@ from flexjax.models.opt import (
     Embedding,
     Final,
     Params,
+    apply,
     contract_last,
     token_positions,
 )
 
 Hidden = Float[Array, "batch 1 seq hidden"]
-KeyValue = tuple[
-    Float[Array, "rows heads slots head_dim"], Float[Array, "rows heads slots head_dim"]
-]
+# Segments of a cache differ in their rows, and new tokens from old ones in their slots.
+_KeyOrValue = Float[Array, "_rows heads _slots head_dim"]
+KeyValue = tuple[_KeyOrValue, _KeyOrValue]
 # Tokens that a prefill works on at a time; matrix products are at full speed from a few
 # hundred rows on, so this costs nothing but bounds the workspace.
 PREFILL_TOKENS = 2048
@@ -46,7 +47,7 @@ def embed_step(
     """Token rows, which stand in slots from `first_slot` on, become hidden states."""
     slots = first_slot + jnp.arange(rows.shape[1], dtype=jnp.int32)
     positions = token_positions(slots, start)
-    return Embedding(config).apply({"params": params}, rows, positions)[:, None]
+    return apply(Embedding(config), params, rows, positions)[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
@@ -67,8 +68,7 @@ def prefill_step(
         def attend(query: Array, key: Array, value: Array) -> Array:
             return prefill_attention(query, key, value, start)
 
-        layer = DecoderLayer(config)
-        out, cache = layer.apply({"params": params}, hidden[:, 0], attend)
+        out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
         return out[:, None], cache
 
     if rows == batch:
@@ -125,8 +125,7 @@ def decode_step(
             first = rows.stop
         return jnp.concatenate(outs)
 
-    layer = DecoderLayer(config)
-    out, cache = layer.apply({"params": params}, hidden[:, 0], attend)
+    out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
     return out[:, None], cache
 
 
@@ -141,7 +140,7 @@ def final_step(
     """
     if last_only:
         hidden = hidden[:, :, -1:]
-    return Final(config).apply({"params": params}, hidden)
+    return apply(Final(config), params, hidden)
 
 
 @jax.jit

@@ -2,8 +2,8 @@
 
 A schedulable layer is a decoder layer or a block of the vocabulary. The embedding
 belongs to the first decoder layer and the final norm to the last one, so that every
-layer of a run is worth a transfer of its own. Vocabulary blocks come last: each adds its
-part of the logits, and the last one ends a step.
+layer of a run is worth a transfer of its own. Vocabulary blocks come last: each adds
+its part of the logits, and the last one ends a step.
 """
 
 import dataclasses

@@ -1,0 +1,102 @@
+"""From what a user calls a model to a weight store that can run."""
+
+import hashlib
+import logging
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from checkpoints_tools.open_source import open_source
+from checkpoints_tools.source import Source
+from checkpoints_tools.store_conversion import convert_to_store
+from flexjax.checkpoint import is_store, read_manifest
+from flexjax.store_format import DTYPES
+
+CACHE_VARIABLE = "FLEXJAX_CACHE"
+AUTO = "auto"
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model(
+    model: str | os.PathLike[str],
+    dtype: str = AUTO,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    platform: str = "cpu",
+) -> pathlib.Path:
+    """The folder of a weight store of `model` in `dtype`, converted if need be.
+
+    Args:
+        model: a weight store, a folder with a checkpoint, or a Hub id.
+        dtype: "auto" is the checkpoint's own, but bfloat16 for float16 on a CPU, which
+            computes float16 slowly.
+        cache_dir: where conversions are kept (`default_cache` if not given).
+        platform: JAX's name of what will compute, such as "cpu" or "gpu".
+
+    Raises:
+        ValueError: no such model, not an OPT model, or a damaged one.
+        OSError: the conversion could not be written.
+    """
+    if dtype != AUTO and dtype not in DTYPES:
+        raise ValueError(
+            f"dtype is {dtype!r}, expected one of {', '.join([AUTO, *DTYPES])}"
+        )
+    folder = _find(model)
+    if is_store(folder):
+        stored = read_manifest(folder).dtype
+        wanted = _choose(dtype, stored, platform)
+        if wanted == stored:
+            return folder
+        logger.warning(
+            "%s holds %s: making a %s copy", folder, stored.name, wanted.name
+        )
+    source = open_source(folder)
+    wanted = _choose(dtype, source.dtype, platform)
+    name = folder.resolve().name if pathlib.Path(model).is_dir() else str(model)
+    cache = default_cache() if cache_dir is None else pathlib.Path(cache_dir)
+    return _cached(source, wanted, name, cache)
+
+
+def default_cache() -> pathlib.Path:
+    """`$FLEXJAX_CACHE`, or else `~/.cache/flexjax`."""
+    chosen = os.environ.get(CACHE_VARIABLE) or "~/.cache/flexjax"
+    return pathlib.Path(chosen).expanduser()
+
+
+def _find(model: str | os.PathLike[str]) -> pathlib.Path:
+    folder = pathlib.Path(model).expanduser()
+    if folder.is_dir() and str(model):
+        return folder
+    if folder.exists() or not re.fullmatch(HUB_ID, str(model)):
+        raise ValueError(
+            f"{str(model)!r} is neither a folder nor a Hub id; give a folder with a "
+            "checkpoint or a weight store, or a Hub id such as facebook/opt-125m"
+        )
+    # Imported where it is needed: the Hub's client takes a second to load.
+    from checkpoints_tools.hub import download
+
+    return download(str(model))
+
+
+def _choose(dtype: str, own: np.dtype, platform: str) -> np.dtype:
+    if dtype != AUTO:
+        return DTYPES[dtype]
+    if own == DTYPES["float16"] and platform == "cpu":
+        return DTYPES["bfloat16"]
+    return own
+
+
+def _cached(
+    source: Source, dtype: np.dtype, name: str, cache: pathlib.Path
+) -> pathlib.Path:
+    """The store of `source` in the cache; another state of the source is another."""
+    key = hashlib.sha256(f"{source.fingerprint}/{dtype.name}".encode()).hexdigest()[:12]
+    store = cache / f"{name.replace('/', '--')}-{dtype.name}-{key}"
+    # Looked at without the writer's lock: two programs may start from one store.
+    if not is_store(store) or read_manifest(store).source != source.fingerprint:
+        convert_to_store(source, store, dtype, f"converting {name} to {dtype.name}")
+    return store

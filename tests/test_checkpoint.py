@@ -1,0 +1,515 @@
+"""The weight store on disk, read and written through its public doors."""
+
+import dataclasses
+import json
+import mmap
+import os
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexjax import store_format
+from flexjax.checkpoint import open_store
+from flexjax.models.config import OPTConfig, tensor_shapes
+from flexjax.store_format import DTYPES, chunk_path, plan_entry
+from flexjax.store_writer import JOURNAL, StoreWriter
+
+CONFIG = OPTConfig(
+    vocab_size=67,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    ffn_dim=48,
+    max_position_embeddings=20,
+    word_embed_proj_dim=16,
+)
+BIG = "embed_tokens.weight"
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_chunks():
+    """Chunks of a few rows, so that tiny tensors have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_format, "MIN_CHUNK_BYTES", 128)
+        patch.setattr(store_format, "MAX_CHUNK_BYTES", 256)
+        yield
+
+
+def weights(dtype: np.dtype, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        name: random.standard_normal(shape, np.float32).astype(dtype)
+        for name, shape in tensor_shapes(CONFIG).items()
+    }
+
+
+def writer(folder, dtype=DTYPES["bfloat16"], source="test") -> StoreWriter:
+    return StoreWriter(folder, config=CONFIG, dtype=dtype, source=source)
+
+
+def write(folder, tensors: dict[str, np.ndarray], rows: int = 5) -> None:
+    dtype = next(iter(tensors.values())).dtype
+    with writer(folder, dtype) as out:
+        for name, data in tensors.items():
+            out.write(name, (data[i : i + rows] for i in range(0, len(data), rows)))
+        out.finish()
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape))
+    pages = mmap.mmap(-1, max(1, size * dtype.itemsize))
+    return np.frombuffer(pages, dtype, size).reshape(shape)
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    write(folder, weights(DTYPES["bfloat16"]))
+    return folder
+
+
+@pytest.fixture
+def store_folder(whole_store, tmp_path):
+    """A copy that a test may harm."""
+    return shutil.copytree(whole_store, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"), list(zip(DTYPES.values(), [1, 5, 1000], strict=True)), ids=str
+)
+def test_what_was_written_is_read(dtype, rows, tmp_path):
+    tensors = weights(dtype)
+    write(tmp_path, tensors, rows)
+    store = open_store(tmp_path)
+    assert store.config == CONFIG
+    assert store.dtype == dtype
+    assert store.tensors.keys() == tensors.keys()
+    reads = {}
+    for name, data in tensors.items():
+        out = aligned(data.shape, dtype)
+        reads[name] = (store.read(name, out), out)
+    for name, (future, out) in reads.items():
+        future.result(timeout=30)
+        assert out.tobytes() == tensors[name].tobytes()
+        store.verify(name, out)
+
+
+def test_a_dropped_future_still_fills_the_buffer(store_folder):
+    store, data = open_store(store_folder), weights(DTYPES["bfloat16"])[BIG]
+    out = aligned(data.shape, data.dtype)
+    done = []
+    store.read(BIG, out).add_done_callback(done.append)
+    while not done:
+        pass
+    np.testing.assert_array_equal(out, data)
+
+
+@given(data=st.data())
+def test_rows_are_the_tensors_rows(data, whole_store):
+    tensors = weights(DTYPES["bfloat16"])
+    store = open_store(whole_store)
+    name = data.draw(st.sampled_from([BIG, "layers.1.fc1.weight", "layers.0.fc2.bias"]))
+    length = len(tensors[name])
+    first = data.draw(st.integers(0, length - 1))
+    last = data.draw(st.integers(first + 1, length))
+    out = np.empty_like(tensors[name][first:last])
+    store.read_rows(name, first, last, out).result()
+    np.testing.assert_array_equal(out, tensors[name][first:last])
+
+    ids = np.array(data.draw(st.lists(st.integers(0, length - 1))), np.int32)
+    out = np.empty_like(tensors[name], shape=(len(ids), *tensors[name].shape[1:]))
+    store.gather_rows(name, ids, out)
+    np.testing.assert_array_equal(out, tensors[name][ids])
+
+
+def test_gathering_reads_each_row_once(store_folder, monkeypatch):
+    store, data = open_store(store_folder), weights(DTYPES["bfloat16"])[BIG]
+    counts, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: counts.append(1) or preadv(*a))
+    ids = np.array([66, 3, 3, 0, 66, 3])
+    out = np.empty((6, 16), data.dtype)
+    store.gather_rows(BIG, ids, out)
+    np.testing.assert_array_equal(out, data[ids])
+    assert len(counts) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.read("fc9", np.empty(3)), "has no tensor 'fc9'"),
+        (lambda s: s.read(BIG, np.empty((67, 16))), "buffer for tensor.*float64"),
+        (
+            lambda s: s.read(BIG, np.empty((16, 67), s.dtype).T),
+            r"non-contiguous bfloat16\[67, 16\]",
+        ),
+        (
+            lambda s: s.read_rows(BIG, 60, 68, np.empty((8, 16), s.dtype)),
+            "rows 60:68 are not in tensor",
+        ),
+        (
+            lambda s: s.verify(BIG, np.empty((8, 16), s.dtype), 60),
+            "rows 60:68 are not in tensor",
+        ),
+        (
+            lambda s: s.gather_rows(BIG, np.array([67]), np.empty((1, 16), s.dtype)),
+            "which has 67 rows",
+        ),
+        (
+            lambda s: s.gather_rows(BIG, np.array([0.0]), np.empty((1, 16), s.dtype)),
+            "float64, not integers",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused(call, message, store_folder):
+    with pytest.raises(ValueError, match=message):
+        call(open_store(store_folder))
+
+
+def big_chunk(folder: pathlib.Path, index: int = 1) -> pathlib.Path:
+    entry = plan_entry((67, 16), DTYPES["bfloat16"])
+    return chunk_path(folder, BIG, entry, index)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "longer", "folder"])
+def test_a_harmed_file_is_found_at_open(harm, store_folder):
+    path = big_chunk(store_folder)
+    data = path.read_bytes()
+    path.unlink()
+    match harm:
+        case "truncated":
+            path.write_bytes(data[:-1])
+        case "longer":
+            path.write_bytes(data + b"x")
+        case "folder":
+            path.mkdir()
+    with pytest.raises(ValueError, match=f"{path}.*{BIG}.*convert the checkpoint"):
+        open_store(store_folder)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_a_file_harmed_later_fails_in_the_future(harm, store_folder):
+    store = open_store(store_folder)
+    path = big_chunk(store_folder)
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "truncated":
+        path.write_bytes(data[:16])
+    out = aligned((67, 16), store.dtype)
+    future = store.read(BIG, out)
+    with pytest.raises(OSError, match=f"tensor '{BIG}' of {store_folder}: ") as caught:
+        future.result(timeout=30)
+    assert "\n" not in str(caught.value)
+    assert "tensorstore_spec" not in str(caught.value)
+    with pytest.raises(OSError, match=path.name):
+        store.gather_rows(BIG, np.arange(67), out)
+
+
+def test_a_lost_array_fails_in_the_future(store_folder):
+    store = open_store(store_folder)
+    shutil.rmtree(store_folder / "tensors" / BIG)
+    future = store.read(BIG, aligned((67, 16), store.dtype))
+    with pytest.raises(OSError, match=f"tensor '{BIG}' of {store_folder}: "):
+        future.result(timeout=30)
+
+
+def test_an_altered_byte_is_caught(store_folder):
+    path = big_chunk(store_folder)
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    store = open_store(store_folder)
+    out = aligned((67, 16), store.dtype)
+    store.read(BIG, out).result()
+    checksum = store.tensors[BIG].chunk_checksums[1]
+    message = f"{BIG}.*altered.*chunk 1 is .*{checksum}.*convert"
+    with pytest.raises(ValueError, match=message):
+        store.verify(BIG, out)
+    rows = store.tensors[BIG].chunk_rows
+    store.verify(BIG, out[:rows])
+    store.verify(BIG, out[2 * rows :], 2 * rows)
+    for part in (slice(0, rows + 1), slice(rows, 2 * rows), slice(rows + 1, 67)):
+        with pytest.raises(ValueError, match=message):
+            store.verify(BIG, out[part], part.start)
+
+
+@given(data=st.data())
+def test_any_rows_are_verified(data, whole_store):
+    store, tensor = open_store(whole_store), weights(DTYPES["bfloat16"])[BIG].copy()
+    first = data.draw(st.integers(0, 66))
+    last = data.draw(st.integers(first + 1, 67))
+    store.verify(BIG, tensor[first:last], first)
+    row = data.draw(st.integers(first, last - 1))
+    tensor.view(np.uint16)[row, data.draw(st.integers(0, 15))] ^= 1
+    with pytest.raises(ValueError, match=f"{BIG}.*altered"):
+        store.verify(BIG, tensor[first:last], first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "format version 2.*convert the checkpoint again"),
+        ({"format": "other"}, "not the manifest of a weight store"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"config": None}, "no config"),
+        ({"config": {"model_type": "llama"}}, "only 'opt' is supported"),
+        ({"tensors": {}}, "lacks tensor 'embed_tokens.weight'"),
+        ({"tensors": {BIG: {}}}, f"'{BIG}' is damaged"),
+        ({"tensors": {BIG: 3}}, f"'{BIG}' is damaged"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_is_refused(change, message, store_folder):
+    path = store_folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"{path}.*{message}"):
+        open_store(store_folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [67, 8]}, "disagree"),
+        (
+            {"shape": [16, 67], "chunk_rows": 2, "chunk_checksums": ["0"] * 8},
+            r"bfloat16\[16, 67\], but its config .*\[67, 16\]",
+        ),
+        ({"shape": [67, 8], "dtype": "float32"}, r"float32\[67, 8\], but"),
+        ({"chunk_rows": 0}, "damaged"),
+        ({"chunk_rows": 1}, "disagree"),
+        ({"chunk_checksums": ["00"]}, "disagree"),
+        ({"dtype": "int8"}, "damaged"),
+    ],
+)
+def test_a_wrong_table_is_refused(change, message, store_folder):
+    path = store_folder / "manifest.json"
+    values = json.loads(path.read_text())
+    values["tensors"][BIG] |= change
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{BIG}.*{message}"):
+        open_store(store_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_a_manifest_that_is_no_json_is_refused(text, store_folder):
+    (store_folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json is"):
+        open_store(store_folder)
+
+
+def test_an_unknown_tensor_in_the_table_is_refused(store_folder):
+    path = store_folder / "manifest.json"
+    values = json.loads(path.read_text())
+    values["tensors"]["extra"] = values["tensors"][BIG]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="does not know: extra"):
+        open_store(store_folder)
+
+
+def test_a_folder_without_a_manifest_is_no_store(tmp_path):
+    with pytest.raises(ValueError, match=r"not a finished weight store.*convert"):
+        open_store(tmp_path)
+
+
+def test_other_file_systems_are_read_through_the_page_cache(store_folder, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECT")
+    store = open_store(store_folder)
+    assert not store.direct_io
+    out = aligned((67, 16), store.dtype)
+    store.read(BIG, out).result()
+    store.verify(BIG, out)
+
+
+@given(
+    rows=st.integers(1, 300_000),
+    columns=st.integers(1, 20_000),
+    dtype=st.sampled_from(list(DTYPES.values())),
+)
+def test_chunks_read_well_and_pad_little(rows, columns, dtype):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_format, "MIN_CHUNK_BYTES", 4 << 20)
+        patch.setattr(store_format, "MAX_CHUNK_BYTES", 8 << 20)
+        entry = plan_entry((rows, columns), dtype)
+    assert entry.chunk_bytes <= 8 << 20
+    assert entry.chunk_bytes >= min(entry.nbytes, (4 << 20) - entry.row_bytes)
+    assert 0 <= entry.stored_bytes - entry.nbytes < entry.chunk_bytes
+    assert [i for i, _, _ in entry.chunks()] == list(range(entry.num_chunks))
+    assert sum(last - first for _, first, last in entry.chunks()) == rows
+
+
+def test_an_interrupted_writer_goes_on(tmp_path):
+    tensors = weights(DTYPES["bfloat16"])
+    names = list(tensors)
+    with writer(tmp_path) as out:
+        for name in names[:3]:
+            out.write(name, [tensors[name]])
+    with pytest.raises(ValueError, match="not a finished weight store"):
+        open_store(tmp_path)
+    with writer(tmp_path) as out:
+        assert [name for name in names if out.has(name)] == names[:3]
+        with pytest.raises(ValueError, match="cannot be finished.*never written"):
+            out.finish()
+        for name in names[3:]:
+            out.write(name, [tensors[name]])
+        out.finish()
+    store = open_store(tmp_path)
+    for name, data in tensors.items():
+        store.verify(name, data)
+    assert not (tmp_path / JOURNAL).exists()
+    with writer(tmp_path) as out:
+        assert out.complete
+
+
+@pytest.mark.parametrize("harm", ["altered", "truncated", "missing"])
+def test_what_the_journal_promises_is_checked(harm, tmp_path):
+    tensors = weights(DTYPES["bfloat16"])
+    with writer(tmp_path) as out:
+        out.write(BIG, [tensors[BIG]])
+    path = big_chunk(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data if harm == "altered" else data[:7])
+    if harm == "missing":
+        path.unlink()
+    with writer(tmp_path) as out:
+        assert not out.has(BIG)
+        out.write(BIG, [tensors[BIG]])
+        assert out.has(BIG)
+
+
+@pytest.mark.parametrize("torn", [1, 20])
+def test_a_torn_journal_line_is_left_out(torn, tmp_path):
+    tensors = weights(DTYPES["bfloat16"])
+    first, second = list(tensors)[:2]
+    with writer(tmp_path) as out:
+        out.write(first, [tensors[first]])
+        out.write(second, [tensors[second]])
+    os.truncate(tmp_path / JOURNAL, (tmp_path / JOURNAL).stat().st_size - torn)
+    for _ in range(2):  # the second time reads what the first appended
+        with writer(tmp_path) as out:
+            assert out.has(first)
+            if not out.has(second):
+                out.write(second, [tensors[second]])
+    with writer(tmp_path) as out:
+        assert out.has(second)
+
+
+@pytest.mark.parametrize(
+    "other", [{"source": "other"}, {"dtype": DTYPES["float16"]}], ids=str
+)
+def test_another_source_starts_over(other, tmp_path):
+    with writer(tmp_path) as out:
+        out.write(BIG, [weights(DTYPES["bfloat16"])[BIG]])
+    with writer(tmp_path, **other) as out:
+        assert not out.has(BIG)
+        assert not any((tmp_path / "tensors").iterdir())
+
+
+def test_a_finished_store_of_another_source_is_kept(store_folder):
+    with pytest.raises(ValueError, match="already holds a weight store.*delete it"):
+        writer(store_folder, source="other")
+    open_store(store_folder)
+
+
+def test_another_config_is_another_source(store_folder):
+    config = dataclasses.replace(CONFIG, bos_token_id=0)
+    with pytest.raises(ValueError, match="already holds a weight store"):
+        StoreWriter(
+            store_folder, config=config, dtype=DTYPES["bfloat16"], source="test"
+        )
+
+
+def test_a_strange_folder_is_left_alone(tmp_path):
+    (tmp_path / "tensors").mkdir()
+    (tmp_path / "tensors" / "mine").touch()
+    with pytest.raises(ValueError, match="no conversion left behind"):
+        writer(tmp_path)
+    assert (tmp_path / "tensors" / "mine").exists()
+
+
+def test_one_conversion_a_folder(tmp_path):
+    with (
+        writer(tmp_path),
+        pytest.raises(ValueError, match=f"written by process {os.getpid()};"),
+    ):
+        writer(tmp_path)
+    writer(tmp_path).close()
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("rows", [66, 68])
+def test_a_wrong_number_of_rows_is_refused(rows, tmp_path):
+    with (
+        writer(tmp_path) as out,
+        pytest.raises(ValueError, match=f"'{BIG}' has (fewer|more) rows"),
+    ):
+        out.write(BIG, [np.zeros((rows, 16), out.planned[BIG].dtype)])
+
+
+def test_space_is_checked_before_the_first_byte(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=f"not enough space in {tmp_path}.*1000 bytes"):
+        writer(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_what_is_missing_needs_space(tmp_path, monkeypatch):
+    tensors = weights(DTYPES["bfloat16"])
+    with writer(tmp_path) as out:
+        needed = sum(entry.stored_bytes for entry in out.planned.values())
+        out.write(BIG, [tensors[BIG]])
+        there = out.planned[BIG].stored_bytes
+    usage = shutil.disk_usage(tmp_path)
+    free = needed - there + (1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    writer(tmp_path).close()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free - 1))
+    with pytest.raises(OSError, match="not enough space"):
+        writer(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_an_unwritable_folder_is_named(place, tmp_path):
+    folder = tmp_path / "taken"
+    folder.touch()
+    if place == "below a file":
+        folder /= "store"
+    with pytest.raises(ValueError, match=f"cannot write into {folder}: "):
+        writer(folder)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system that is full after 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting needs rights that these tests do not have")
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_no_store(tiny_disk, monkeypatch):
+    config = dataclasses.replace(CONFIG, vocab_size=20_000)
+    usage = shutil.disk_usage("/")._replace(free=1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(store_format, "MAX_CHUNK_BYTES", 1 << 16)
+    out = StoreWriter(
+        tiny_disk / "store", config=config, dtype=DTYPES["float32"], source="test"
+    )
+    rows = np.ones((20_000, 16), np.float32)
+    with out, pytest.raises(OSError, match="tensor.*No space left.*goes on") as caught:
+        out.write(BIG, [rows])
+    assert str(tiny_disk / "store") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="not a finished weight store"):
+        open_store(tiny_disk / "store")
