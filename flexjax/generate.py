@@ -176,7 +176,7 @@ def _model(args: argparse.Namespace) -> str | os.PathLike[str] | None:
     if args.path is None:
         return args.model
     if args.path != _DUMMY:
-        if args.model is not None and not pathlib.Path(args.path).is_dir():
+        if not pathlib.Path(args.path).is_dir():
             raise ValueError(
                 f"--path {args.path} is no folder; give the model's folder"
             )

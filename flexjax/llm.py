@@ -281,11 +281,6 @@ def _read_policy(policy: Policy | str | os.PathLike[str] | None) -> Policy:
         return Policy()
     if isinstance(policy, Policy):
         return validate(policy)
-    if policy == "auto":
-        raise ValueError(
-            "policy 'auto' is not supported by this version; give a Policy, the path "
-            "of a policy.json, or nothing to keep everything on the device"
-        )
     return read_policy(pathlib.Path(policy))
 
 

@@ -1,5 +1,6 @@
 """The ground of all tests: shapes checked, silent upcasts forbidden, quick compiles."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -18,6 +19,7 @@ if not pathlib.Path("/dev/nvidia0").exists():
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -41,3 +43,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=300)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# After the hook, which only sees what is imported later.
+from tests.golden_checkpoints import load_golden  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """Loads a golden checkpoint by its name, once a session."""
+    folder = tmp_path_factory.mktemp("golden")
+    return functools.cache(lambda name: load_golden(name, folder / name))

@@ -86,11 +86,16 @@ def parse_config(values: Mapping[str, Any], origin: str) -> OPTConfig:
 def _validate(config: OPTConfig, origin: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        positive = field.name.endswith(("_size", "_dim", "_layers", "_heads", "gs"))
-        if field.type is int and (type(value) is not int or value < int(positive)):
+        if field.type is bool and type(value) is not bool:
             raise ValueError(
-                f"{origin}: {field.name} is {value!r}, expected a "
-                f"{'positive' if positive else 'non-negative'} integer"
+                f"{origin}: {field.name} is {value!r}, expected true or false"
+            )
+        is_count = field.type in (int, int | None) and value is not None
+        least = 0 if field.name.endswith("_token_id") else 1
+        if is_count and (type(value) is not int or value < least):
+            raise ValueError(
+                f"{origin}: {field.name} is {value!r}, expected an integer of at "
+                f"least {least}"
             )
     if config.activation_function not in ACTIVATIONS:
         raise ValueError(
@@ -125,7 +130,10 @@ def read_config(folder: pathlib.Path) -> OPTConfig:
 
 
 def to_hugging_face(config: OPTConfig, dtype: str) -> dict[str, Any]:
-    """The content of the `config.json` that `parse_config` reads back as `config`."""
+    """The content of the `config.json` that `parse_config` reads back as `config`.
+
+    The width of the token table is written out, even where it is the hidden state's.
+    """
     values = dataclasses.asdict(config)
     values["word_embed_proj_dim"] = config.embed_dim
     return values | {
@@ -205,8 +213,8 @@ def tensor_shapes(config: OPTConfig) -> Shapes:
 def layer_tensors(config: OPTConfig, layer: int) -> list[str]:
     """Tensors that decoder layer `layer` of a run needs, in the order of their use.
 
-    The first layer embeds the tokens, whose rows of the token table are looked up apart;
-    the last one ends in the final norm.
+    The first layer embeds the tokens, whose rows of the token table are looked up
+    apart; the last one ends in the final norm.
     """
     names = [f"layers.{layer}.{name}" for name in decoder_layer_shapes(config)]
     if layer == 0:

@@ -1,4 +1,4 @@
-"""OPT as Flax modules that own no weights: each is applied to the parameters it is given.
+"""OPT as Flax modules that own no weights: each is applied to parameters it is given.
 
 A module's parameters are named as in Hugging Face's checkpoints, so that a checkpoint's
 tensors, split at the dots of their names, are the parameter tree. Matrices keep the
@@ -167,8 +167,8 @@ class Final(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "batch seq hidden"]
-    ) -> Float[Array, "batch seq embed"]:
+        self, hidden: Float[Array, "*batch seq hidden"]
+    ) -> Float[Array, "*batch seq embed"]:
         config = self.config
         if config.has_final_layer_norm:
             affine = config.layer_norm_elementwise_affine
@@ -202,6 +202,11 @@ def unflatten(tensors: Mapping[str, Array]) -> dict[str, Any]:
     return tree
 
 
+def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    """What `module` computes with `params`."""
+    return module.apply({"params": params}, *args)
+
+
 def forward(
     params: Params,
     token_ids: Int[Array, "batch seq"],
@@ -224,10 +229,10 @@ def forward(
     rows = jnp.take(params["embed_tokens"]["weight"], token_ids, axis=0)
     slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
     positions = token_positions(slots, start)
-    hidden = Embedding(config).apply({"params": params}, rows, positions)
+    hidden = apply(Embedding(config), params, rows, positions)
     for layer in range(config.num_hidden_layers):
-        layer_params = {"params": params["layers"][str(layer)]}
-        hidden, _ = DecoderLayer(config).apply(layer_params, hidden, attend)
-    hidden = Final(config).apply({"params": params}, hidden)
+        layer_params = params["layers"][str(layer)]
+        hidden, _ = apply(DecoderLayer(config), layer_params, hidden, attend)
+    hidden = apply(Final(config), params, hidden)
     table, leaf = config.head_table.split(".")
     return contract_last(hidden, params[table][leaf])

@@ -1,0 +1,263 @@
+"""Law 1: every cell of placement, schedule and batch shape gives the same tokens."""
+
+import dataclasses
+import itertools
+import threading
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexjax import blocks, steps
+from flexjax.blocks import Row
+from flexjax.checkpoint import open_store
+from flexjax.engine import Engine
+from flexjax.policy import Kind, Placement, Policy, Schedule, Tier, validate
+from flexjax.sampling_params import SamplingParams
+from flexjax.schedule.footprint import by_tier
+from flexjax.stopping import StopChecker
+from tests.golden_checkpoints import GOLDEN_NAMES, Golden
+
+DEVICE, HOST, DISK = Placement(device=1.0), Placement(host=1.0), Placement()
+WEIGHTS, CACHE = Placement(device=0.3, host=0.4), Placement(device=0.5, host=0.25)
+PLACEMENTS = {
+    "device": (DEVICE, DEVICE, DEVICE),
+    "host": (HOST, HOST, HOST),
+    "disk": (DISK, DISK, DISK),
+    "mixed, activations on host": (WEIGHTS, CACHE, HOST),
+    "mixed, activations on disk": (WEIGHTS, CACHE, DISK),
+    "mixed activations": (HOST, CACHE, Placement(device=0.4, host=0.3)),
+}
+SHAPES = [(1, 1), (2, 3), (5, 1), (3, 2)]
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=0)
+
+
+def policy_of(placements, schedule, shape) -> Policy:
+    weights, cache, activations = placements
+    batch_size, num_batches = shape
+    return validate(
+        Policy(
+            weights=weights,
+            kv_cache=cache,
+            activations=activations,
+            batch_size=batch_size,
+            num_batches=num_batches,
+            schedule=schedule,
+        )
+    )
+
+
+def make_engine(store, policy, folder, **options) -> Engine:
+    return Engine(
+        store, policy, offload_dir=folder, device=jax.devices()[0], **options
+    )
+
+
+def make_rows(prompts, params=GREEDY) -> list[Row]:
+    return [
+        Row(i, prompt, params, StopChecker(params, eos_token_id=2))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def record_first_logits(monkeypatch) -> dict[int, np.ndarray]:
+    """The logits of every prompt's last position, by the prompt's index."""
+    found = {}
+    sample = blocks._BatchSampler.sample
+
+    def record(self, logits, step):
+        if step == 0:
+            for row, values in zip(self.rows, np.asarray(logits), strict=False):
+                found[row.index] = values
+        return sample(self, logits, step)
+
+    monkeypatch.setattr(blocks._BatchSampler, "sample", record)
+    return found
+
+
+@pytest.fixture
+def first_logits(monkeypatch):
+    return record_first_logits(monkeypatch)
+
+
+def check_golden(golden: Golden, policy: Policy, folder, first_logits) -> None:
+    engine = make_engine(open_store(golden.store), policy, folder)
+    try:
+        rows = make_rows(golden.prompts)
+        engine.generate(rows)
+        for index, row in enumerate(rows):
+            assert row.checker.token_ids == golden.greedy_ids[index], index
+            np.testing.assert_allclose(
+                first_logits[index], golden.prefill_logits[index], atol=2e-4, rtol=0
+            )
+        needed = by_tier(engine.times.predicted_peak)
+        for tier in Tier:
+            assert engine.ledger.peak(tier) <= needed[tier], tier
+        scores = engine.score(golden.score_ids)
+        for found, expected in zip(scores, golden.score_logprobs, strict=True):
+            np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)
+        # Decode equals prefill: what was seen while generating is what scoring says.
+        whole = [[*row.prompt, *row.checker.token_ids] for row in rows]
+        for row, scored in zip(rows, engine.score(whole), strict=True):
+            pairs = zip(row.logprobs, row.checker.token_ids, strict=True)
+            seen = [table[token].logprob for table, token in pairs]
+            np.testing.assert_allclose(seen, scored[len(row.prompt) - 1 :], atol=2e-4)
+    finally:
+        engine.close()
+    assert list(folder.iterdir()) == []
+
+
+CELLS = list(itertools.product(PLACEMENTS, Schedule, SHAPES))
+
+
+@pytest.mark.parametrize(("placement", "schedule", "shape"), CELLS)
+def test_every_cell_gives_hugging_faces_answers(
+    placement, schedule, shape, golden, tmp_path, first_logits
+):
+    policy = policy_of(PLACEMENTS[placement], schedule, shape)
+    check_golden(golden("opt-pre-ln"), policy, tmp_path, first_logits)
+
+
+# The other checkpoints go through every placement, schedule and shape, if not through
+# every combination.
+SOME_CELLS = [
+    (name, placement, list(Schedule)[i % 3], SHAPES[(i + j) % 4])
+    for j, name in enumerate(name for name in GOLDEN_NAMES if name != "opt-pre-ln")
+    for i, placement in enumerate(PLACEMENTS)
+]
+
+
+@pytest.mark.parametrize(("name", "placement", "schedule", "shape"), SOME_CELLS)
+def test_every_variant_gives_hugging_faces_answers(
+    name, placement, schedule, shape, golden, tmp_path, first_logits
+):
+    policy = policy_of(PLACEMENTS[placement], schedule, shape)
+    check_golden(golden(name), policy, tmp_path, first_logits)
+
+
+@st.composite
+def placements(draw) -> Placement:
+    device = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1))
+    host = draw(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0, 1)) * (1 - device)
+    return Placement(device=device, host=host)
+
+
+@settings(max_examples=8)
+@given(
+    st.tuples(placements(), placements(), placements()),
+    st.sampled_from(list(Schedule)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_random_cells_give_hugging_faces_answers(
+    golden, tmp_path_factory, drawn, schedule, shape
+):
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = record_first_logits(patch)
+        policy = policy_of(drawn, schedule, shape)
+        folder = tmp_path_factory.mktemp("spill")
+        check_golden(golden("opt-pre-ln"), policy, folder, recorder)
+
+
+def test_compilations_do_not_grow_with_layers_tokens_or_prompts(golden, tmp_path):
+    def compiled() -> int:
+        names = ("embed_step", "prefill_step", "decode_step", "final_step", "head_step")
+        return sum(getattr(steps, name)._cache_size() for name in names)
+
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (2, 2))
+    prompts = golden("opt-pre-ln").prompts
+    counts = []
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    for repeat, max_tokens in ((1, 6), (1, 8), (5, 8)):
+        params = dataclasses.replace(GREEDY, max_tokens=max_tokens)
+        engine.generate(make_rows(prompts[:4] * repeat, params))
+        counts.append(compiled())
+    engine.close()
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_block_ends_when_its_rows_have_ended(golden, tmp_path):
+    checkpoint = golden("opt-pre-ln")
+    seen = []
+    policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (3, 2))
+    engine = make_engine(open_store(checkpoint.store), policy, tmp_path)
+    params = dataclasses.replace(GREEDY, max_tokens=100)
+    rows = make_rows(checkpoint.prompts, params)
+    for index, row in enumerate(rows):
+        stop = checkpoint.greedy_ids[index][2]
+        row.params = dataclasses.replace(params, stop_token_ids=(stop,))
+        row.checker = StopChecker(row.params, eos_token_id=2)
+    take = engine.generate
+    take(rows, on_tokens=seen.append)
+    engine.close()
+    ends = [row.checker.token_ids.index(row.params.stop_token_ids[0]) for row in rows]
+    assert [len(row.checker.token_ids) for row in rows] == [end + 1 for end in ends]
+    assert sum(seen) == sum(len(row.checker.token_ids) for row in rows)
+    assert max(ends) < 99
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_any_number_of_prompts_of_any_length_in_any_shape(golden, tmp_path, schedule):
+    checkpoint = golden("opt-bf16")
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(4, 515, n).tolist() for n in (1, 70, 33, 2, 64, 9, 31)]
+    answers = []
+    for shape in ((7, 1), (2, 2), (3, 1), (1, 3)):
+        policy = policy_of(PLACEMENTS["mixed activations"], schedule, shape)
+        engine = make_engine(open_store(checkpoint.store), policy, tmp_path)
+        rows = make_rows(prompts)
+        engine.generate(rows)
+        engine.close()
+        answers.append([row.checker.token_ids for row in rows])
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_read(
+    golden, tmp_path, monkeypatch
+):
+    free = dict.fromkeys(Tier, 10_000)
+    monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+    store = open_store(golden("opt-pre-ln").store)
+    monkeypatch.setattr(type(store), "read_rows", None)
+    policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (1, 1))
+    with pytest.raises(ValueError, match="the policy needs .* on device and host"):
+        make_engine(store, policy, tmp_path)
+
+
+def test_a_run_that_does_not_fit_names_the_tier_and_the_kind(
+    golden, tmp_path, monkeypatch
+):
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (3, 2))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    free = {Tier.DEVICE: 1 << 40, Tier.HOST: 1 << 40, Tier.DISK: 1000}
+    monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+    with pytest.raises(ValueError, match="on disk.*kv_cache.*offload_dir"):
+        engine.generate(make_rows(golden("opt-pre-ln").prompts))
+    engine.close()
+
+
+def test_memory_is_flat_over_blocks(golden, tmp_path):
+    """Nothing grows with the number of prompts: the second block needs no more."""
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (1, 2))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    prompts = golden("opt-pre-ln").prompts
+    engine.generate(make_rows(prompts[:2]))
+    needed = engine.times.predicted_peak
+    engine.generate(make_rows(prompts[:2] * 4))
+    assert engine.times.predicted_peak == needed
+    for tier, most in by_tier(needed).items():
+        assert engine.ledger.peak(tier) <= most
+    for kind in Kind:
+        assert engine.ledger.held(Tier.DISK, kind) == 0
+    engine.close()
+
+
+def test_close_ends_every_thread(golden, tmp_path):
+    policy = policy_of(PLACEMENTS["device"], Schedule.SERIAL, (1, 1))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    engine.generate(make_rows(golden("opt-pre-ln").prompts[:1]))
+    engine.close()
+    engine.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("flexjax")]

@@ -1,0 +1,265 @@
+"""The front door: what a caller sees, on real checkpoints, and every refusal."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import flexjax
+from flexjax import LLM, Placement, Policy, SamplingParams
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+SPILLS = Policy(
+    weights=Placement(host=0.5),
+    kv_cache=Placement(),
+    activations=Placement(host=1.0),
+    batch_size=2,
+    num_batches=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def llm(golden, tmp_path):
+    with LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=tmp_path) as llm:
+        yield llm
+
+
+def token_ids(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_a_hugging_face_folder_gives_hugging_faces_tokens(golden, tmp_path):
+    checkpoint = golden("opt-sharded-bin-f16")
+    with LLM(
+        checkpoint.folder, policy=SPILLS, dtype="float32", offload_dir=tmp_path
+    ) as llm:
+        outputs = llm.generate(checkpoint.prompts, GREEDY)
+    assert token_ids(outputs) == checkpoint.greedy_ids
+    assert [output.prompt_token_ids for output in outputs] == checkpoint.prompts
+    assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
+
+
+def test_float16_becomes_bfloat16_on_a_cpu(golden):
+    with LLM(golden("opt-sharded-bin-f16").folder) as llm:
+        held = llm.placement["weights"]["device"]["bytes"]
+        llm.generate([[5, 6]], dataclasses.replace(GREEDY, max_tokens=2))
+    folders = [path.name for path in pathlib.Path(os.environ["FLEXJAX_CACHE"]).iterdir()]
+    assert ["bfloat16" in name for name in folders] == [True]
+    assert held == 2 * sum(
+        np.prod(shape)
+        for shape in flexjax.models.config.tensor_shapes(llm.config).values()
+    )
+
+
+def test_score_equals_the_logprobs_collected_while_generating(llm, golden):
+    prompts = golden("opt-pre-ln").prompts
+    params = dataclasses.replace(GREEDY, logprobs=3)
+    outputs = llm.generate(prompts, params)
+    scores = llm.score([o.prompt_token_ids + o.outputs[0].token_ids for o in outputs])
+    for output, scored in zip(outputs, scores, strict=True):
+        completion = output.outputs[0]
+        seen = [
+            table[token].logprob
+            for table, token in zip(
+                completion.logprobs, completion.token_ids, strict=True
+            )
+        ]
+        np.testing.assert_allclose(
+            seen, scored[len(output.prompt_token_ids) - 1 :], atol=2e-4
+        )
+        assert completion.cumulative_logprob == pytest.approx(sum(seen))
+        assert all(len(table) == 3 for table in completion.logprobs)
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours(golden, tmp_path):
+    prompts = golden("opt-pre-ln").prompts
+    params = SamplingParams(
+        max_tokens=12, temperature=1.0, top_p=0.95, top_k=100, seed=7, ignore_eos=True
+    )
+    greedy = dataclasses.replace(params, temperature=0.0, seed=None)
+    answers = []
+    for shape in ((1, 1), (5, 1), (2, 2)):
+        policy = Policy(batch_size=shape[0], num_batches=shape[1])
+        with LLM(golden("opt-pre-ln").store, policy=policy) as llm:
+            answers.append(token_ids(llm.generate(prompts, params))[3])
+            mixed = [greedy, greedy, params, params, greedy]
+            answers.append(token_ids(llm.generate(prompts, mixed))[3])
+            answers.append(token_ids(llm.generate(prompts[3], params))[0])
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_the_seed_of_the_llm_decides_where_no_prompt_has_one(golden):
+    params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
+    answers = []
+    for seed in (1, 1, 2):
+        with LLM(golden("opt-pre-ln").store, seed=seed) as llm:
+            answers.append(token_ids(llm.generate([[5, 6], [5, 6]], params)))
+    assert answers[0] == answers[1] != answers[2]
+    assert answers[0][0] != answers[0][1]
+
+
+def test_a_repetition_penalty_sees_the_prompt_and_the_output(llm):
+    params = SamplingParams(
+        max_tokens=20, temperature=0.0, repetition_penalty=1e6, ignore_eos=True
+    )
+    (output,) = llm.generate([[5, 6, 7]], params)
+    seen = output.prompt_token_ids + output.outputs[0].token_ids
+    assert len(set(seen)) == len(seen)
+
+
+def test_end_of_text_and_stop_tokens_end_a_row(llm, golden):
+    (free,) = llm.generate([golden("opt-pre-ln").prompts[0]], GREEDY)
+    stop = free.outputs[0].token_ids[4]
+    params = dataclasses.replace(GREEDY, stop_token_ids=[stop])
+    (output,) = llm.generate([golden("opt-pre-ln").prompts[0]], params)
+    completion = output.outputs[0]
+    end = free.outputs[0].token_ids.index(stop)
+    assert completion.token_ids == free.outputs[0].token_ids[: end + 1]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert llm.metrics["num_tokens"] == end + 1
+
+
+def test_metrics_and_placement_can_be_written_as_json(llm, golden):
+    llm.generate(golden("opt-pre-ln").prompts, GREEDY)
+    metrics = json.loads(json.dumps(llm.metrics))
+    assert metrics["num_tokens"] == 5 * 16
+    assert metrics["bytes_moved"]["disk->device"] > 0
+    for tier, peak in metrics["peak_bytes"].items():
+        assert peak <= metrics["predicted_peak_bytes"][tier]
+    placement = json.loads(json.dumps(llm.placement))
+    for kind in ("weights", "kv_cache", "activations"):
+        effective = [tier["effective"] for tier in placement[kind].values()]
+        assert sum(effective) == pytest.approx(1.0)
+    assert placement["weights"]["host"]["requested"] == 0.5
+    assert placement["kv_cache"]["disk"]["effective"] == 1.0
+
+
+def test_an_empty_list_of_prompts_gives_an_empty_list(llm):
+    assert llm.generate([]) == []
+    assert llm.score([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[5], []], r"prompt 1 has no tokens"),
+        ([[5], [515]], r"prompt 1 has token id 515, but the vocabulary is 0\.\.514"),
+        ([[-1]], r"prompt 0 has token id -1"),
+        ([[5, "6"]], r"prompt 0 has '6', which is not a token id"),
+        ([[5] * 150], r"prompt 0 has 150 tokens and max_tokens=16.*positions for 160"),
+        (["Hello"], r"no tokenizer .*prompts must be given as token ids"),
+        ([""], r"prompt 0 is empty"),
+    ],
+)
+def test_bad_prompts_are_refused_by_number(llm, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, GREEDY)
+
+
+def test_bad_parameters_are_refused_by_name(llm):
+    with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
+        llm.generate([[5], [6]], [GREEDY])
+    with pytest.raises(ValueError, match="stop_token_ids of prompt 0 has 600"):
+        llm.generate([[5]], dataclasses.replace(GREEDY, stop_token_ids=[600]))
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        llm.generate([[5]], dataclasses.replace(GREEDY, stop="word"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "auto"}, "policy 'auto' is not supported"),
+        ({"policy": "nowhere.json"}, r"policy nowhere.json cannot be read"),
+        ({"policy": Policy(weights=Placement(device=1.5))}, "weights.*1.5"),
+        ({"policy": Policy(weight_bits=4)}, "weight_bits=4 is not supported"),
+        ({"max_model_len": 161}, "max_model_len is 161, expected 1 to 160"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(golden, options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(golden("opt-pre-ln").store, **options)
+
+
+def test_max_model_len_binds(golden):
+    with (
+        LLM(golden("opt-pre-ln").store, max_model_len=20) as llm,
+        pytest.raises(ValueError, match="positions for 20"),
+    ):
+        llm.generate([[5] * 5], GREEDY)
+
+
+def test_a_folder_that_cannot_be_spilled_to_is_refused(golden, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with (
+        LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=blocked) as llm,
+        pytest.raises((ValueError, OSError), match=str(blocked)),
+    ):
+        llm.generate([[5]], GREEDY)
+
+
+def test_an_altered_weight_is_refused_by_name(golden, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(golden("opt-pre-ln").store, store)
+    chunk = next((store / "tensors" / "layers.1.fc1.weight").glob("c*"))
+    data = bytearray(chunk.read_bytes())
+    data[100] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(ValueError, match=r"layers\.1\.fc1\.weight"):
+        LLM(store)
+    policy = dataclasses.replace(SPILLS, weights=Placement())
+    with (
+        LLM(store, policy=policy, offload_dir=tmp_path) as llm,
+        pytest.raises(ValueError, match=r"layers\.1\.fc1\.weight"),
+    ):
+        llm.generate([[5]], GREEDY)
+
+
+def test_spill_files_are_gone_after_close(golden, tmp_path):
+    spill = tmp_path / "spill"
+    llm = LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=spill)
+    llm.generate([[5, 6]], GREEDY)
+    assert list(spill.iterdir())
+    llm.close()
+    llm.close()
+    assert not list(spill.iterdir())
+
+
+def test_a_killed_run_leaves_nothing_after_the_next_start(golden, tmp_path):
+    spill = tmp_path / "spill"
+    store = golden("opt-pre-ln").store
+    code = f"""
+        import os, signal
+        from flexjax import LLM, Placement, Policy, SamplingParams
+        from flexjax.memory.disk import DiskStore
+        write, count = DiskStore._write, iter(range(100))
+        def kill(self, *args):
+            write(self, *args)
+            if next(count) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        DiskStore._write = kill
+        policy = Policy(kv_cache=Placement(), activations=Placement())
+        llm = LLM({str(store)!r}, policy=policy, offload_dir={str(spill)!r})
+        llm.generate([[5, 6]], SamplingParams(max_tokens=100, ignore_eos=True))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert list(spill.iterdir())
+    with LLM(store, policy=SPILLS, offload_dir=spill) as llm:
+        llm.generate([[5, 6]], GREEDY)
+        assert len(list(spill.iterdir())) == 1
+    assert not list(spill.iterdir())
