@@ -1,7 +1,6 @@
 """Token ids in, token ids out: runs blocks of prompts, each as a schedule."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
@@ -10,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from flexjax.blocks import GenerateRows, Row, ScoreRows
@@ -23,32 +21,20 @@ from flexjax.memory.footprint import RunFootprint, cache_rows, condensed, hidden
 from flexjax.memory.host import HostStore
 from flexjax.memory.lanes import Lane, Lanes
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink
+from flexjax.memory.link import Device, DeviceLink
 from flexjax.memory.placed import PlacedArrays
 from flexjax.memory.placement import Rows, effective, place_tensors
 from flexjax.memory.spill import SpillFolder
 from flexjax.memory.tier import TierStore
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
+from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import peak_bytes
-from flexjax.stage import LayerStage, Waits
+from flexjax.stage import LayerStage
 from flexjax.workload import Workload, bucket
 
 MOST_PARTS = 4  # in which a layer's weights travel
-
-
-@dataclasses.dataclass
-class RunTimes:
-    """What the last call of an engine took and needed."""
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_tokens: int = 0
-    predicted_peak: dict[tuple[Tier, Kind], int] = dataclasses.field(
-        default_factory=dict
-    )
-    waits: Waits = dataclasses.field(default_factory=Waits)
 
 
 class Engine:
@@ -72,9 +58,9 @@ class Engine:
         policy: Policy,
         *,
         offload_dir: pathlib.Path,
-        device: jax.Device,
+        device: Device,
         seed: int = 0,
-        on_weights: Callable[[int], None] = lambda nbytes: None,
+        on_weights: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
         self.config, self.policy, self._seed = store.config, policy, seed
         self.ledger, self.times = Ledger(), RunTimes()

@@ -203,11 +203,13 @@ def _summary(metrics: dict) -> str:
         f"{nbytes / 1e9:.2f} GB {tier}"
         for tier, nbytes in metrics["peak_bytes"].items()
     )
+    rss = metrics["peak_rss_bytes"] / 1e9
     return (
         f"{metrics['num_tokens']} tokens in {metrics['seconds']:.2f} s "
         f"({metrics['tokens_per_s']:.1f} tokens/s; prefill "
-        f"{metrics['prefill_s']:.2f} s), waited most for {metrics['waited_longest_for']}\n"
-        f"moved: {moved or 'nothing'}\npeak: {peaks}"
+        f"{metrics['prefill_s']:.2f} s), waited most for "
+        f"{metrics['waited_longest_for']}\n"
+        f"moved: {moved or 'nothing'}\npeak: {peaks}; {rss:.2f} GB resident"
     )
 
 

@@ -14,11 +14,11 @@ from checkpoints_tools.resolve import default_cache, resolve_model
 from flexjax.blocks import Row
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.engine import Engine
+from flexjax.metrics import metrics_report
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.placement_report import placement_report
-from flexjax.policy import Policy, Tier, read_policy, validate
+from flexjax.policy import Policy, read_policy, validate
 from flexjax.sampling_params import SamplingParams
-from flexjax.schedule.footprint import by_tier
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
@@ -131,7 +131,7 @@ class LLM:
         most = sum(row.params.max_tokens for row in rows)
         with self._bar(most, "generating", "token") as bar:
             self._engine.generate(rows, self._on_tokens(bar))
-        self.metrics = self._measured()
+        self.metrics = metrics_report(self._engine.times, self._engine.ledger)
         return [
             self._output(row, prompt)
             for row, prompt in zip(rows, requests, strict=True)
@@ -157,7 +157,7 @@ class LLM:
         most = sum(map(len, sequences))
         with self._bar(most, "scoring", "token") as bar:
             scores = self._engine.score(sequences, self._on_tokens(bar))
-        self.metrics = self._measured()
+        self.metrics = metrics_report(self._engine.times, self._engine.ledger)
         return scores
 
     def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
@@ -233,28 +233,6 @@ class LLM:
             }
             for table in tables
         ]
-
-    def _measured(self) -> dict[str, Any]:
-        times, ledger = self._engine.times, self._engine.ledger
-        seconds = times.prefill_s + times.decode_s
-        return {
-            "seconds": seconds,
-            "prefill_s": times.prefill_s,
-            "decode_s": times.decode_s,
-            "num_tokens": times.num_tokens,
-            "tokens_per_s": times.num_tokens / seconds if seconds else 0.0,
-            "waited_longest_for": times.waits.longest,
-            "waited_s": dict(times.waits.seconds),
-            "bytes_moved": {
-                f"{source.value}->{target.value}": nbytes
-                for (source, target), nbytes in ledger.moved().items()
-            },
-            "peak_bytes": {tier.value: ledger.peak(tier) for tier in Tier},
-            "predicted_peak_bytes": {
-                tier.value: nbytes
-                for tier, nbytes in by_tier(times.predicted_peak).items()
-            },
-        }
 
     def _bar(self, total: int, label: str, unit: str) -> tqdm:
         return tqdm(

@@ -73,7 +73,12 @@ class Waits:
 
     def __init__(self) -> None:
         # All causes from the start: two threads write, and a third may read.
-        self.seconds = dict.fromkeys(("weights", "cache", "hidden", "compute"), 0.0)
+        self.seconds: dict[str, float] = {
+            "weights": 0.0,
+            "cache": 0.0,
+            "hidden": 0.0,
+            "compute": 0.0,
+        }
 
     @contextlib.contextmanager
     def wait(self, cause: str) -> Iterator[None]:

@@ -24,14 +24,12 @@ from flexjax.models.opt import (
     contract_last,
     token_positions,
 )
+from flexjax.workload import prefill_rows
 
 Hidden = Float[Array, "batch 1 seq hidden"]
 # Segments of a cache differ in their rows, and new tokens from old ones in their slots.
 _KeyOrValue = Float[Array, "_rows heads _slots head_dim"]
 KeyValue = tuple[_KeyOrValue, _KeyOrValue]
-# Tokens that a prefill works on at a time; matrix products are at full speed from a few
-# hundred rows on, so this costs nothing but bounds the workspace.
-PREFILL_TOKENS = 2048
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
 
 
@@ -81,15 +79,6 @@ def prefill_step(
         lambda array: array.reshape(batch, *array.shape[2:]),
         jax.lax.map(run, grouped),
     )
-
-
-def prefill_rows(batch_size: int, seq_len: int) -> int:
-    """Rows that a prefill works on at a time: a divisor of the batch's.
-
-    As many as stay within `PREFILL_TOKENS`, but at least one.
-    """
-    most = max(1, PREFILL_TOKENS // seq_len)
-    return max(n for n in range(1, batch_size + 1) if not batch_size % n and n <= most)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")

@@ -8,6 +8,10 @@ its part of the logits, and the last one ends a step.
 
 import dataclasses
 
+# Tokens that a prefill works on at a time; matrix products are at full speed from a few
+# hundred rows on, so this costs nothing but bounds the workspace.
+PREFILL_TOKENS = 2048
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -71,3 +75,12 @@ def bucket(length: int) -> int:
         raise ValueError(f"a length of {length} has no bucket; expected at least 1")
     quantum = max(32, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // quantum) * quantum
+
+
+def prefill_rows(batch_size: int, seq_len: int) -> int:
+    """Rows that a prefill works on at a time: a divisor of the batch's.
+
+    As many as stay within `PREFILL_TOKENS`, but at least one.
+    """
+    most = max(1, PREFILL_TOKENS // seq_len)
+    return max(n for n in range(1, batch_size + 1) if not batch_size % n and n <= most)

@@ -16,6 +16,7 @@ STAIRS = [
     # words
     "sizes",
     "policy",
+    "policy_args",
     "workload",
     "sampling_params",
     "outputs",
@@ -48,15 +49,21 @@ STAIRS = [
     "memory.disk",
     "memory.placed",
     "memory.weights",
+    "memory.capacity",
+    "memory.footprint",
     # run
     "steps",
     "executor",
     "stage",
+    "metrics",
     "blocks",
     "engine",
     # doors
     "cli",
     "tokenizer",
+    "placement_report",
+    "llm",
+    "generate",
 ]
 MAX_FILE_LINES = 350
 MAX_BODY_LINES = 50

@@ -56,7 +56,9 @@ def test_float16_becomes_bfloat16_on_a_cpu(golden):
     with LLM(golden("opt-sharded-bin-f16").folder) as llm:
         held = llm.placement["weights"]["device"]["bytes"]
         llm.generate([[5, 6]], dataclasses.replace(GREEDY, max_tokens=2))
-    folders = [path.name for path in pathlib.Path(os.environ["FLEXJAX_CACHE"]).iterdir()]
+    folders = [
+        path.name for path in pathlib.Path(os.environ["FLEXJAX_CACHE"]).iterdir()
+    ]
     assert ["bfloat16" in name for name in folders] == [True]
     assert held == 2 * sum(
         np.prod(shape)

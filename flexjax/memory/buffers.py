@@ -61,8 +61,14 @@ class BufferPool:
                 self._free_bytes -= nbytes
                 return self._free[nbytes].pop()
             self._shrink()
+        try:
+            buffer = page_aligned(nbytes)
+        except MemoryError:
+            with self._lock:
+                self._lent_bytes -= nbytes
+            raise
         self._ledger.hold(self._tier, self._kind, nbytes)
-        return page_aligned(nbytes)
+        return buffer
 
     def give(self, buffer: np.ndarray) -> None:
         """Takes a buffer back; nobody may look at it any more."""

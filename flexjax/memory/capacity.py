@@ -2,14 +2,18 @@
 
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-import jax
-
+from flexjax.memory.link import Device
 from flexjax.policy import Kind, Tier
 from flexjax.sizes import format_bytes
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
+_OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
+_LIMITS = (  # of memory, and what is taken of it: version 2 and version 1
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 _ADVICE = {
     Tier.DEVICE: "lower batch_size, or place less on the device",
     Tier.HOST: "lower batch_size or num_batches, or place less on the host",
@@ -18,7 +22,7 @@ _ADVICE = {
 }
 
 
-def free_bytes(device: jax.Device, offload_dir: pathlib.Path) -> dict[Tier, int]:
+def free_bytes(device: Device, offload_dir: pathlib.Path) -> dict[Tier, int]:
     """Bytes that each tier can take in addition to what it holds.
 
     A CPU is a device with the host's memory, so there the two tiers share it.
@@ -35,24 +39,51 @@ def free_bytes(device: jax.Device, offload_dir: pathlib.Path) -> dict[Tier, int]
 
 
 def free_host_bytes() -> int:
-    """Memory that this process may still take, by the machine and by its cgroup."""
-    found = []
+    """Memory that this process may still take, by the machine and by its cgroups."""
+    found = [1 << 62]  # what is not known refuses nothing
+    machine = _numbers(pathlib.Path("/proc/meminfo"))
+    if "MemAvailable:" in machine:
+        found.append(machine["MemAvailable:"] * 1024)
+    for folder in _cgroups():
+        for limit, used in _LIMITS:
+            try:
+                most = int((folder / limit).read_text())
+                taken = int((folder / used).read_text())
+            except (OSError, ValueError):
+                continue  # no such controller, or "max"
+            stat = _numbers(folder / "memory.stat")
+            cached = sum(
+                stat.get(f"{state}_file", 0) for state in ("active", "inactive")
+            )
+            found.append(most - (taken - cached))
+    return max(0, min(found))
+
+
+def _cgroups() -> Iterator[pathlib.Path]:
+    """Folders of the groups whose limits hold for this process, as far as it sees them.
+
+    A group's limit holds for all groups below it. In a container, the paths that the
+    system names may be hidden, and the root is the container's own.
+    """
     try:
-        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+        lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
-        pass  # not Linux: nothing is known, so nothing is refused
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most = int((_CGROUP / limit).read_text())
-            found.append(most - int((_CGROUP / used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such controller, or "max"
-    return min(found, default=1 << 62)
+        return  # not Linux
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        root = _CGROUP / controllers
+        if controllers in ("", "memory"):
+            group = pathlib.PurePosixPath(path.strip("/"))
+            yield from (root / part for part in (group, *group.parents))
+
+
+def _numbers(path: pathlib.Path) -> dict[str, int]:
+    """The first number of every line, by the word before it; nothing without a file."""
+    try:
+        words = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {word[0]: int(word[1]) for word in words if len(word) > 1}
 
 
 def ensure_fits(
@@ -68,8 +99,10 @@ def ensure_fits(
         free: see `free_bytes`.
         device_is_host: the device tier and the host tier share one memory.
     """
-    shared = (Tier.DEVICE, Tier.HOST) if device_is_host else ()
-    for tiers in {shared, *((tier,) for tier in Tier if tier not in shared)} - {()}:
+    memories: list[tuple[Tier, ...]] = [(Tier.DEVICE,), (Tier.HOST,), (Tier.DISK,)]
+    if device_is_host:
+        memories[:2] = [(Tier.DEVICE, Tier.HOST)]
+    for tiers in memories:
         sizes = {key: n for key, n in needed.items() if key[0] in tiers and n > 0}
         total = sum(sizes.values())
         if total <= free[tiers[0]]:

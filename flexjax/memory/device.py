@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import Loan
@@ -72,7 +72,7 @@ def _padded(
 def _written(
     array: Shaped[Array, "rows groups slots width"],
     value: Shaped[Array, "rows groups seq width"],
-    at: int,
+    at: Int[Array, ""],
 ) -> Shaped[Array, "rows groups slots width"]:
     """`array` with `value` at slot `at`, in place."""
     zero = jnp.zeros((), jnp.int32)

@@ -170,6 +170,7 @@ class DiskStore:
                 spec, context=self._context, create=True, open=False
             ).result()
         except ValueError as error:
+            shutil.rmtree(folder, ignore_errors=True)
             raise self._failure("written", key, error) from error
 
     def _write(self, key: Hashable, entry: _Entry, part: np.ndarray) -> None:

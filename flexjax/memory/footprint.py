@@ -1,4 +1,4 @@
-"""The bytes of a run of the engine: what `peak_bytes` asks about a schedule's buffers."""
+"""The bytes of an engine's run: what `peak_bytes` asks about a schedule's buffers."""
 
 import dataclasses
 from collections import Counter
@@ -11,8 +11,7 @@ from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.schedule.footprint import Bytes
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
-from flexjax.steps import prefill_rows
-from flexjax.workload import Workload
+from flexjax.workload import Workload, prefill_rows
 
 
 def cache_rows(policy: Policy, work: Workload, buffer: Cache) -> Rows:
@@ -27,12 +26,13 @@ def hidden_rows(policy: Policy, work: Workload, buffer: Hidden) -> Rows:
 
 
 def condensed(work: Workload) -> tuple[Workload, int]:
-    """`work` with its prefill and last two steps alone, and how many it leaves out.
+    """`work` with its prefill and last three steps alone, and how many it leaves out.
 
-    A step needs no more memory than a later one but for the prefill, so the peak is the
-    same, and a long generation is as quickly sized as a short one.
+    But for the prefill, a step needs no more memory than the next one that stores its
+    cache, and while that one stores, the cache of the step before it is there too. So
+    the peak is the same, and a long generation is as quickly sized as a short one.
     """
-    skipped = max(0, work.gen_len - 3)
+    skipped = max(0, work.gen_len - 4)
     return dataclasses.replace(work, gen_len=work.gen_len - skipped), skipped
 
 
@@ -73,7 +73,7 @@ class RunFootprint:
             {(tier, Kind.WEIGHTS): n for tier, n in self.weights.home_bytes().items()}
         )
         if not self.scores:
-            # Where the head comes in blocks, every batch's logits wait for the last one.
+            # Where the head comes in blocks, all batches' logits wait for the last one.
             waiting = self.work.num_batches if self.head.num_blocks > 1 else 1
             logits = 4 * self.work.batch_size * self.config.vocab_size
             size[Tier.DEVICE, Kind.ACTIVATIONS] += waiting * logits
@@ -89,7 +89,7 @@ class RunFootprint:
                 slots = work.cache_slots(self._true(step) - 1)
                 return self._staged(Kind.KV_CACHE, rows, slots * self._cache_slot_bytes)
             case Hidden():
-                # In front of the first layer, and where tiers join, all rows are staged.
+                # Before the first layer, and where tiers join, all rows are staged.
                 return self._staged(
                     Kind.ACTIVATIONS,
                     Rows(0, 0, work.batch_size),

@@ -1,7 +1,8 @@
 """Lanes: threads that each do one kind of work in the order in which it was issued.
 
-A task may wait for tasks that were issued before it, in any lane. Since every lane keeps
-to the order of issue, the oldest unfinished task can always run: lanes cannot deadlock.
+A task may wait for tasks that were issued before it, in any lane. Since every lane
+keeps to the order of issue, the oldest unfinished task can always run: lanes cannot
+deadlock.
 """
 
 import enum

@@ -1,13 +1,22 @@
 """The way between host memory and the device."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from flexjax.memory.ledger import Ledger
 from flexjax.policy import Kind, Tier
+
+
+class Device(Protocol):
+    """What is asked of a `jax.Device`, which type checkers take for a variable."""
+
+    @property
+    def platform(self) -> str: ...
+
+    def memory_stats(self) -> dict[str, Any] | None: ...
 
 
 def nothing_to_release() -> None:
@@ -24,10 +33,10 @@ class Loan(NamedTuple):
 class DeviceLink:
     """Brings arrays to a device and back.
 
-    A CPU is a device that shares the host's memory: arrays there are looked at in place.
+    A CPU is a device that shares the host's memory: arrays are looked at in place.
     """
 
-    def __init__(self, device: jax.Device, ledger: Ledger) -> None:
+    def __init__(self, device: Device, ledger: Ledger) -> None:
         self.device = device
         self.is_shared = device.platform == "cpu"
         self.stage_tier = Tier.DEVICE if self.is_shared else Tier.HOST
@@ -45,16 +54,23 @@ class DeviceLink:
             array: must not change before the loan is released; memory that is aligned
                 to 64 bytes is used in place where the device shares it.
             kind: under which the copy on the device is counted.
-            give_back: called once `array` is not needed any more.
+            give_back: called once `array` is not needed any more, at the latest when
+                the loan is released, or at once if there is none to be had.
         """
-        if self.is_shared:
-            return Loan(jax.device_put(array, self.device), give_back)
-        self._ledger.hold(Tier.DEVICE, kind, array.nbytes)
-        self._ledger.move(Tier.HOST, Tier.DEVICE, array.nbytes)
-        # The copy may read `array` after device_put has returned.
-        copy = jax.device_put(array, self.device).block_until_ready()
+        nbytes = array.nbytes
+        try:
+            copy = jax.device_put(array, self.device)
+            if self.is_shared:
+                return Loan(copy, give_back)
+            # The copy may read `array` after device_put has returned.
+            copy.block_until_ready()
+        except BaseException:
+            give_back()
+            raise
+        self._ledger.hold(Tier.DEVICE, kind, nbytes)
+        self._ledger.move(Tier.HOST, Tier.DEVICE, nbytes)
         give_back()
-        return Loan(copy, lambda: self._ledger.hold(Tier.DEVICE, kind, -array.nbytes))
+        return Loan(copy, lambda: self._ledger.hold(Tier.DEVICE, kind, -nbytes))
 
     def download(self, array: jax.Array) -> np.ndarray:
         """`array` in host memory, once it has been computed; read-only."""

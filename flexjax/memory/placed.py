@@ -15,7 +15,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class PlacedLoan:
-    """What a load brought: the arrays of each tier's rows, in the order of the batch."""
+    """What a load brought: the arrays of each tier's rows, as they lie in the batch."""
 
     def __init__(self, segments: list[tuple[Loan, ...]]) -> None:
         self._segments = segments

@@ -1,8 +1,8 @@
 """The rounding rules: which tensor, and which rows, live on which tier.
 
-Tensors are placed whole and rows are placed whole; what rounding one of them leaves over
-is carried to the next, so that over the whole model the effective fractions are the
-requested ones to within one tensor or one row.
+Tensors are placed whole and rows are placed whole; what rounding one of them leaves
+over is carried to the next, so that over the whole model the effective fractions are
+the requested ones to within one tensor or one row.
 """
 
 import math
@@ -49,7 +49,7 @@ def place_rows(placement: Placement, batch_size: int, index: int) -> Rows:
 
 
 def _nearest(x: float) -> int:
-    # A fraction such as 0.7 times a count must not fall short of a half by its last bit.
+    # A fraction such as 0.7 times a count must not miss a half by its last bit.
     return math.floor(x + 0.5 + 1e-9)
 
 
@@ -58,9 +58,9 @@ def place_tensors(placement: Placement, nbytes: Mapping[str, int]) -> dict[str, 
 
     All tensors stand in one fixed line, and the tiers cut it where their fractions say.
     So a larger fraction on the device keeps everything that a smaller one kept there,
-    and the error is at most half a tensor. In the line, the tensors of equal size and
-    equal name stand together, in an order that spreads any stretch of it evenly over the
-    layers: what is streamed is about the same in every layer.
+    and no cut is off by more than half a tensor. In the line, the tensors of equal size
+    and equal name stand together, in an order that spreads any stretch of it evenly
+    over the layers: what is streamed is about the same in every layer.
 
     Args:
         placement: the requested fractions.
@@ -73,7 +73,7 @@ def place_tensors(placement: Placement, nbytes: Mapping[str, int]) -> dict[str, 
     tiers, end = {}, 0
     for name in line:
         middle, end = end + nbytes[name] / 2, end + nbytes[name]
-        on_device, on_host = middle <= device_end, middle <= host_end + 1e-9 * total
+        on_device, on_host = middle <= device_end, middle <= host_end
         tiers[name] = Tier.DEVICE if on_device else Tier.HOST if on_host else Tier.DISK
     return tiers
 

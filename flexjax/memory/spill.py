@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 
-from flexjax.safe_files import make_folder
+from flexjax.safe_files import make_folder, unwritable
 
 _PREFIX = "flexjax-spill-"
 _LOCK = "lock"
@@ -24,9 +24,10 @@ class SpillFolder:
     def __init__(self, parent: pathlib.Path) -> None:
         make_folder(parent)
         sweep(parent)
-        self.path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            self.path, self._lock = _make_locked(parent)
+        except OSError as error:
+            raise unwritable(parent, error) from error
 
     def close(self) -> None:
         """Removes the folder and all that lies in it."""
@@ -34,6 +35,27 @@ class SpillFolder:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _make_locked(parent: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """A new folder, and its lock file's descriptor.
+
+    Another process may sweep the folder before it is locked: then a next one is made.
+    """
+    while True:
+        path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_nlink:
+                return path, lock
+        except BlockingIOError:
+            pass
+        except OSError:
+            os.close(lock)
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        os.close(lock)
 
 
 def sweep(parent: pathlib.Path) -> None:

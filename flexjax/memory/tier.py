@@ -1,7 +1,7 @@
 """The interface of the three stores, one a tier, that hold what a run computes.
 
 They hold arrays `[rows, groups, slots, width]` that grow along their slots: keys and
-values (`[rows, heads, slots, head_dim]`) and hidden states (`[rows, 1, slots, hidden]`).
+values (`[rows, heads, slots, head_dim]`) and hidden states, which have one group.
 """
 
 from collections.abc import Hashable
@@ -26,7 +26,7 @@ class TierStore(Protocol):
 
         Args:
             key: names the array; `at == 0` begins it anew.
-            value: `[batch, groups, seq, width]`, on the device, perhaps not yet computed.
+            value: `[batch, groups, seq, width]` on the device, perhaps still to come.
             rows: the rows of the batch that this tier keeps.
             at: slots that are in use already.
             slots: slots to have room for, `at + seq` or more.

@@ -48,14 +48,14 @@ class PlacedWeights:
         lanes: Lanes,
         head: HeadBlocks,
         num_parts: int,
-        progress: Callable[[int], None] = lambda nbytes: None,
+        progress: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
         self._store, self._tiers, self._link = store, tiers, link
         self._ledger, self._lanes = ledger, lanes
         self.head, self._num_parts = head, num_parts
         self._stage = BufferPool(ledger, link.stage_tier, Kind.WEIGHTS)
         self._rows_stage = BufferPool(ledger, link.stage_tier, Kind.ACTIVATIONS)
-        self._verified: set[tuple[str, int]] = set()  # (tensor, first row)
+        self._verified: set[tuple[str, int]] = set()  # (tensor, first row of a piece)
         self._on_device: dict[str, jax.Array] = {}
         self._on_host: dict[str, np.ndarray] = {}
         for name, tier in tiers.items():
@@ -103,12 +103,11 @@ class PlacedWeights:
         entry = self._store.tensors[name]
         buffer = self._rows_stage.take(ids.size * entry.row_bytes)
         out = typed(buffer, (ids.size, entry.shape[1]), entry.dtype)
-        if self._tiers[name] is Tier.HOST:
-            np.take(self._on_host[name], ids.reshape(-1), axis=0, out=out, mode="clip")
-        else:
-            self._store.gather_rows(name, ids, out)
-            distinct = len(np.unique(ids)) * entry.row_bytes
-            self._ledger.move(Tier.DISK, self._link.stage_tier, distinct)
+        try:
+            self._gather(name, ids.reshape(-1), out)
+        except BaseException:
+            self._rows_stage.give(buffer)
+            raise
         rows = out.reshape(*ids.shape, -1)
         return self._link.lend(
             rows, Kind.ACTIVATIONS, lambda: self._rows_stage.give(buffer)
@@ -157,29 +156,44 @@ class PlacedWeights:
         block = layer - self.config.num_hidden_layers
         return {self.config.head_table: self.head.span(block, self.config.vocab_size)}
 
+    def _gather(self, name: str, ids: np.ndarray, out: np.ndarray) -> None:
+        """Fills `out[i]` with row `ids[i]` of a table that is not on the device."""
+        if self._tiers[name] is Tier.HOST:
+            np.take(self._on_host[name], ids, axis=0, out=out, mode="clip")
+            return
+        entry = self._store.tensors[name]
+        self._store.gather_rows(name, ids, out)
+        rows, where = np.unique(ids, return_index=True)
+        self._ledger.move(Tier.DISK, self._link.stage_tier, len(rows) * entry.row_bytes)
+        if name == self.config.head_table:
+            return  # the head reads and verifies all of it before any token is known
+        _, first = np.unique(rows // entry.chunk_rows, return_index=True)
+        for row, at in zip(rows[first].tolist(), where[first].tolist(), strict=True):
+            begin = row // entry.chunk_rows * entry.chunk_rows
+            self._verify_once(name, begin, out[at : at + 1], row)
+
     def _load(self, spans: dict[str, slice]) -> Loans:
         """All reads of a part are under way at once; the disk orders them."""
-        reads = {
-            name: self._start_reading(name, rows)
-            for name, rows in spans.items()
-            if self._tiers[name] is Tier.DISK
-        }
+        reads: dict[str, _Read] = {}
+        loans: Loans = {}
         try:
-            for name, read in reads.items():
-                read.done.result()
-                self._ledger.move(Tier.DISK, self._link.stage_tier, read.array.nbytes)
-                self._verify_once(name, spans[name], read.array)
+            for name, rows in spans.items():
+                if self._tiers[name] is Tier.DISK:
+                    reads[name] = self._start_reading(name, rows)
+            for name, rows in spans.items():
+                if name in reads:
+                    self._finish_reading(name, rows, reads[name])
+                    loans[name] = self._lend(reads.pop(name))
+                else:
+                    loans[name] = self._resident(name, rows)
         except BaseException:
             for read in reads.values():
-                read.done.exception()  # nothing may write into a buffer once it is given
+                read.done.exception()  # nothing may write into a buffer that is given
                 self._stage.give(read.buffer)
+            for loan in loans.values():
+                loan.release()
             raise
-        return {
-            name: self._lend(reads[name])
-            if name in reads
-            else self._resident(name, rows)
-            for name, rows in spans.items()
-        }
+        return loans
 
     def _start_reading(self, name: str, rows: slice) -> "_Read":
         entry, count = self._store.tensors[name], rows.stop - rows.start
@@ -188,10 +202,18 @@ class PlacedWeights:
         done = self._store.read_rows(name, rows.start, rows.stop, array)
         return _Read(buffer, array, done)
 
-    def _verify_once(self, name: str, rows: slice, array: np.ndarray) -> None:
-        if (name, rows.start) not in self._verified:
-            self._store.verify(name, array, rows.start)
-            self._verified.add((name, rows.start))
+    def _finish_reading(self, name: str, rows: slice, read: "_Read") -> None:
+        read.done.result()
+        self._ledger.move(Tier.DISK, self._link.stage_tier, read.array.nbytes)
+        self._verify_once(name, rows.start, read.array, rows.start)
+
+    def _verify_once(
+        self, name: str, piece: int, array: np.ndarray, first_row: int
+    ) -> None:
+        """Verifies rows from `first_row` on, unless the piece at row `piece` was."""
+        if (name, piece) not in self._verified:
+            self._store.verify(name, array, first_row)
+            self._verified.add((name, piece))
 
     def _lend(self, read: "_Read") -> Loan:
         return self._link.lend(

@@ -39,8 +39,7 @@ def check(ops: Iterable[Op], work: Workload) -> None:
                 state.store(op, buffer, step)
             case Free(buffer):
                 state.free(op, buffer)
-    if state.on_device:
-        raise ValueError(f"never freed: {sorted(map(str, state.on_device))}")
+    state.finish()
 
 
 class _State:
@@ -53,7 +52,10 @@ class _State:
         self._cached_step: dict[Cache, int] = {}  # last step whose cache was stored
         self._done: dict[int, Cell] = {}  # last cell of each batch
         self._home: dict[Hidden, Cell] = {}  # the cell whose hidden state is at home
-        self._staged: dict[Hidden, Cell] = {}  # the cell whose hidden state is staged
+        self._staged: dict[
+            Hidden, Cell | None
+        ] = {}  # that whose hidden state is staged
+        self._loaded_step: dict[Cache, int] = {}  # last step that a cache came for
 
     def load(self, op: Op, buffer: Buffer, step: int) -> None:
         _require(buffer not in self.on_device, op, f"{buffer} is there already")
@@ -64,16 +66,17 @@ class _State:
                 _require(
                     stored == step - 1, op, f"{buffer} was stored at step {stored}"
                 )
-            case Hidden(batch):
-                home, done = self._home.get(buffer), self._done.get(batch)
-                starts = done is None or done.layer == self._work.num_layers - 1
+                self._loaded_step[buffer] = step
+            case Hidden(batch) if self._is_between_steps(batch):
+                self._staged[buffer] = _token_rows(step, batch)
+            case Hidden():
+                home = self._home.get(buffer)
                 _require(
-                    starts or (home is not None and home.step == step),
+                    home is not None and home.step == step,
                     op,
                     f"{buffer} was never stored at step {step}",
                 )
-                if not starts and home is not None:
-                    self._staged[buffer] = home
+                self._staged[buffer] = home
             case Weights():
                 pass
         self.on_device.add(buffer)
@@ -83,25 +86,16 @@ class _State:
         for part in range(work.num_parts):
             self._on_device(op, Weights(cell.layer, part))
         self._on_device(op, hidden)
-        done = self._done.get(cell.batch)
-        if cell.layer > 0:
-            before = Cell(cell.step, cell.layer - 1, cell.batch)
-            _require(done == before, op, f"the batch has just done {done}")
-            made = before.layer if work.is_decoder(before.layer) else None
-            held = self._staged.get(hidden)
-            _require(
-                made is None or held == before, op, f"{hidden} holds what {held} made"
-            )
-        else:
-            last = Cell(cell.step - 1, work.num_layers - 1, cell.batch)
-            _require(
-                done == (last if cell.step else None), op, f"the batch has done {done}"
-            )
+        done, held = self._done.get(cell.batch), self._staged.get(hidden)
+        _require(done == self._before(cell), op, f"the batch has just done {done}")
+        _require(held == self._input(cell), op, f"{hidden} holds what {held} made")
         self._done[cell.batch] = cell
         if work.is_decoder(cell.layer):
             cache = Cache(cell.layer, cell.batch)
             if cell.step > 0:
                 self._on_device(op, cache)
+                came = self._loaded_step.get(cache)
+                _require(came == cell.step, op, f"{cache} came for step {came}")
             self.on_device.add(cache)
             if work.keeps_cache(cell.step):
                 self._unsaved.add(cache)
@@ -124,8 +118,38 @@ class _State:
         _require(buffer not in self._unsaved, op, f"{buffer} was not stored")
         self.on_device.discard(buffer)
 
+    def finish(self) -> None:
+        if self.on_device:
+            raise ValueError(f"never freed: {sorted(map(str, self.on_device))}")
+        for batch, done in self._done.items():
+            if not self._is_between_steps(batch):
+                raise ValueError(f"batch {batch} stops inside a step, after {done}")
+
+    def _is_between_steps(self, batch: int) -> bool:
+        done = self._done.get(batch)
+        return done is None or done.layer == self._work.num_layers - 1
+
+    def _before(self, cell: Cell) -> Cell | None:
+        """What the batch of `cell` does before it."""
+        if cell.layer > 0:
+            return cell._replace(layer=cell.layer - 1)
+        if cell.step > 0:
+            return Cell(cell.step - 1, self._work.num_layers - 1, cell.batch)
+        return None
+
+    def _input(self, cell: Cell) -> Cell:
+        """What makes the hidden state that `cell` is given."""
+        if cell.layer == 0:
+            return _token_rows(cell.step, cell.batch)
+        return cell._replace(layer=min(cell.layer, self._work.num_decoder_layers) - 1)
+
     def _on_device(self, op: Op, buffer: Buffer) -> None:
         _require(buffer in self.on_device, op, f"{buffer} is not on the device")
+
+
+def _token_rows(step: int, batch: int) -> Cell:
+    """What stands for the embedding, which is no layer of its own."""
+    return Cell(step, -1, batch)
 
 
 def _require(holds: bool, op: Op, otherwise: str) -> None:

@@ -10,6 +10,7 @@ as it can, and leaves out the batches that have ended.
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from flexjax.policy import Schedule
 from flexjax.schedule.ops import (
@@ -55,32 +56,37 @@ def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
 def zigzag(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """FlexGen's block schedule: a layer's weights serve every batch before they go."""
 
-    def cells() -> Iterator[Cell]:
+    def turns() -> Iterator[_Turn]:
         for step in range(work.gen_len):
             batches = []
             for batch in range(work.num_batches):
                 if alive(step, batch):
                     batches.append(batch)
-                    yield Cell(step, 0, batch)
+                    due = _share(work, batch + 1, work.num_batches)
+                    yield _Turn(Cell(step, 0, batch), due)
             for layer in range(1, work.num_layers):
-                for batch in batches:
-                    yield Cell(step, layer, batch)
+                ends = step == work.gen_len - 1 and layer == work.num_layers - 1
+                for turn, batch in enumerate(batches, 1):
+                    due = 0 if ends else _share(work, turn, len(batches))
+                    yield _Turn(Cell(step, layer, batch), due)
 
-    return _pipeline(work, cells(), width=work.num_batches)
+    return _pipeline(work, turns())
 
 
 def row_by_row(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """What other offloaders do: one batch to its end, then the next."""
+    last = Cell(work.gen_len - 1, work.num_layers - 1, work.num_batches - 1)
 
-    def cells() -> Iterator[Cell]:
+    def turns() -> Iterator[_Turn]:
         for batch in range(work.num_batches):
             for step in range(work.gen_len):
                 if not alive(step, batch):
                     break
                 for layer in range(work.num_layers):
-                    yield Cell(step, layer, batch)
+                    cell = Cell(step, layer, batch)
+                    yield _Turn(cell, 0 if cell == last else work.num_parts)
 
-    return _pipeline(work, cells(), width=1)
+    return _pipeline(work, turns())
 
 
 EMITTERS: dict[Schedule, Callable[[Workload, Alive], Iterator[Op]]] = {
@@ -90,82 +96,71 @@ EMITTERS: dict[Schedule, Callable[[Workload, Alive], Iterator[Op]]] = {
 }
 
 
-def _pipeline(work: Workload, cells: Iterator[Cell], width: int) -> Iterator[Op]:
-    """Runs `cells` with the next cell's inputs and the next layer's weights under way.
+class _Turn(NamedTuple):
+    """A cell, and how many parts of the next layer's weights are due while it runs."""
+
+    cell: Cell
+    due: int
+
+
+def _share(work: Workload, turn: int, num_turns: int) -> int:
+    """Parts that are due in the `turn`-th of the turns that share a layer's weights."""
+    return -(-work.num_parts * turn // num_turns)
+
+
+def _pipeline(work: Workload, turns: Iterator[_Turn]) -> Iterator[Op]:
+    """Runs `turns` with the next cell's inputs and the next layer's weights under way.
 
     Every `Free` comes one cell late, so that it waits for work that was dispatched
     before the work in progress; only a hidden state that the very next cell needs again
-    is freed at once. At most two layers' weights, two caches and two hidden states are
-    on the device.
+    is freed at once, after everything else that the next cell needs was asked for. At
+    most two layers' weights, two caches and two hidden states are on the device.
 
-    Args:
-        work: what is run.
-        cells: in the order in which they compute.
-        width: cells in a row that share a layer's weights.
+    Weights of a next step are loaded in the hope that some batch lives to see it. What
+    nobody came for is freed at the end.
     """
-    cell = next(cells, None)
-    if cell is None:
+    turn = next(turns, None)
+    if turn is None:
         return
-    parts = range(work.num_parts)
+    cell, parts = turn.cell, range(work.num_parts)
     yield from _load_weights(cell.step, cell.layer, parts)
-    yield from _load_cache(work, cell)
     yield Load(Hidden(cell.batch), cell.step)
     before: Cell | None = None
-    ahead: _Ahead | None = None
-    while cell is not None:
+    num_ahead = 0  # parts of the next layer's weights that were asked for
+    while turn is not None:
+        cell, due = turn
         yield Compute(*cell)
         yield from _stores(work, cell)
         if before is not None:
             yield from _free_cache(work, before)
-        if before is None or before.layer != cell.layer:
-            if before is not None:
+            if before.layer != cell.layer:
                 yield from _free_weights(before.layer, parts)
-            ahead = _Ahead(work, cell, width)
-        assert ahead is not None
-        yield from ahead.load(up_to=cell.batch % width)
-        after = next(cells, None)
+        yield from _load_weights(*_next_layer(work, cell), parts[num_ahead:due])
+        num_ahead = max(num_ahead, due)
+        turn = next(turns, None)
+        after = None if turn is None else turn.cell
         if after is not None:
             yield from _load_cache(work, after)
+            if after.layer != cell.layer:
+                yield from _load_weights(after.step, after.layer, parts[num_ahead:])
+                num_ahead = 0
         if before is not None and before.batch != cell.batch:
             yield Free(Hidden(before.batch))
         if after is None or after.batch == cell.batch:
             yield Free(Hidden(cell.batch))
         if after is not None:
             yield Load(Hidden(after.batch), after.step)
-            if after.layer != cell.layer:
-                yield from ahead.load(up_to=width - 1)
-        before, cell = cell, after
-    assert before is not None and ahead is not None
-    yield from _free_cache(work, before)
-    yield from _free_weights(before.layer, parts)
-    yield from ahead.free()
+        before = cell
+    yield from _free_cache(work, cell)
+    yield from _free_weights(cell.layer, parts)
+    yield from _free_weights(_next_layer(work, cell)[1], parts[:num_ahead])
 
 
-class _Ahead:
-    """The weights of the layer after a cell's, loaded part by part.
-
-    Which step the layer will serve is a guess, since a batch may end before it; a guess
-    that nobody comes for is freed at the end.
-    """
-
-    def __init__(self, work: Workload, cell: Cell, width: int) -> None:
-        self._width, self._loaded = width, 0
-        self._layer = (cell.layer + 1) % work.num_layers
-        self._step = cell.step + (self._layer == 0)
-        last_batch = width > 1 or cell.batch == work.num_batches - 1
-        nothing_follows = self._step == work.gen_len and last_batch
-        self._num_parts = 0 if nothing_follows else work.num_parts
-        if self._step == work.gen_len:
-            self._step = 0  # the next batch's prefill
-
-    def load(self, *, up_to: int) -> Iterator[Op]:
-        """The parts that are due when `up_to + 1` of `width` cells have been issued."""
-        due = -(-self._num_parts * (up_to + 1) // self._width)
-        yield from _load_weights(self._step, self._layer, range(self._loaded, due))
-        self._loaded = max(self._loaded, due)
-
-    def free(self) -> Iterator[Op]:
-        return _free_weights(self._layer, range(self._loaded))
+def _next_layer(work: Workload, cell: Cell) -> tuple[int, int]:
+    """The step and layer that will probably follow the layer of `cell`."""
+    if cell.layer + 1 < work.num_layers:
+        return cell.step, cell.layer + 1
+    return (cell.step + 1) % work.gen_len, 0  # after the last: another batch's prefill
 
 
 def _load_weights(step: int, layer: int, parts: range) -> Iterator[Op]:

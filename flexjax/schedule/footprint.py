@@ -24,7 +24,7 @@ class Footprint(Protocol):
     """Bytes of everything that the ops of a run bring into being."""
 
     def resident(self) -> Bytes:
-        """What is there from the first op to the last: the weights' homes, above all."""
+        """What is there from the first op to the last: above all, weights at home."""
         ...
 
     def loaded(self, buffer: Buffer, step: int) -> Bytes:

@@ -1,0 +1,38 @@
+"""Workloads and endings that hypothesis draws, for the tests of schedules."""
+
+from hypothesis import strategies as st
+
+from flexjax.schedule.emit import Alive
+from flexjax.workload import Workload
+
+
+@st.composite
+def works(draw: st.DrawFn, *, most_tokens: int = 4) -> Workload:
+    """Small workloads: single layers, batches and tokens among them."""
+    return Workload(
+        num_decoder_layers=draw(st.integers(1, 4)),
+        num_head_blocks=draw(st.integers(1, 3)),
+        num_parts=draw(st.integers(1, 5)),
+        num_batches=draw(st.integers(1, 5)),
+        batch_size=draw(st.integers(1, 6)),
+        prompt_len=draw(st.integers(1, 70)),
+        gen_len=draw(st.integers(1, most_tokens)),
+    )
+
+
+@st.composite
+def endings(draw: st.DrawFn, work: Workload) -> list[int]:
+    """How many steps each batch lives; all see the prefill."""
+    ends = st.integers(1, work.gen_len)
+    return [draw(ends) for _ in range(work.num_batches)]
+
+
+@st.composite
+def works_with_endings(draw: st.DrawFn) -> tuple[Workload, list[int]]:
+    work = draw(works())
+    return work, draw(endings(work))
+
+
+def until(ends: list[int]) -> Alive:
+    """Batches that live as many steps as `ends` says."""
+    return lambda step, batch: step < ends[batch]

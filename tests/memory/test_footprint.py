@@ -1,0 +1,188 @@
+"""Laws of a run's bytes, on weights that are only sizes."""
+
+import dataclasses
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from flexjax.memory.disk import chunk_slots
+from flexjax.memory.footprint import (
+    RunFootprint,
+    cache_rows,
+    condensed,
+    hidden_rows,
+)
+from flexjax.memory.weights import HeadBlocks
+from flexjax.models.config import OPTConfig
+from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
+from flexjax.schedule.emit import EMITTERS
+from flexjax.schedule.footprint import peak_bytes
+from flexjax.schedule.ops import Cache, Hidden
+from flexjax.workload import Workload
+from tests.drawn import works
+
+CONFIG = OPTConfig(vocab_size=101, hidden_size=8, num_attention_heads=2, ffn_dim=32)
+ON_DISK = Policy(kv_cache=Placement(), activations=Placement())
+
+
+def weights(work, *, home_bytes=1000, part_bytes=10):
+    """What a footprint asks of `PlacedWeights`."""
+    return SimpleNamespace(
+        config=dataclasses.replace(CONFIG, num_hidden_layers=work.num_decoder_layers),
+        head=HeadBlocks(num_blocks=work.num_head_blocks, rows=10),
+        dtype=np.dtype(np.float16),
+        home_bytes=lambda: dict.fromkeys(Tier, home_bytes),
+        staged_bytes=lambda layer, part: {
+            (Tier.DEVICE, Kind.WEIGHTS): part_bytes * (1 + layer)
+        },
+    )
+
+
+def footprint(work, policy, *, scores=False, shared=False, skipped=0):
+    return RunFootprint(
+        work=work,
+        policy=policy,
+        weights=weights(work),
+        scores=scores,
+        device_is_host=shared,
+        skipped=skipped,
+    )
+
+
+def peak(work, policy, *, short=False, **options):
+    run, skipped = condensed(work) if short else (work, 0)
+    sizes = footprint(work, policy, skipped=skipped, **options)
+    return peak_bytes(EMITTERS[policy.schedule](run, lambda step, batch: True), sizes)
+
+
+CORNERS = [Placement(device=1.0), Placement(host=1.0), Placement()]
+placements = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(
+    lambda pair: Placement(device=pair[0], host=(1 - pair[0]) * pair[1])
+)
+policies = st.builds(
+    Policy,
+    kv_cache=placements,
+    activations=placements,
+    schedule=st.sampled_from(Schedule),
+)
+# A cache that gets new slots with the step before the last that stores one.
+GROWING = Workload(num_decoder_layers=1, prompt_len=29, gen_len=6)
+
+
+@given(work=works(most_tokens=40), policy=policies, shared=st.booleans())
+@example(work=GROWING, policy=ON_DISK, shared=False)
+def test_the_prefill_and_the_last_steps_alone_have_the_whole_run_s_peak(
+    work, policy, shared
+):
+    short = peak(work, policy, short=True, shared=shared)
+    assert short == peak(work, policy, shared=shared)
+    assert condensed(work)[0].gen_len <= 4
+
+
+@given(work=works(most_tokens=70))
+def test_a_condensed_run_differs_in_its_length_alone(work):
+    short, skipped = condensed(work)
+    assert dataclasses.replace(short, gen_len=short.gen_len + skipped) == work
+    assert short.gen_len == min(work.gen_len, 4)
+
+
+@given(work=works(), policy=policies, more=st.integers(1, 70))
+def test_more_tokens_never_need_less(work, policy, more):
+    """Past the first: where that is all, prefills follow each other row by row."""
+    shorter, longer = (
+        dataclasses.replace(work, gen_len=work.gen_len + extra)
+        for extra in (1, 1 + more)
+    )
+    assert Counter(peak(shorter, policy)) <= Counter(peak(longer, policy, short=True))
+
+
+@given(work=works(), corner=st.sampled_from(CORNERS), more=st.integers(1, 8))
+def test_more_rows_never_need_less(work, corner, more):
+    """Where rows are on one tier, so that none is rounded from one to another."""
+    policy = Policy(kv_cache=corner, activations=corner)
+    wider = dataclasses.replace(work, batch_size=work.batch_size + more)
+    assert Counter(peak(work, policy)) <= Counter(peak(wider, policy))
+
+
+@given(work=works(), policy=policies, layer=st.integers(0, 3), batch=st.integers(0, 4))
+def test_a_batch_s_rows_are_all_somewhere(work, policy, layer, batch):
+    for rows in (
+        cache_rows(policy, work, Cache(layer, batch)),
+        hidden_rows(policy, work, Hidden(batch)),
+    ):
+        assert sum(rows) == work.batch_size
+
+
+def test_rows_of_a_cache_are_rounded_over_all_layers_and_batches():
+    work = Workload(num_decoder_layers=2, num_batches=2)
+    policy = Policy(kv_cache=Placement(device=0.25, host=0.75))
+    rows = [
+        cache_rows(policy, work, Cache(layer, batch))
+        for layer in range(2)
+        for batch in range(2)
+    ]
+    assert sum(row.device for row in rows) == 1
+    assert sum(row.host for row in rows) == 3
+
+
+SHAPE = Workload(num_decoder_layers=1, batch_size=4, prompt_len=32, gen_len=3)
+HIDDEN_SLOT = 8 * 2  # hidden_size, float16
+CACHE_SLOT = 2 * HIDDEN_SLOT  # key and value
+
+
+def test_a_home_has_room_for_whole_buckets_of_slots():
+    sizes = footprint(SHAPE, Policy(kv_cache=Placement(host=1.0)))
+    stored = sizes.stored(Cache(0, 0), 0)
+    assert stored[Tier.HOST, Kind.KV_CACHE] == 4 * 64 * CACHE_SLOT
+    assert not stored[Tier.DEVICE, Kind.KV_CACHE]
+
+
+def test_a_cache_on_disk_keeps_a_chunk_of_slots_in_host_memory():
+    sizes = footprint(SHAPE, Policy(kv_cache=Placement()))
+    stored = sizes.stored(Cache(0, 0), 0)
+    assert stored[Tier.DISK, Kind.KV_CACHE] == 4 * 64 * CACHE_SLOT
+    tail = stored[Tier.HOST, Kind.KV_CACHE]
+    assert tail == 4 * chunk_slots(4 * CACHE_SLOT // 2) * CACHE_SLOT
+
+
+@pytest.mark.parametrize(
+    ("placement", "shared", "device", "host"),
+    [
+        (Placement(device=1.0), False, 0, 0),
+        (Placement(host=1.0), False, 4, 0),
+        (Placement(), False, 4, 4),
+        (Placement(device=0.5, host=0.25), False, 2, 1),
+        (Placement(host=1.0), True, 0, 0),  # looked at in place
+        (Placement(), True, 4, 0),
+    ],
+)
+def test_a_load_needs_room_for_what_is_not_there_yet(placement, shared, device, host):
+    sizes = footprint(SHAPE, Policy(kv_cache=placement), shared=shared)
+    loaded = Counter(sizes.loaded(Cache(0, 0), 1))
+    row = 64 * CACHE_SLOT
+    assert loaded[Tier.DEVICE, Kind.KV_CACHE] == device * row
+    assert loaded[Tier.HOST, Kind.KV_CACHE] == host * row
+
+
+@given(work=works(most_tokens=40))
+@example(work=GROWING)
+def test_a_step_loads_what_the_step_before_stored(work):
+    sizes = footprint(work, ON_DISK)
+    for step in range(1, work.gen_len):
+        stored = sizes.stored(Cache(0, 0), step - 1)[Tier.DISK, Kind.KV_CACHE]
+        loaded = sizes.loaded(Cache(0, 0), step)[Tier.DEVICE, Kind.KV_CACHE]
+        assert loaded == stored
+
+
+def test_logits_wait_for_the_last_block_of_the_vocabulary():
+    work = Workload(num_decoder_layers=1, num_batches=3, batch_size=4)
+    logits = 4 * 4 * CONFIG.vocab_size
+    key = Tier.DEVICE, Kind.ACTIVATIONS
+    assert footprint(work, Policy()).resident()[key] == logits
+    blocks = dataclasses.replace(work, num_head_blocks=2)
+    assert footprint(blocks, Policy()).resident()[key] == 3 * logits
+    assert key not in footprint(blocks, Policy(), scores=True).resident()

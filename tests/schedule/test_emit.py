@@ -1,0 +1,271 @@
+"""Laws of the three emitters, held on their streams alone."""
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import example, given
+
+from flexjax.policy import Schedule
+from flexjax.schedule.check import check
+from flexjax.schedule.emit import EMITTERS, row_by_row, serial, zigzag
+from flexjax.schedule.ops import (
+    Cache,
+    Cell,
+    Compute,
+    Free,
+    Hidden,
+    Load,
+    Store,
+    Weights,
+)
+from flexjax.workload import Workload
+from tests.drawn import until, works, works_with_endings
+
+emitters = pytest.mark.parametrize("emit", EMITTERS.values(), ids=list(EMITTERS))
+looking_ahead = pytest.mark.parametrize("emit", [row_by_row, zigzag])
+
+# The smallest run, one that only scores, and three of four batches ending early.
+SMALLEST = Workload(num_decoder_layers=1), [1]
+SCORING = Workload(num_decoder_layers=2, num_head_blocks=2, num_batches=3), [1, 1, 1]
+LONE_BATCH = (
+    Workload(num_decoder_layers=2, num_parts=4, num_batches=4, gen_len=4),
+    [4, 1, 1, 2],
+)
+
+
+def cells(ops):
+    return [Cell(op.step, op.layer, op.batch) for op in ops if isinstance(op, Compute)]
+
+
+def loads(ops, noun):
+    return [op for op in ops if isinstance(op, Load) and isinstance(op.buffer, noun)]
+
+
+def gaps(ops):
+    """For each pair of cells in a row: both, and the ops between them."""
+    places = [i for i, op in enumerate(ops) if isinstance(op, Compute)]
+    for (first, second), (cell, after) in zip(
+        itertools.pairwise(places), itertools.pairwise(cells(ops)), strict=True
+    ):
+        yield cell, after, ops[first + 1 : second]
+
+
+def test_every_schedule_has_its_emitter():
+    assert list(EMITTERS) == list(Schedule)
+
+
+def test_serial_reads_as_the_loop_it_is():
+    work = Workload(num_decoder_layers=1, gen_len=2)
+    cache, hidden = Cache(0, 0), Hidden(0)
+    assert list(serial(work)) == [
+        Load(Weights(0), 0),
+        Load(hidden, 0),
+        Compute(0, 0, 0),
+        Store(cache, 0),
+        Store(hidden, 0),
+        Free(cache),
+        Free(hidden),
+        Free(Weights(0)),
+        Load(Weights(1), 0),
+        Load(hidden, 0),
+        Compute(0, 1, 0),
+        Free(hidden),
+        Free(Weights(1)),
+        Load(Weights(0), 1),
+        Load(cache, 1),
+        Load(hidden, 1),
+        Compute(1, 0, 0),
+        Store(hidden, 1),  # nobody reads the cache of the last step
+        Free(cache),
+        Free(hidden),
+        Free(Weights(0)),
+        Load(Weights(1), 1),
+        Load(hidden, 1),
+        Compute(1, 1, 0),
+        Free(hidden),
+        Free(Weights(1)),
+    ]
+
+
+def test_zigzag_serves_every_batch_before_the_next_layer():
+    work = Workload(num_decoder_layers=1, num_batches=2, gen_len=2)
+    assert cells(zigzag(work)) == [
+        (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1),
+        (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1),
+    ]  # fmt: skip
+
+
+def test_row_by_row_ends_a_batch_before_the_next():
+    work = Workload(num_decoder_layers=1, num_batches=2, gen_len=2)
+    assert cells(row_by_row(work)) == [
+        (0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0),
+        (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 1),
+    ]  # fmt: skip
+
+
+@emitters
+@given(drawn=works_with_endings())
+@example(drawn=SMALLEST)
+@example(drawn=SCORING)
+@example(drawn=LONE_BATCH)
+def test_every_stream_is_sound_whenever_batches_end(emit, drawn):
+    work, ends = drawn
+    check(emit(work, until(ends)), work)
+
+
+@emitters
+@given(drawn=works_with_endings())
+def test_all_emitters_compute_the_same_cells_each_batch_in_order(emit, drawn):
+    work, ends = drawn
+    computed = cells(emit(work, until(ends)))
+    assert set(computed) == set(cells(serial(work, until(ends))))
+    for batch, end in enumerate(ends):
+        expected = itertools.product(range(end), range(work.num_layers), [batch])
+        assert [cell for cell in computed if cell.batch == batch] == list(expected)
+
+
+@given(work=works())
+def test_zigzag_loads_weights_once_a_step(work):
+    expected = {
+        Load(Weights(layer, part), step): 1
+        for step in range(work.gen_len)
+        for layer in range(work.num_layers)
+        for part in range(work.num_parts)
+    }
+    assert Counter(loads(zigzag(work), Weights)) == expected
+
+
+@given(work=works())
+def test_row_by_row_loads_weights_once_a_step_and_batch(work):
+    expected = {
+        Load(Weights(layer, part), step): work.num_batches
+        for step in range(work.gen_len)
+        for layer in range(work.num_layers)
+        for part in range(work.num_parts)
+    }
+    assert Counter(loads(row_by_row(work), Weights)) == expected
+
+
+@looking_ahead
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+def test_an_early_end_wastes_one_load_of_the_first_layer_at_most(emit, drawn):
+    work, ends = drawn
+    needed = max(ends) if emit is zigzag else sum(ends)
+    loaded = Counter(op.buffer for op in loads(emit(work, until(ends)), Weights))
+    assert len(loaded) == work.num_layers * work.num_parts
+    for weights, count in loaded.items():
+        assert count - needed in ((0, 1) if weights.layer == 0 else (0,))
+
+
+@looking_ahead
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+def test_while_a_cell_computes_all_transfers_of_the_next_are_under_way(emit, drawn):
+    """What waits for the cell comes after every load of weights and cache."""
+    work, ends = drawn
+    for cell, after, between in gaps(list(emit(work, until(ends)))):
+        used = Hidden(cell.batch), Cache(cell.layer, cell.batch)
+        waits = [i for i, op in enumerate(between) if op in map(Free, used)]
+        starts = [
+            i
+            for i, op in enumerate(between)
+            if isinstance(op, Load) and not isinstance(op.buffer, Hidden)
+        ]
+        assert max(starts, default=-1) < min(waits, default=len(between))
+        wants_cache = after.step > 0 and work.is_decoder(after.layer)
+        cache = Load(Cache(after.layer, after.batch), after.step)
+        assert between.count(cache) == wants_cache
+
+
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+def test_zigzag_asks_for_the_next_layer_while_batches_of_this_one_wait(drawn):
+    work, ends = drawn
+    asked = {}
+    for op in zigzag(work, until(ends)):
+        match op:
+            case Load(Weights(layer), step):
+                asked[layer] = step
+            case Compute(step, layer, batch):
+                first = min(b for b, end in enumerate(ends) if end > step)
+                layer, step = layer + 1, step
+                if layer == work.num_layers:
+                    layer, step = 0, step + 1
+                if batch != first and step < work.gen_len:
+                    assert asked[layer] == step
+
+
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+def test_zigzag_spreads_weights_so_that_no_cache_waits_behind_a_lump(drawn):
+    work, ends = drawn
+    for cell, after, between in gaps(list(zigzag(work, until(ends)))):
+        # Who lives to see a step is known once its first layer is issued.
+        known = cell.layer > 0 or len(set(ends)) == 1
+        if cell.layer == after.layer and known:
+            sharing = sum(end > cell.step for end in ends)
+            most = -(-work.num_parts // sharing)
+            assert len(loads(between, Weights)) <= most
+
+
+@emitters
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+def test_two_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
+    work, ends = drawn
+    staged = set()
+    for op in emit(work, until(ends)):
+        match op:
+            case Load(buffer):
+                staged.add(buffer)
+            case Compute(_, layer, batch) if work.is_decoder(layer):
+                staged.add(Cache(layer, batch))
+            case Free(buffer):
+                staged.remove(buffer)
+        layers = {buffer.layer for buffer in staged if isinstance(buffer, Weights)}
+        assert len(layers) <= 2
+        for noun in (Cache, Hidden):
+            assert sum(isinstance(buffer, noun) for buffer in staged) <= 2
+    assert not staged
+
+
+@emitters
+@given(drawn=works_with_endings())
+def test_who_is_alive_is_asked_once_and_when_it_can_be_known(emit, drawn):
+    work, ends = drawn
+    done, asked = set(), []
+
+    def alive(step, batch):
+        if step > 0 and ends[batch] >= step:
+            assert Cell(step - 1, work.num_layers - 1, batch) in done
+        asked.append((step, batch))
+        return step < ends[batch]
+
+    for op in emit(work, alive):
+        if isinstance(op, Compute):
+            done.add(Cell(op.step, op.layer, op.batch))
+    assert len(asked) == len(set(asked))
+    assert {(cell.step, cell.batch) for cell in done} <= set(asked)
+
+
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+def test_zigzag_waits_for_tokens_with_work_under_way(drawn):
+    """With the batch before, or the weights of the first layer."""
+    work, ends = drawn
+    issued = []
+
+    def alive(step, batch):
+        if 0 < step <= max(ends):
+            living = [b for b in range(batch) if ends[b] > step]
+            if living:
+                assert Compute(step, 0, living[-1]) in issued
+            else:
+                parts = range(work.num_parts)
+                assert {Load(Weights(0, part), step) for part in parts} <= {*issued}
+        return step < ends[batch]
+
+    for op in zigzag(work, alive):
+        issued += [op]
