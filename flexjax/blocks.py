@@ -103,13 +103,19 @@ class GenerateRows:
         blocks.append(logits)
         if block + 1 < self._head.num_blocks:
             return logits
-        del self._logits[cell.batch]
         whole = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
         sampled = self._batches[cell.batch].sample(whole, cell.step)
-        self._ledger.hold(
-            Tier.DEVICE, Kind.ACTIVATIONS, -sum(part.nbytes for part in blocks)
-        )
+        self._let_go(cell.batch)
         return sampled
+
+    def clear(self) -> None:
+        """Lets go of the logits that a failed run left behind."""
+        for batch in list(self._logits):
+            self._let_go(batch)
+
+    def _let_go(self, batch: int) -> None:
+        nbytes = sum(logits.nbytes for logits in self._logits.pop(batch))
+        self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, -nbytes)
 
     def take(self, batch: int, sampled: Any) -> None:
         """Hands the sampled tokens of a batch to its rows, which may end with them."""
@@ -239,6 +245,10 @@ class ScoreRows:
     def take(self, batch: int, scores: Any) -> None:
         """Keeps the finished scores of a batch."""
         self._scores[batch] = np.asarray(scores)
+
+    def clear(self) -> None:
+        """Lets go of the scores that a failed run left behind."""
+        self._states.clear()
 
     def is_alive(self, batch: int) -> bool:
         """Scoring ends with the prefill."""

@@ -215,14 +215,23 @@ class WeightStore:
     def _read_from_chunk(
         self, path: pathlib.Path, offsets: np.ndarray, buffers: list[np.ndarray]
     ) -> None:
-        with open(path, "rb", buffering=0) as file:
-            for offset, buffer in zip(offsets.tolist(), buffers, strict=True):
-                count = os.preadv(file.fileno(), [buffer], offset)
-                if count != buffer.nbytes:
-                    raise OSError(
-                        f"{path} ended early: {count} of {buffer.nbytes} bytes at "
-                        f"offset {offset}; convert the checkpoint again"
-                    )
+        try:
+            with open(path, "rb", buffering=0) as file:
+                counts = [
+                    os.preadv(file.fileno(), [buffer], offset)
+                    for offset, buffer in zip(offsets.tolist(), buffers, strict=True)
+                ]
+        except OSError as error:
+            raise OSError(
+                f"cannot read {path}: {error.strerror}; convert the checkpoint again "
+                "if the disk is well"
+            ) from error
+        for count, buffer in zip(counts, buffers, strict=True):
+            if count != buffer.nbytes:
+                raise OSError(
+                    f"{path} ended early: {count} of {buffer.nbytes} bytes of a row; "
+                    "convert the checkpoint again"
+                )
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:

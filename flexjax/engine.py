@@ -268,6 +268,7 @@ class Engine:
                 alive(taken[batch] + 1, batch)
         finally:
             self._lanes.drain()
+            rows.clear()
             cache.clear()
             hidden.clear()
         self.times.prefill_s += prefilled - started

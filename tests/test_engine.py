@@ -50,9 +50,7 @@ def policy_of(placements, schedule, shape) -> Policy:
 
 
 def make_engine(store, policy, folder, **options) -> Engine:
-    return Engine(
-        store, policy, offload_dir=folder, device=jax.devices()[0], **options
-    )
+    return Engine(store, policy, offload_dir=folder, device=jax.devices()[0], **options)
 
 
 def make_rows(prompts, params=GREEDY) -> list[Row]:
@@ -109,7 +107,15 @@ def check_golden(golden: Golden, policy: Policy, folder, first_logits) -> None:
     assert list(folder.iterdir()) == []
 
 
-CELLS = list(itertools.product(PLACEMENTS, Schedule, SHAPES))
+def in_group(group, *values):
+    """Parameters of a test that shares its compilations with its group."""
+    return pytest.param(*values, marks=pytest.mark.xdist_group(str(group)))
+
+
+CELLS = [
+    in_group(shape, placement, schedule, shape)
+    for placement, schedule, shape in itertools.product(PLACEMENTS, Schedule, SHAPES)
+]
 
 
 @pytest.mark.parametrize(("placement", "schedule", "shape"), CELLS)
@@ -123,7 +129,7 @@ def test_every_cell_gives_hugging_faces_answers(
 # The other checkpoints go through every placement, schedule and shape, if not through
 # every combination.
 SOME_CELLS = [
-    (name, placement, list(Schedule)[i % 3], SHAPES[(i + j) % 4])
+    in_group(name, name, placement, list(Schedule)[i % 3], SHAPES[(i + j) % 4])
     for j, name in enumerate(name for name in GOLDEN_NAMES if name != "opt-pre-ln")
     for i, placement in enumerate(PLACEMENTS)
 ]

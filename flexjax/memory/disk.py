@@ -75,7 +75,7 @@ class DiskStore:
     def store(
         self, key: Hashable, value: jax.Array, rows: slice, *, at: int, slots: int
     ) -> None:
-        part = self._link.download(value)[rows]
+        part = self._link.download(value, rows)
         entry = self._entry(key, part, at, slots)
         entry.shape = (*entry.shape[:2], slots, entry.shape[3])
         entry.used = at + part.shape[2]

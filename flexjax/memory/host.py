@@ -31,7 +31,7 @@ class HostStore:
     def store(
         self, key: Hashable, value: jax.Array, rows: slice, *, at: int, slots: int
     ) -> None:
-        part = self._link.download(value)[rows]
+        part = self._link.download(value, rows)
         with self._lock:
             array = self._arrays.get(key)
         if at == 0 and array is not None and array.shape != grown_shape(part, slots):

@@ -1,7 +1,7 @@
 """The way between host memory and the device."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from flexjax.memory.ledger import Ledger
 from flexjax.policy import Kind, Tier
 
 
+@runtime_checkable
 class Device(Protocol):
     """What is asked of a `jax.Device`, which type checkers take for a variable."""
 
@@ -72,8 +73,10 @@ class DeviceLink:
         give_back()
         return Loan(copy, lambda: self._ledger.hold(Tier.DEVICE, kind, -nbytes))
 
-    def download(self, array: jax.Array) -> np.ndarray:
-        """`array` in host memory, once it has been computed; read-only."""
-        if not self.is_shared:
-            self._ledger.move(Tier.DEVICE, Tier.HOST, array.nbytes)
-        return np.asarray(array)
+    def download(self, array: jax.Array, rows: slice) -> np.ndarray:
+        """`array[rows]` in host memory, once it has been computed; read-only."""
+        if self.is_shared:
+            return np.asarray(array)[rows]
+        part = array[rows]
+        self._ledger.move(Tier.DEVICE, Tier.HOST, part.nbytes)
+        return np.asarray(part)

@@ -1,0 +1,96 @@
+import jax
+import numpy as np
+import pytest
+
+from flexjax.memory.buffers import page_aligned, typed
+from flexjax.memory.ledger import Ledger
+from flexjax.memory.link import DeviceLink
+from flexjax.policy import Kind, Tier
+from tests.common import LINKS, ApartLink, assert_nothing_held
+
+DEVICE = jax.devices()[0]
+ONLY_SHARED = pytest.mark.skipif(
+    DEVICE.platform != "cpu", reason="the device has memory of its own"
+)
+
+
+def aligned(count: int = 1000) -> np.ndarray:
+    array = typed(page_aligned(4 * count), (count,), np.dtype(np.float32))
+    array[:] = np.arange(count)
+    return array
+
+
+@ONLY_SHARED
+def test_shared_memory_is_used_in_place():
+    ledger, given = Ledger(), []
+    array = aligned()
+    loan = DeviceLink(DEVICE, ledger).lend(array, Kind.WEIGHTS, lambda: given.append(1))
+    assert loan.array.unsafe_buffer_pointer() == array.ctypes.data
+    assert ledger.moved() == {}
+    assert_nothing_held(ledger)
+    assert given == []
+    loan.release()
+    assert given == [1]
+
+
+@ONLY_SHARED
+@pytest.mark.parametrize("count", [10, 1 << 20])
+def test_a_step_that_is_donated_a_loan_does_not_write_into_it(count):
+    array = aligned(count)
+    before = array.copy()
+    loan = DeviceLink(DEVICE, Ledger()).lend(array, Kind.WEIGHTS)
+    result = jax.jit(lambda x: x + 1, donate_argnums=0)(loan.array)
+    assert np.array_equal(result, before + 1)
+    assert np.array_equal(array, before)
+
+
+def test_memory_apart_is_copied_counted_and_given_back_at_once():
+    ledger, given = Ledger(), []
+    array = aligned()
+    before = array.copy()
+    loan = ApartLink(DEVICE, ledger).lend(array, Kind.WEIGHTS, lambda: given.append(1))
+    assert given == [1]
+    array[:] = -1
+    assert np.array_equal(loan.array, before)
+    assert ledger.held(Tier.DEVICE, Kind.WEIGHTS) == array.nbytes
+    assert ledger.moved() == {(Tier.HOST, Tier.DEVICE): array.nbytes}
+    loan.release()
+    assert_nothing_held(ledger)
+    assert given == [1]
+
+
+@pytest.mark.parametrize("link_type", LINKS)
+def test_an_array_that_lies_anyhow_is_lent_all_the_same(link_type):
+    array = aligned()[3:700]
+    loan = link_type(DEVICE, Ledger()).lend(array, Kind.WEIGHTS)
+    assert np.array_equal(loan.array, array)
+
+
+@pytest.mark.parametrize("link_type", LINKS)
+def test_a_loan_that_fails_gives_back_and_counts_nothing(link_type, monkeypatch):
+    ledger, given = Ledger(), []
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(jax, "device_put", refuse)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="EXHAUSTED"):
+        link_type(DEVICE, ledger).lend(aligned(), Kind.WEIGHTS, lambda: given.append(1))
+    assert given == [1]
+    assert ledger.moved() == {}
+    assert_nothing_held(ledger)
+
+
+@pytest.mark.parametrize(
+    ("link_type", "moved"),
+    [
+        pytest.param(DeviceLink, {}, marks=ONLY_SHARED),
+        (ApartLink, {(Tier.DEVICE, Tier.HOST): 3996}),
+    ],
+)
+def test_a_download_waits_for_the_array(link_type, moved):
+    ledger = Ledger()
+    array = jax.jit(lambda x: x * 2)(np.arange(1000, dtype=np.float32))
+    found = link_type(DEVICE, ledger).download(array, slice(1, None))
+    assert np.array_equal(found, np.arange(1, 1000) * 2)
+    assert ledger.moved() == moved

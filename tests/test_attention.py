@@ -1,0 +1,133 @@
+"""Both attentions against a plain one in float64."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexjax import attention
+from flexjax.attention import decode_attention, prefill_attention
+
+FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+TOLERANCE = {FLOAT32: 1e-5, BFLOAT16: 3e-2}
+
+
+def plain_attention(query, key, value, visible) -> np.ndarray:
+    """Softmax attention; `visible` is `[batch, queries, slots]`."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    scores = query @ key.swapaxes(2, 3) / np.sqrt(query.shape[-1])
+    scores = np.where(visible[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ value
+
+
+def draw_inputs(seed: int, shape, dtype: np.dtype, scale: float):
+    random = np.random.default_rng(seed)
+    return [
+        jnp.asarray((random.standard_normal(shape) * scale).astype(dtype))
+        for _ in range(3)
+    ]
+
+
+def check(found, expected, dtype: np.dtype, scale: float) -> None:
+    found = np.asarray(found, np.float64)
+    limit = TOLERANCE[dtype] * max(1.0, scale)
+    np.testing.assert_allclose(found, expected, atol=limit, rtol=0)
+
+
+def assert_finite(array) -> None:
+    assert np.isfinite(np.asarray(array, np.float32)).all()
+
+
+@pytest.fixture(params=[(256, 128), (8, 4)], ids=["as it is", "small chunks"])
+def chunks(request, monkeypatch):
+    whole_row, query_chunk = request.param
+    monkeypatch.setattr(attention, "WHOLE_ROW", whole_row)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", query_chunk)
+    return request.param
+
+
+def check_prefill(shape, start: np.ndarray, dtype: np.dtype, scale: float) -> None:
+    query, key, value = draw_inputs(0, shape, dtype, scale)
+    # A function of its own, since JAX remembers what it compiled for another chunk.
+    run = jax.jit(lambda *inputs: prefill_attention(*inputs))
+    found = run(query, key, value, jnp.asarray(start))
+    assert found.dtype == dtype
+    assert_finite(found)
+    slots = np.arange(shape[2])
+    real = slots[None] >= start[:, None]
+    visible = (slots[None, None] <= slots[:, None]) & real[:, None]
+    # What a slot of padding gives is anybody's business, as long as it is finite.
+    visible |= ~real[:, :, None]
+    expected = plain_attention(query, key, value, visible)
+    keep = real[:, None, :, None]
+    check(np.where(keep, found, 0), np.where(keep, expected, 0), dtype, scale)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("seq", [1, 3, 8, 9, 10, 12, 32])
+def test_prefill_is_causal_attention_over_the_real_tokens(chunks, seq, dtype):
+    start = np.array([0, seq // 2, seq - 1], np.int32)
+    check_prefill((3, 2, seq, 8), start, dtype, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("seq", [288, 384])
+def test_a_long_prefill_works_in_chunks(seq, dtype):
+    check_prefill((2, 2, seq, 16), np.array([seq - 1, 17], np.int32), dtype, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_large_scores_do_not_overflow(dtype):
+    check_prefill((1, 1, 12, 8), np.zeros(1, np.int32), dtype, 30.0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@given(st.data())
+def test_decode_is_the_last_row_of_prefill(dtype, data):
+    batch, seq = data.draw(st.sampled_from([(1, 1), (3, 9)]))
+    spare = data.draw(st.sampled_from([0, 7]))
+    starts = st.lists(st.integers(0, seq - 1), min_size=batch, max_size=batch)
+    start = jnp.asarray(np.array(data.draw(starts), np.int32))
+    seed = data.draw(st.integers(0, 1000))
+    query, key, value = draw_inputs(seed, (batch, 2, seq, 8), dtype, 1.0)
+    whole = jax.jit(prefill_attention)(query, key, value, start)[:, :, -1:]
+    # Slots that are not in use hold anything finite.
+    garbage = ((0, 0), (0, 0), (0, 1 + spare), (0, 0))
+    past = tuple(
+        jnp.pad(x[:, :, :-1], garbage, constant_values=1e30) for x in (key, value)
+    )
+    new = key[:, :, -1:], value[:, :, -1:]
+    decode = jax.jit(decode_attention)
+    found = decode(query[:, :, -1:], new, past, start, jnp.int32(seq - 1))
+    assert found.dtype == dtype
+    check(found, np.asarray(whole, np.float64), dtype, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_decode_equals_the_plain_attention(dtype):
+    query, key, value = draw_inputs(3, (2, 3, 40, 16), dtype, 1.0)
+    start = np.array([0, 31], np.int32)
+    visible = np.arange(40)[None, None] >= start[:, None, None]
+    found = decode_attention(
+        query[:, :, -1:],
+        (key[:, :, -1:], value[:, :, -1:]),
+        (key[:, :, :-1], value[:, :, :-1]),
+        jnp.asarray(start),
+        jnp.int32(39),
+    )
+    check(found, plain_attention(query[:, :, -1:], key, value, visible), dtype, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_a_row_of_padding_alone_stays_finite(dtype):
+    """It sees no cached slot, so it gives what its own token holds."""
+    query, key, value = draw_inputs(4, (2, 2, 8, 4), dtype, 1.0)
+    start = jnp.full(2, 100, jnp.int32)
+    assert_finite(prefill_attention(query, key, value, start))
+    new = key[:, :, -1:], value[:, :, -1:]
+    found = decode_attention(query[:, :, -1:], new, (key, value), start, jnp.int32(8))
+    check(found, np.asarray(new[1], np.float64), dtype, 1.0)
