@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexjax import steps
+from flexjax import workload
 from flexjax.logprobs import finish_score, start_score
 from flexjax.models.config import OPTConfig, decoder_layer_shapes
 from flexjax.models.opt import unflatten
@@ -19,10 +19,10 @@ from flexjax.steps import (
     embed_step,
     final_step,
     head_step,
-    prefill_rows,
     prefill_step,
     score_step,
 )
+from flexjax.workload import prefill_rows
 
 PRE_NORM = OPTConfig(
     hidden_size=16, num_attention_heads=2, ffn_dim=48, max_position_embeddings=40
@@ -80,7 +80,7 @@ def test_a_prefill_in_groups_of_rows_is_the_whole_one(tokens, monkeypatch):
     params, hidden = layer_params(PRE_NORM), random_array(7, 6, 1, 9, 16)
     start = jnp.asarray(np.array([0, 8, 2, 3, 5, 1], np.int32))
     whole = prefill_step(params, hidden.copy(), start, config=PRE_NORM)
-    monkeypatch.setattr(steps, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(workload, "PREFILL_TOKENS", tokens)
     uncached = prefill_step.__wrapped__
     grouped = uncached(params, hidden, start, config=PRE_NORM)
     jax.tree.map(close, grouped, whole)
@@ -90,9 +90,9 @@ def test_a_prefill_in_groups_of_rows_is_the_whole_one(tokens, monkeypatch):
 def test_prefill_rows_are_the_most_that_divide_the_batch(batch_size, seq_len):
     rows = prefill_rows(batch_size, seq_len)
     assert batch_size % rows == 0
-    assert rows == 1 or rows * seq_len <= steps.PREFILL_TOKENS
+    assert rows == 1 or rows * seq_len <= workload.PREFILL_TOKENS
     for more in range(rows + 1, batch_size + 1):
-        assert batch_size % more or more * seq_len > steps.PREFILL_TOKENS
+        assert batch_size % more or more * seq_len > workload.PREFILL_TOKENS
 
 
 @settings(max_examples=6)
