@@ -34,7 +34,7 @@ endef
 
 help:
 	@echo "make setup    the environment in .venv (EXTRAS=dev,cuda for an NVIDIA GPU)"
-	@echo "make demo     generates text with the embedded model"
+	@echo "make demo     the embedded model writes, with its tensors on all three tiers"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make lint     only the linters and the type checker"
 	@echo "make format   lets ruff rewrite the code"
@@ -79,7 +79,12 @@ $(READY): pyproject.toml constraints.txt
 	rm -f $$mark
 
 demo: setup
-	$(PYTHON) -m flexjax.generate --prompt "Once upon a time" "The old man looked at the sea and"
+	$(PYTHON) -m flexjax.generate \
+	  --prompt "It is a truth universally acknowledged, that" "She had never seen" \
+	  "My dear Miss Woodhouse," "The rain had stopped, and" \
+	  --max-tokens 48 --temperature 0.8 --top-p 0.9 \
+	  --weights device=0.2,host=0.3 --kv-cache device=0.3,host=0.3 \
+	  --activations host=1 --batch-size 2 --num-batches 2
 
 lint: setup
 	$(PYTHON) -m ruff check .

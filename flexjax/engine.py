@@ -204,7 +204,8 @@ class Engine:
         peak: Counter[tuple[Tier, Kind]] = Counter()
         for work in dict.fromkeys(works):
             peak |= Counter(self.predict(work, scores=scores))
-        self.times = RunTimes(predicted_peak=dict(peak))
+        self._lanes.busy_s = dict.fromkeys(Lane, 0.0)
+        self.times = RunTimes(predicted_peak=dict(peak), busy_s=self._lanes.busy_s)
         self.ledger.start()
         held = {key: self.ledger.held(*key) for key in peak}
         for tier, size in self.weights.home_bytes().items():
@@ -247,7 +248,6 @@ class Engine:
             hidden=hidden,
             lanes=self._lanes,
             ledger=self.ledger,
-            waits=self.times.waits,
         )
         taken = dict.fromkeys(range(work.num_batches), 0)
         started = time.perf_counter()

@@ -207,8 +207,7 @@ def _summary(metrics: dict) -> str:
     return (
         f"{metrics['num_tokens']} tokens in {metrics['seconds']:.2f} s "
         f"({metrics['tokens_per_s']:.1f} tokens/s; prefill "
-        f"{metrics['prefill_s']:.2f} s), waited most for "
-        f"{metrics['waited_longest_for']}\n"
+        f"{metrics['prefill_s']:.2f} s), slowest: {metrics['slowest']}\n"
         f"moved: {moved or 'nothing'}\npeak: {peaks}; {rss:.2f} GB resident"
     )
 

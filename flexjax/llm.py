@@ -246,9 +246,8 @@ class LLM:
 
     def _on_tokens(self, bar: tqdm) -> Callable[[int], None]:
         def update(count: int) -> None:
-            bar.set_postfix_str(
-                f"waiting most for {self._engine.times.waits.longest}", refresh=False
-            )
+            if slowest := self._engine.times.slowest:
+                bar.set_postfix_str(f"slowest: {slowest.value}", refresh=False)
             bar.update(count)
 
         return update

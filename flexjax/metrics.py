@@ -3,12 +3,13 @@
 import dataclasses
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+from flexjax.memory.lanes import Lane
 from flexjax.memory.ledger import Ledger
 from flexjax.policy import Tier
 from flexjax.schedule.footprint import Bytes, by_tier
-from flexjax.stage import Waits
 
 
 @dataclasses.dataclass
@@ -19,15 +20,20 @@ class RunTimes:
         prefill_s: seconds until the first token of every row of a block, over blocks.
         decode_s: seconds of everything after that.
         num_tokens: tokens that prompts asked for and got; padding does not count.
+        busy_s: seconds for which each lane worked.
         predicted_peak: bytes that the largest block was predicted to need.
-        waits: what was waited for.
     """
 
     predicted_peak: Bytes = dataclasses.field(default_factory=dict)
     prefill_s: float = 0.0
     decode_s: float = 0.0
     num_tokens: int = 0
-    waits: Waits = dataclasses.field(default_factory=Waits)
+    busy_s: Mapping[Lane, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def slowest(self) -> Lane | None:
+        """The lane that worked longest."""
+        return max(self.busy_s, key=lambda lane: self.busy_s[lane], default=None)
 
 
 def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
@@ -42,8 +48,8 @@ def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
         "decode_s": times.decode_s,
         "num_tokens": times.num_tokens,
         "tokens_per_s": times.num_tokens / seconds if seconds else 0.0,
-        "waited_longest_for": times.waits.longest,
-        "waited_s": dict(times.waits.seconds),
+        "slowest": times.slowest and times.slowest.value,
+        "busy_s": {lane.value: busy_s for lane, busy_s in times.busy_s.items()},
         "bytes_moved": {
             f"{source.value}->{target.value}": nbytes
             for (source, target), nbytes in ledger.moved().items()

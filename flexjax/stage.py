@@ -1,9 +1,7 @@
 """The stage of one run: ops become transfers between tiers and calls of steps."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -46,6 +44,7 @@ class Rows(Protocol):
 class Made:
     """What a compute call made; everything in it may still be on its way."""
 
+    dispatched_s: float  # when, by `time.perf_counter`
     done: Any  # what to wait for: arrays that no later call donates
     hidden: jax.Array | None = None  # [batch, 1, seq, hidden]
     cache: Arrays = ()  # key and value, [batch, heads, seq, head_dim]
@@ -64,36 +63,9 @@ class _Slot:
     """A cache or a hidden state on the device: how it came, and what became of it."""
 
     loaded: Future[PlacedLoan] | None
-    made: Future[Made] | None = None
+    made: Future[Made] | None = None  # once dispatched
+    ended: Future[Made] | None = None
     stored: Future[int] | None = None
-
-
-class Waits:
-    """Seconds that the compute lane, and the loop over ops, spent waiting for what."""
-
-    def __init__(self) -> None:
-        # All causes from the start: two threads write, and a third may read.
-        self.seconds: dict[str, float] = {
-            "weights": 0.0,
-            "cache": 0.0,
-            "hidden": 0.0,
-            "compute": 0.0,
-        }
-
-    @contextlib.contextmanager
-    def wait(self, cause: str) -> Iterator[None]:
-        """Counts the time in the block."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[cause] += time.perf_counter() - begun
-
-    @property
-    def longest(self) -> str | None:
-        """What was waited for longest: "weights", "cache", "hidden" or "compute"."""
-        cause = max(self.seconds, key=lambda cause: self.seconds[cause])
-        return cause if self.seconds[cause] > 0 else None
 
 
 class LayerStage:
@@ -105,7 +77,6 @@ class LayerStage:
         weights, cache, hidden: where everything is.
         lanes: where everything happens.
         ledger: counts what is computed.
-        waits: counts what is waited for.
     """
 
     def __init__(
@@ -118,17 +89,17 @@ class LayerStage:
         hidden: PlacedArrays,
         lanes: Lanes,
         ledger: Ledger,
-        waits: Waits,
     ) -> None:
-        self._waits = waits
         self._work, self._rows = work, rows
         self._weights, self._cache, self._hidden = weights, cache, hidden
         self._lanes, self._ledger = lanes, ledger
         self._config = weights.config
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
-        self._last_use: dict[int, Future[Made]] = {}  # of a layer's weights
+        # Calls that end:
+        self._last_use: dict[int, Future[Made]] = {}  # the last of a layer
         self._heads: dict[int, Future[Made]] = {}  # the last head call of a batch
+        self._device_free_s = 0.0  # when the last call ended, by `time.perf_counter`
         self._begun: dict[int, int] = {}  # the step that a batch is at
 
     def outcome(self, batch: int) -> Any:
@@ -155,8 +126,8 @@ class LayerStage:
         hidden = self._slots[Hidden(cell.batch)]
         cache = self._slots.get(Cache(cell.layer, cell.batch))
         task = self._lanes.submit(
-            Lane.COMPUTE,
-            self._run,
+            Lane.DISPATCH,
+            self._dispatch,
             cell,
             [
                 self._parts[Weights(cell.layer, part)]
@@ -165,14 +136,15 @@ class LayerStage:
             hidden.loaded,
             cache and cache.loaded,
         )
-        self._last_use[cell.layer] = task
+        ended = self._lanes.submit(Lane.COMPUTE, self._follow, task)
+        self._last_use[cell.layer] = ended
         if self._work.is_decoder(cell.layer):
-            self._slots[Hidden(cell.batch)] = _Slot(hidden.loaded, task)
+            self._slots[Hidden(cell.batch)] = _Slot(hidden.loaded, task, ended)
             self._slots[Cache(cell.layer, cell.batch)] = _Slot(
-                cache and cache.loaded, task
+                cache and cache.loaded, task, ended
             )
         else:
-            self._heads[cell.batch] = task
+            self._heads[cell.batch] = ended
 
     def store(self, buffer: Cache | Hidden, step: int) -> None:
         slot, work = self._slots[buffer], self._work
@@ -193,15 +165,15 @@ class LayerStage:
             self._free_weights(buffer)
             return
         slot = self._slots[buffer]
-        if slot.made is not None:
-            made = self._wait(slot.made)
+        if slot.ended is not None:
+            made = slot.ended.result()
             if slot.stored is not None:
                 slot.stored.result()
             self._count(made, buffer, -1)
             made.let_go(buffer)
         else:
             assert isinstance(buffer, Hidden)
-            self._wait(self._heads[buffer.batch])
+            self._heads[buffer.batch].result()
         if slot.loaded is not None:
             slot.loaded.result().release()
         del self._slots[buffer]
@@ -209,7 +181,7 @@ class LayerStage:
     def _free_weights(self, buffer: Weights) -> None:
         loans = self._parts[buffer].result()
         if buffer.layer in self._last_use:
-            self._wait(self._last_use[buffer.layer])
+            self._last_use[buffer.layer].result()
             if buffer.part == self._work.num_parts - 1:
                 del self._last_use[buffer.layer]
         for loan in loans.values():
@@ -218,8 +190,6 @@ class LayerStage:
 
     def abandon(self) -> None:
         self._lanes.drain()
-        for task in (*self._last_use.values(), *self._heads.values()):
-            _settle(task)
         for parts in self._parts.values():
             if parts.exception() is None:
                 for loan in parts.result().values():
@@ -233,26 +203,29 @@ class LayerStage:
         self._slots.clear()
 
     def _load_token_rows(self, step: int, batch: int) -> PlacedLoan:
-        rows = self._weights.token_rows(self._rows.token_ids(step, batch))
+        with self._lanes.working(Lane.HIDDEN):
+            rows = self._weights.token_rows(self._rows.token_ids(step, batch))
         return PlacedLoan([(rows,)])
 
-    def _run(
+    def _dispatch(
         self,
         cell: Cell,
         parts: list[Future[Loans]],
         hidden: Future[PlacedLoan],
         past: Future[PlacedLoan] | None,
     ) -> Made:
-        with self._waits.wait("weights"):
-            loans = [part.result() for part in parts]
+        loans = [part.result() for part in parts]
         tensors = {n: loan.array for part in loans for n, loan in part.items()}
-        with self._waits.wait("hidden"):
-            state = _joined(hidden.result())
+        state = _joined(hidden.result())
+        segments = () if past is None else past.result().segments
+        dispatched_s = time.perf_counter()
         if not self._work.is_decoder(cell.layer):
             block = cell.layer - self._work.num_decoder_layers
             table = tensors[self._config.head_table]
-            return Made(self._rows.read_head(cell, block, table, state))
-        made = self._decode(cell, tensors, state, past)
+            head = self._rows.read_head(cell, block, table, state)
+            return Made(dispatched_s, head)
+        done, state, cache = self._decode(cell, tensors, state, segments)
+        made = Made(dispatched_s, done, state, cache)
         self._count(made, Cache(cell.layer, cell.batch), 1)
         self._count(made, Hidden(cell.batch), 1)
         return made
@@ -262,33 +235,35 @@ class LayerStage:
         cell: Cell,
         tensors: dict[str, jax.Array],
         state: jax.Array,
-        past: Future[PlacedLoan] | None,
-    ) -> Made:
+        segments: tuple[Arrays, ...],
+    ) -> tuple[Any, jax.Array, Arrays]:
+        """What to wait for, the hidden state, and the keys and values to store."""
         params = unflatten(tensors)
         layer = params.pop("layers")[str(cell.layer)]
         config, start = self._config, self._rows.start(cell.batch)
         length = np.int32(self._work.past_len(cell.step))
         if cell.layer == 0:
             state = embed_step(params, state, start, length, config=config)
-        if past is None:
+        if cell.step == 0:
             state, cache = prefill_step(layer, state, start, config=config)
         else:
-            with self._waits.wait("cache"):
-                segments = past.result().segments
             state, cache = decode_step(
                 layer, state, segments, start, length, config=config
             )
         if cell.layer < self._work.num_decoder_layers - 1:
-            return Made(cache, state, cache)  # the next layer's call donates `state`
+            return cache, state, cache  # the next layer's call donates `state`
         last_only = self._rows.last_only
         state = final_step(params, state, config=config, last_only=last_only)
-        return Made(state, state, cache)
+        return state, state, cache
 
-    def _wait(self, task: Future[Made]) -> Made:
-        """Waits until a compute call has been dispatched and has ended."""
+    def _follow(self, task: Future[Made]) -> Made:
+        """Waits until a compute call has ended, and counts how long it took."""
         made = task.result()
-        with self._waits.wait("compute"):
-            jax.block_until_ready(made.done)
+        jax.block_until_ready(made.done)
+        now = time.perf_counter()
+        begun = max(made.dispatched_s, self._device_free_s)
+        self._lanes.busy_s[Lane.COMPUTE] += now - begun
+        self._device_free_s = now
         return made
 
     def _count(self, made: Made, buffer: Buffer, sign: int) -> None:
@@ -298,13 +273,6 @@ class LayerStage:
             self._ledger.hold(Tier.DEVICE, Kind.KV_CACHE, sign * nbytes)
         elif made.hidden is not None:
             self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, sign * made.hidden.nbytes)
-
-
-def _settle(task: Future[Made]) -> None:
-    """Waits until a compute call that was dispatched has ended, well or badly."""
-    if task.exception() is None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.block_until_ready(task.result().done)
 
 
 def _hidden_of(task: Future[Made]) -> Arrays:

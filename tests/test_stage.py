@@ -12,7 +12,7 @@ from flexjax.engine import Engine
 from flexjax.policy import Placement, Policy, Schedule
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Buffer, Cache, Weights
-from flexjax.stage import LayerStage, Made, Waits
+from flexjax.stage import LayerStage, Made
 from flexjax.stopping import StopChecker
 from tests.common import in_time
 
@@ -86,16 +86,7 @@ def test_what_a_free_lets_go_of_is_gone(
 
 def test_half_of_what_a_call_made_may_go_before_the_other():
     hidden, cache = jax.numpy.zeros(1), (jax.numpy.ones(1), jax.numpy.ones(1))
-    made = Made(cache, hidden, cache)
+    made = Made(0.0, cache, hidden, cache)
     made.let_go(Cache(0, 0))
     assert (made.done, made.cache) == ((), ())
     assert made.hidden is hidden
-
-
-def test_the_longest_wait_is_named():
-    waits = Waits()
-    assert waits.longest is None
-    for cause, seconds in (("weights", 0.002), ("cache", 0.02)):
-        with waits.wait(cause):
-            time.sleep(seconds)
-    assert waits.longest == "cache"

@@ -5,8 +5,10 @@ keeps to the order of issue, the oldest unfinished task can always run: lanes ca
 deadlock.
 """
 
+import contextlib
 import enum
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,13 +20,19 @@ class Lane(enum.Enum):
     CACHE_IN = "cache in"
     CACHE_OUT = "cache out"
     HIDDEN = "hidden in and out"
-    COMPUTE = "compute"
+    DISPATCH = "dispatch"
+    COMPUTE = "compute"  # follows the device: its tasks end when the device's do
 
 
 class Lanes:
-    """One thread for each `Lane`; what a task raises is raised by its future."""
+    """One thread for each `Lane`; what a task raises is raised by its future.
+
+    `busy_s` holds the seconds for which each lane has worked, not counting the time in
+    which its tasks waited for those of other lanes.
+    """
 
     def __init__(self) -> None:
+        self.busy_s = dict.fromkeys(Lane, 0.0)
         self._threads = {
             lane: ThreadPoolExecutor(1, thread_name_prefix=f"flexjax {lane.value}")
             for lane in Lane
@@ -33,6 +41,15 @@ class Lanes:
     def submit[T](self, lane: Lane, task: Callable[..., T], *args: Any) -> Future[T]:
         """Issues `task(*args)`; returns at once."""
         return self._threads[lane].submit(task, *args)
+
+    @contextlib.contextmanager
+    def working(self, lane: Lane) -> Iterator[None]:
+        """Counts the time in the block as work of `lane`, whose thread must be in it."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy_s[lane] += time.perf_counter() - begun
 
     def drain(self) -> None:
         """Waits until every task that was issued has ended, well or badly."""

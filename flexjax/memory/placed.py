@@ -90,11 +90,12 @@ class PlacedArrays:
         count = stored.result()
         segments: list[tuple[Loan, ...]] = []
         try:
-            for tier in self._rows_of(key).spans():
-                store = self._stores[tier]
-                segments.append(())
-                for index in range(count):
-                    segments[-1] += (store.load((key, index)),)
+            with self._lanes.working(self._load_lane):
+                for tier in self._rows_of(key).spans():
+                    store = self._stores[tier]
+                    segments.append(())
+                    for index in range(count):
+                        segments[-1] += (store.load((key, index)),)
         except BaseException:
             PlacedLoan(segments).release()
             raise
@@ -103,12 +104,13 @@ class PlacedArrays:
     def _store(
         self, key: Hashable, values: Callable[[], Arrays], at: int, slots: int | None
     ) -> int:
-        arrays = values()
-        for tier, rows in self._rows_of(key).spans().items():
-            for index, array in enumerate(arrays):
-                self._stores[tier].store(
-                    (key, index), array, rows, at=at, slots=slots or array.shape[2]
-                )
+        arrays = jax.block_until_ready(values())
+        with self._lanes.working(self._store_lane):
+            for tier, rows in self._rows_of(key).spans().items():
+                for index, array in enumerate(arrays):
+                    self._stores[tier].store(
+                        (key, index), array, rows, at=at, slots=slots or array.shape[2]
+                    )
         return len(arrays)
 
 

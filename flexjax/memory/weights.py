@@ -173,6 +173,10 @@ class PlacedWeights:
             self._verify_once(name, begin, out[at : at + 1], row)
 
     def _load(self, spans: dict[str, slice]) -> Loans:
+        with self._lanes.working(Lane.WEIGHTS):
+            return self._bring(spans)
+
+    def _bring(self, spans: dict[str, slice]) -> Loans:
         """All reads of a part are under way at once; the disk orders them."""
         reads: dict[str, _Read] = {}
         loans: Loans = {}

@@ -1,4 +1,5 @@
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import pytest
@@ -81,3 +82,19 @@ def test_tasks_that_wait_for_earlier_ones_never_lock_each_other(graph):
 
 def test_done_has_its_value():
     assert done(3).result(timeout=0) == 3
+
+
+def test_a_lane_is_busy_while_it_works_and_not_while_it_waits(lanes):
+    go = threading.Event()
+
+    def work() -> None:
+        go.wait()
+        with lanes.working(Lane.WEIGHTS):
+            time.sleep(0.01)
+
+    task = lanes.submit(Lane.WEIGHTS, work)
+    time.sleep(0.05)
+    go.set()
+    task.result()
+    assert lanes.busy_s[Lane.WEIGHTS] >= 0.01
+    assert sum(lanes.busy_s.values()) == lanes.busy_s[Lane.WEIGHTS]
