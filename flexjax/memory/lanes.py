@@ -44,7 +44,7 @@ class Lanes:
 
     @contextlib.contextmanager
     def working(self, lane: Lane) -> Iterator[None]:
-        """Counts the time in the block as work of `lane`, whose thread must be in it."""
+        """Counts the time in the block as work of `lane`, in whose thread it runs."""
         begun = time.perf_counter()
         try:
             yield
