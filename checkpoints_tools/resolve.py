@@ -1,10 +1,13 @@
 """From what a user calls a model to a weight store that can run."""
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from checkpoints_tools.open_source import open_source
 from checkpoints_tools.source import Source
 from checkpoints_tools.store_conversion import convert_to_store
 from flexjax.checkpoint import is_store, read_manifest
+from flexjax.safe_files import make_folder
 from flexjax.store_format import DTYPES
 
 CACHE_VARIABLE = "FLEXJAX_CACHE"
@@ -97,6 +101,26 @@ def _cached(
     key = hashlib.sha256(f"{source.fingerprint}/{dtype.name}".encode()).hexdigest()[:12]
     store = cache / f"{name.replace('/', '--')}-{dtype.name}-{key}"
     # Looked at without the writer's lock: two programs may start from one store.
-    if not is_store(store) or read_manifest(store).source != source.fingerprint:
-        convert_to_store(source, store, dtype, f"converting {name} to {dtype.name}")
+    if not _is_made(store, source):
+        with _turn(store, name):
+            if not _is_made(store, source):
+                label = f"converting {name} to {dtype.name}"
+                convert_to_store(source, store, dtype, label)
     return store
+
+
+def _is_made(store: pathlib.Path, source: Source) -> bool:
+    return is_store(store) and read_manifest(store).source == source.fingerprint
+
+
+@contextlib.contextmanager
+def _turn(store: pathlib.Path, name: str) -> Iterator[None]:
+    """Waits until no other process makes `store`."""
+    make_folder(store.parent)
+    with open(store.with_name(f".{store.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("waiting for another process that converts %s", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

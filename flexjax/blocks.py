@@ -148,8 +148,14 @@ class _BatchSampler:
 
     def sample(
         self, logits: jax.Array, step: int
-    ) -> tuple[jax.Array, TokenLogprobs | None]:
-        """Dispatches the choice of one token a row."""
+    ) -> tuple[jax.Array, TokenLogprobs | None, jax.Array]:
+        """Dispatches the choice of one token a row.
+
+        Returns:
+            Token ids, their log-probabilities if a row wants any, and which rows have
+            logits that are numbers.
+        """
+        sane = jnp.isfinite(jnp.max(logits, axis=-1))
         steps = np.full(self._work.batch_size, step, np.int32)
         controls = make_controls(self._params, self._keys, steps)
         weighed = logits
@@ -158,13 +164,26 @@ class _BatchSampler:
             weighed = penalize(logits, jnp.asarray(self._seen(step)), penalty)
         ids = self._sampler(weighed, controls)
         if self._num_top is None:
-            return ids, None
+            return ids, None, sane
         num_top = min(self._num_top, logits.shape[-1])
-        return ids, token_logprobs(logits, ids, num_top=num_top)
+        return ids, token_logprobs(logits, ids, num_top=num_top), sane
 
-    def take(self, ids: jax.Array, logprobs: TokenLogprobs | None) -> int:
-        """Gives each row its token; returns how many rows took one."""
+    def take(
+        self, ids: jax.Array, logprobs: TokenLogprobs | None, sane: jax.Array
+    ) -> int:
+        """Gives each row its token; returns how many rows took one.
+
+        Raises:
+            ValueError: the logits of a row are not numbers.
+        """
         tokens, count = np.asarray(ids), 0
+        for place, row in enumerate(self.rows):
+            if not np.asarray(sane)[place]:
+                raise ValueError(
+                    f"the logits of prompt {row.index} are not finite after "
+                    f"{len(row.checker.token_ids)} tokens; the weights may be damaged, "
+                    "or their dtype overflows: try dtype='bfloat16' or 'float32'"
+                )
         table = None if logprobs is None else jax.tree.map(np.asarray, logprobs)
         self.newest = np.full_like(self.newest, self._pad)
         for place, row in enumerate(self.rows):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ MOST_PARTS = 4  # in which a layer's weights travel
 class Engine:
     """A model whose tensors are placed as a policy says.
 
+    One call runs at a time; calls from other threads wait for it.
+
     Args of the constructor:
         store: the model's weights.
         policy: validated.
@@ -49,7 +52,7 @@ class Engine:
         on_weights: called with the bytes of every weight that is read at the start.
 
     Raises:
-        ValueError: the weights do not fit.
+        ValueError: the weights do not fit, or `offload_dir` cannot be written to.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Engine:
     ) -> None:
         self.config, self.policy, self._seed = store.config, policy, seed
         self.ledger, self.times = Ledger(), RunTimes()
+        self._running, self._closed = threading.Lock(), False
         self._link = DeviceLink(device, self.ledger)
         self._offload_dir = offload_dir
         nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
@@ -76,7 +80,8 @@ class Engine:
             }
         )
         self._num_parts = min(policy.num_batches, MOST_PARTS)
-        self._spill: SpillFolder | None = None
+        spills = max(policy.kv_cache.disk, policy.activations.disk) > 0
+        self._spill = SpillFolder(offload_dir) if spills else None
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}
         self._lanes = Lanes()
         try:
@@ -92,6 +97,7 @@ class Engine:
             )
         except BaseException:
             self._lanes.close()
+            self._remove_spill()
             raise
 
     def generate(
@@ -115,13 +121,12 @@ class Engine:
             )
             for block in blocks
         ]
-        self._start(works, scores=False)
 
         def count(num_tokens: int) -> None:
             self.times.num_tokens += num_tokens
             on_tokens(num_tokens)
 
-        with self._buffers():
+        with self._call(works, scores=False):
             for block, work in zip(blocks, works, strict=True):
                 sampler = GenerateRows(
                     block,
@@ -151,9 +156,8 @@ class Engine:
             self._workload(max(lengths[i] for i in block), 1, len(block))
             for block in blocks
         ]
-        self._start(works, scores=True)
         results: dict[int, np.ndarray] = {}
-        with self._buffers():
+        with self._call(works, scores=True):
             for block, work in zip(blocks, works, strict=True):
                 rows = ScoreRows(
                     [sequences[i] for i in block],
@@ -181,8 +185,13 @@ class Engine:
 
     def close(self) -> None:
         """Ends the threads, lets go of all memory and removes what was spilled."""
-        self._lanes.close()
-        self.weights.close()
+        with self._running:
+            self._closed = True
+            self._lanes.close()
+            self.weights.close()
+            self._remove_spill()
+
+    def _remove_spill(self) -> None:
         if self._spill is not None:
             self._spill.close()
             self._spill = None
@@ -207,26 +216,30 @@ class Engine:
         self._lanes.busy_s = dict.fromkeys(Lane, 0.0)
         self.times = RunTimes(predicted_peak=dict(peak), busy_s=self._lanes.busy_s)
         self.ledger.start()
-        held = {key: self.ledger.held(*key) for key in peak}
-        for tier, size in self.weights.home_bytes().items():
-            if tier is Tier.DISK:
-                held[tier, Kind.WEIGHTS] = size
-        self._ensure_fits({key: peak[key] - held[key] for key in peak})
+        self._ensure_fits({key: peak[key] - self.ledger.held(*key) for key in peak})
 
     def _ensure_fits(self, needed: Mapping[tuple[Tier, Kind], int]) -> None:
         free = free_bytes(self._link.device, self._offload_dir)
         ensure_fits(needed, free, device_is_host=self._link.is_shared)
 
     @contextlib.contextmanager
-    def _buffers(self) -> Iterator[None]:
-        """Keeps buffers from block to block, and gives them back in the end."""
-        try:
-            yield
-        finally:
-            self.weights.clear()
-            for stores in self._stores.values():
-                for store in stores.values():
-                    store.clear()
+    def _call(self, works: Sequence[Workload], *, scores: bool) -> Iterator[None]:
+        """Keeps buffers from block to block of a call, and gives them back in the end.
+
+        Raises:
+            ValueError: the engine is closed, or one of the blocks does not fit.
+        """
+        with self._running:
+            if self._closed:
+                raise ValueError("this model is closed; make a new one to run it again")
+            self._start(works, scores=scores)
+            try:
+                yield
+            finally:
+                self.weights.clear()
+                for stores in self._stores.values():
+                    for store in stores.values():
+                        store.clear()
 
     def _run(self, work: Workload, rows: GenerateRows | ScoreRows) -> None:
         policy = self.policy
@@ -296,9 +309,7 @@ class Engine:
             Tier.DEVICE: DeviceStore(self.ledger, kind),
             Tier.HOST: HostStore(self.ledger, kind, self._link),
         }
-        if self.policy.placement(kind).disk > 0:
-            if self._spill is None:
-                self._spill = SpillFolder(self._offload_dir)
+        if self._spill is not None:
             path = self._spill.path
             stores[Tier.DISK] = DiskStore(self.ledger, kind, self._link, path)
         return stores

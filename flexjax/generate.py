@@ -1,17 +1,22 @@
 """`python -m flexjax.generate`: continues prompts under a policy."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from flexjax.cli import run_command
+from flexjax.outputs import RequestOutput
 from flexjax.policy import to_json
 from flexjax.policy_args import add_policy_arguments, policy_from_args
 from flexjax.safe_files import make_folder, write_atomically
 from flexjax.sampling_params import SamplingParams
+from flexjax.sizes import format_bytes
 
 _DUMMY = "_DUMMY_"  # FlexGen's word for random weights
 _EXAMPLE = """examples:
@@ -37,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     parser.add_argument(
-        "--prompts", metavar="FILE", help="a text file with one prompt a line"
+        "--prompts",
+        metavar="FILE",
+        help="a text file with one prompt a line; blank lines are left out",
     )
     parser.add_argument("--json", metavar="FILE", help="write outputs and metrics here")
     parser.add_argument(
@@ -73,16 +80,34 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to generate for each prompt (default 32)",
     )
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T")
-    group.add_argument("--top-k", type=int, default=0, metavar="K")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    group.add_argument("--stop", nargs="+", default=(), metavar="TEXT")
+    for name, default, help_text in (
+        ("temperature", 0.0, "divides the logits; 0 takes the most likely token"),
+        ("top-k", 0, "draw from the K most likely tokens; 0: from all"),
+        ("top-p", 1.0, "draw from the likeliest tokens that sum to this probability"),
+        ("min-p", 0.0, "draw from tokens this likely, relative to the likeliest"),
+        ("repetition-penalty", 1.0, "above 1: tokens seen before become less likely"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            type=type(default),
+            default=default,
+            metavar="X",
+            help=f"{help_text} (default {default})",
+        )
     group.add_argument(
-        "--stop-token-ids", nargs="+", type=int, default=(), metavar="ID"
+        "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end a row"
     )
-    group.add_argument("--ignore-eos", action="store_true")
+    group.add_argument(
+        "--stop-token-ids",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="ID",
+        help="token ids that end a row",
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on past the end of a text"
+    )
     group.add_argument(
         "--logprobs",
         type=int,
@@ -95,10 +120,10 @@ def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     params, policy, prompts = _params(args), policy_from_args(args), _read_prompts(args)
     if args.json is not None:
-        make_folder(pathlib.Path(args.json).absolute().parent)
+        _check_writable(pathlib.Path(args.json).absolute())
     model = _model(args)
 
-    from flexjax.llm import LLM  # JAX starts here: after all that can be refused early
+    from flexjax.llm import LLM  # slow to load: after all that can be refused early
 
     with LLM(
         model,
@@ -112,12 +137,7 @@ def main(args: argparse.Namespace) -> None:
             prompts = _random_prompts(vocab_size, count, args.prompt_len)
         outputs = llm.generate(prompts, params)
         metrics, placement = llm.metrics, llm.placement
-    for output in outputs:
-        completion = output.outputs[0]
-        print(output.prompt or output.prompt_token_ids, end="")
-        print(f"{completion.text or completion.token_ids}\n")
-    print(_summary(metrics), file=sys.stderr)
-    if args.json is not None:
+    if args.json is not None:  # first: a terminal may be closed, or know no Unicode
         report = {
             "outputs": [dataclasses.asdict(output) for output in outputs],
             "metrics": metrics,
@@ -126,6 +146,26 @@ def main(args: argparse.Namespace) -> None:
         }
         data = json.dumps(report, indent=1, ensure_ascii=False).encode()
         write_atomically(pathlib.Path(args.json), data)
+    _print(outputs)
+    print(_summary(metrics), file=sys.stderr)
+
+
+def _print(outputs: Sequence[RequestOutput]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(BrokenPipeError):  # whoever read has read enough
+        for output in outputs:
+            completion = output.outputs[0]
+            print(output.prompt or output.prompt_token_ids, end="")
+            print(f"{completion.text or completion.token_ids}\n")
+        sys.stdout.flush()
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    """Refuses a file that could not be written after a long run."""
+    make_folder(path.parent)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--json {path} cannot be written; name a file that can")
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
@@ -158,12 +198,15 @@ def _read_prompts(args: argparse.Namespace) -> list[str] | None:
     if args.prompt is not None:
         return args.prompt
     try:
-        lines = pathlib.Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        text = pathlib.Path(args.prompts).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts {args.prompts} cannot be read: {error}") from error
-    if not lines:
+    # Not `splitlines`, which also ends a line at characters that texts contain.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
         raise ValueError(f"--prompts {args.prompts} is empty; write one prompt a line")
-    return lines
+    return prompts
 
 
 def _random_prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
@@ -176,6 +219,8 @@ def _model(args: argparse.Namespace) -> str | os.PathLike[str] | None:
     if args.path is None:
         return args.model
     if args.path != _DUMMY:
+        if args.model is not None:
+            raise ValueError("--model and --path both name a model; give one of them")
         if not pathlib.Path(args.path).is_dir():
             raise ValueError(
                 f"--path {args.path} is no folder; give the model's folder"
@@ -196,19 +241,19 @@ def _model(args: argparse.Namespace) -> str | os.PathLike[str] | None:
 
 def _summary(metrics: dict) -> str:
     moved = ", ".join(
-        f"{nbytes / 1e9:.2f} GB {link}"
+        f"{format_bytes(nbytes)} {link}"
         for link, nbytes in metrics["bytes_moved"].items()
     )
     peaks = ", ".join(
-        f"{nbytes / 1e9:.2f} GB {tier}"
+        f"{format_bytes(nbytes)} {tier}"
         for tier, nbytes in metrics["peak_bytes"].items()
     )
-    rss = metrics["peak_rss_bytes"] / 1e9
+    rss = format_bytes(metrics["peak_rss_bytes"])
     return (
         f"{metrics['num_tokens']} tokens in {metrics['seconds']:.2f} s "
         f"({metrics['tokens_per_s']:.1f} tokens/s; prefill "
         f"{metrics['prefill_s']:.2f} s), slowest: {metrics['slowest']}\n"
-        f"moved: {moved or 'nothing'}\npeak: {peaks}; {rss:.2f} GB resident"
+        f"moved: {moved or 'nothing'}\npeak: {peaks}; {rss} resident"
     )
 
 

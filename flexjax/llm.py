@@ -3,7 +3,7 @@
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -152,7 +152,7 @@ class LLM:
         """
         sequences = [
             self._checked_ids(f"sequence {index}", list(sequence), 0)
-            for index, sequence in enumerate(token_ids)
+            for index, sequence in enumerate(_as_list(token_ids))
         ]
         most = sum(map(len, sequences))
         with self._bar(most, "scoring", "token") as bar:
@@ -165,6 +165,10 @@ class LLM:
             if not prompt:
                 raise ValueError(f"prompt {index} is empty; give it at least a word")
             ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+            raise ValueError(
+                f"prompt {index} is {prompt!r}, expected a text or a list of token ids"
+            )
         else:
             ids = list(prompt)
         ids = self._checked_ids(f"prompt {index}", ids, params.max_tokens)
@@ -277,6 +281,10 @@ def _as_list(prompts: Any) -> list[Any]:
     """Prompts as a list; a text or a list of token ids alone is a list of one."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"prompts are {prompts!r}, expected texts or lists of token ids"
+        )
     prompts = list(prompts)
     is_one = bool(prompts) and isinstance(prompts[0], (int, np.integer))
     return [prompts] if is_one else prompts
@@ -287,11 +295,18 @@ def _one_for_each(
 ) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    params = list(params)
     if len(params) != count:
         raise ValueError(
             f"{len(params)} sampling_params for {count} prompts; give one for all, or "
             "one for each"
         )
+    for index, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise ValueError(
+                f"sampling_params of prompt {index} are {one!r}, "
+                "expected SamplingParams"
+            )
     return params
 
 

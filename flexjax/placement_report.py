@@ -23,11 +23,8 @@ def placement_report(weights: PlacedWeights, policy: Policy) -> dict[str, Any]:
         Kind.WEIGHTS.value: _weights(weights, policy),
     }
     for kind, count in cells.items():
-        placed = [
-            place_rows(policy.placement(kind), policy.batch_size, index)
-            for index in range(count)
-        ]
-        totals = [sum(rows[tier] for rows in placed) for tier in range(len(Tier))]
+        # Rounding is carried from batch to batch: all of them together are as one.
+        totals = place_rows(policy.placement(kind), count * policy.batch_size, 0)
         report[kind.value] = {
             tier.value: {
                 "requested": policy.placement(kind).fraction(tier),

@@ -26,7 +26,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in Kind:
         group.add_argument(
             _flag(kind),
-            metavar="device=F,host=F",
+            metavar="device=F,host=F,disk=F",
             help=f"fractions of the {kind.value.replace('_', ' ')} on the device and "
             "on the host; the rest is on disk (disk=1 puts all of it there)",
         )
@@ -35,14 +35,14 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-batch-size",
         type=int,
         metavar="N",
-        help="rows of one compute call",
+        help=f"rows of one compute call (default {Policy().batch_size})",
     )
     group.add_argument(
         "--num-batches",
         "--num-gpu-batches",
         type=int,
         metavar="N",
-        help="compute calls that share one load of a layer's weights",
+        help="compute calls that share one load of a layer's weights (default 1)",
     )
     group.add_argument(
         "--schedule",

@@ -45,6 +45,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         partial.rename(path)
         _sync(path.parent)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 

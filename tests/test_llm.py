@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import flexjax
 from flexjax import LLM, Placement, Policy, SamplingParams
+from flexjax.steps import head_step
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 SPILLS = Policy(
@@ -57,7 +59,9 @@ def test_float16_becomes_bfloat16_on_a_cpu(golden):
         held = llm.placement["weights"]["device"]["bytes"]
         llm.generate([[5, 6]], dataclasses.replace(GREEDY, max_tokens=2))
     folders = [
-        path.name for path in pathlib.Path(os.environ["FLEXJAX_CACHE"]).iterdir()
+        path.name
+        for path in pathlib.Path(os.environ["FLEXJAX_CACHE"]).iterdir()
+        if path.is_dir()
     ]
     assert ["bfloat16" in name for name in folders] == [True]
     assert held == 2 * sum(
@@ -164,6 +168,9 @@ def test_an_empty_list_of_prompts_gives_an_empty_list(llm):
         ([[5] * 150], r"prompt 0 has 150 tokens and max_tokens=16.*positions for 160"),
         (["Hello"], r"no tokenizer .*prompts must be given as token ids"),
         ([""], r"prompt 0 is empty"),
+        ([b"ab"], r"prompt 0 is b'ab', expected a text or a list of token ids"),
+        ([[5], None], r"prompt 1 is None, expected a text"),
+        (None, r"prompts are None, expected texts"),
     ],
 )
 def test_bad_prompts_are_refused_by_number(llm, prompts, message):
@@ -172,6 +179,8 @@ def test_bad_prompts_are_refused_by_number(llm, prompts, message):
 
 
 def test_bad_parameters_are_refused_by_name(llm):
+    with pytest.raises(ValueError, match="prompt 0 are 3, expected SamplingParams"):
+        llm.generate([[5]], [3])
     with pytest.raises(ValueError, match="1 sampling_params for 2 prompts"):
         llm.generate([[5], [6]], [GREEDY])
     with pytest.raises(ValueError, match="stop_token_ids of prompt 0 has 600"):
@@ -196,6 +205,35 @@ def test_bad_options_are_refused_by_name(golden, options, message):
         LLM(golden("opt-pre-ln").store, **options)
 
 
+def test_calls_from_several_threads_take_turns(llm, golden):
+    prompts = golden("opt-pre-ln").prompts
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(llm.generate, [prompt], GREEDY) for prompt in prompts]
+    found = [token_ids(run.result())[0] for run in runs]
+    assert found == golden("opt-pre-ln").greedy_ids
+
+
+def test_a_closed_llm_says_so(golden, tmp_path):
+    llm = LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=tmp_path)
+    llm.close()
+    with pytest.raises(ValueError, match="this model is closed"):
+        llm.generate([[5]], GREEDY)
+    with pytest.raises(ValueError, match="this model is closed"):
+        llm.score([[5, 6]])
+    assert list(tmp_path.glob("flexjax-spill*")) == []
+
+
+def test_logits_that_are_not_numbers_are_refused(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "flexjax.blocks.head_step", lambda table, hidden: head_step(table, hidden) / 0
+    )
+    with (
+        LLM(golden("opt-pre-ln").store) as llm,
+        pytest.raises(ValueError, match="logits of prompt 0 are not finite after 0"),
+    ):
+        llm.generate([[5, 6]], GREEDY)
+
+
 def test_max_model_len_binds(golden):
     with (
         LLM(golden("opt-pre-ln").store, max_model_len=20) as llm,
@@ -207,11 +245,8 @@ def test_max_model_len_binds(golden):
 def test_a_folder_that_cannot_be_spilled_to_is_refused(golden, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with (
-        LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=blocked) as llm,
-        pytest.raises((ValueError, OSError), match=str(blocked)),
-    ):
-        llm.generate([[5]], GREEDY)
+    with pytest.raises(ValueError, match=f"cannot write into {blocked}"):
+        LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=blocked)
 
 
 def test_an_altered_weight_is_refused_by_name(golden, tmp_path):

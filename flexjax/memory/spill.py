@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import weakref
 
 from flexjax.safe_files import make_folder, unwritable
 
@@ -17,24 +18,29 @@ _GETS_ITS_LOCK_WITHIN_S = 60.0
 class SpillFolder:
     """A folder of this process alone, below `parent`, that `close` removes.
 
-    While it is open its lock file is locked. What a killed process left behind is not,
-    and goes when the next folder is made below the same parent.
+    It also goes when the process ends without `close`. While it is open its lock file
+    is locked. What a killed process left behind is not, and goes when the next folder
+    is made below the same parent.
     """
 
     def __init__(self, parent: pathlib.Path) -> None:
         make_folder(parent)
         sweep(parent)
         try:
-            self.path, self._lock = _make_locked(parent)
+            self.path, lock = _make_locked(parent)
         except OSError as error:
             raise unwritable(parent, error) from error
+        self._remove = weakref.finalize(self, _remove, self.path, lock, os.getpid())
 
     def close(self) -> None:
         """Removes the folder and all that lies in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._remove()
+
+
+def _remove(path: pathlib.Path, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # and not a fork of it that ends
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def _make_locked(parent: pathlib.Path) -> tuple[pathlib.Path, int]:

@@ -56,12 +56,15 @@ class PlacedWeights:
         self._stage = BufferPool(ledger, link.stage_tier, Kind.WEIGHTS)
         self._rows_stage = BufferPool(ledger, link.stage_tier, Kind.ACTIVATIONS)
         self._verified: set[tuple[str, int]] = set()  # (tensor, first row of a piece)
+        self._homes: list[str] = []  # tensors that are counted
         self._on_device: dict[str, jax.Array] = {}
         self._on_host: dict[str, np.ndarray] = {}
         for name, tier in tiers.items():
             if tier is not Tier.DISK:
                 self._read_resident(name, tier)
                 progress(store.tensors[name].nbytes)
+            self._homes.append(name)
+            self._count_home(name, 1)
 
     @property
     def config(self) -> OPTConfig:
@@ -120,14 +123,16 @@ class PlacedWeights:
 
     def close(self) -> None:
         """Lets go of every tensor."""
-        for tier, tensors in (
-            (Tier.DEVICE, self._on_device),
-            (Tier.HOST, self._on_host),
-        ):
-            for array in tensors.values():
-                self._ledger.hold(tier, Kind.WEIGHTS, -array.nbytes)
-            tensors.clear()
+        for name in self._homes:
+            self._count_home(name, -1)
+        self._homes.clear()
+        self._on_device.clear()
+        self._on_host.clear()
         self.clear()
+
+    def _count_home(self, name: str, sign: int) -> None:
+        nbytes = self._store.tensors[name].nbytes
+        self._ledger.hold(self._tiers[name], Kind.WEIGHTS, sign * nbytes)
 
     def _read_resident(self, name: str, tier: Tier) -> None:
         entry = self._store.tensors[name]
@@ -138,7 +143,6 @@ class PlacedWeights:
             self._on_host[name] = array
         else:
             self._on_device[name] = jax.device_put(array, self._link.device)
-        self._ledger.hold(tier, Kind.WEIGHTS, entry.nbytes)
 
     def _spans(self, layer: int, part: int) -> dict[str, slice]:
         """The tensors of a part, and the rows that it needs of each.
