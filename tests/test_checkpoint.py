@@ -495,7 +495,7 @@ def tiny_disk(tmp_path):
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_no_store(tiny_disk, monkeypatch):

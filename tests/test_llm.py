@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_spilled_to_is_refused(golden, tmp_path):
 def test_an_altered_weight_is_refused_by_name(golden, tmp_path):
     store = tmp_path / "store"
     shutil.copytree(golden("opt-pre-ln").store, store)
-    chunk = next((store / "tensors" / "layers.1.fc1.weight").glob("c*"))
+    (chunk,) = (store / "tensors" / "layers.1.fc1.weight").glob("c*")
     data = bytearray(chunk.read_bytes())
     data[100] ^= 1
     chunk.write_bytes(data)
