@@ -59,10 +59,6 @@ class Workload:
         whole = bucket(self.prompt_len + self.gen_len - 1)
         return min(whole, bucket(self.prompt_len + step + 1))
 
-    def tokens(self) -> int:
-        """Tokens generated for the block, padding rows included."""
-        return self.num_batches * self.batch_size * self.gen_len
-
 
 def bucket(length: int) -> int:
     """`length` rounded up so that few shapes occur: multiples of 32, then of an eighth.

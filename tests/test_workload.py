@@ -68,8 +68,3 @@ def test_a_cache_is_kept_exactly_while_a_later_step_reads_it(work):
 def test_layers_are_decoder_layers_then_blocks_of_the_vocabulary(work):
     decoders = [work.is_decoder(layer) for layer in range(work.num_layers)]
     assert decoders == [True] * work.num_decoder_layers + [False] * work.num_head_blocks
-
-
-def test_tokens_count_every_row():
-    work = Workload(num_decoder_layers=1, num_batches=3, batch_size=4, gen_len=5)
-    assert work.tokens() == 60

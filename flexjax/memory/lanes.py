@@ -60,10 +60,3 @@ class Lanes:
         """Lets the running tasks end, drops the waiting ones and ends the threads."""
         for thread in self._threads.values():
             thread.shutdown(wait=True, cancel_futures=True)
-
-
-def done[T](value: T) -> Future[T]:
-    """A future that has its value already."""
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexjax.memory.lanes import Lane, Lanes, done
+from flexjax.memory.lanes import Lane, Lanes
 from tests.common import flexjax_threads, in_time
 
 
@@ -78,10 +78,6 @@ def test_tasks_that_wait_for_earlier_ones_never_lock_each_other(graph):
     in_time(lanes.drain)
     assert all(task.result() >= 1 for task in tasks)
     in_time(lanes.close)
-
-
-def test_done_has_its_value():
-    assert done(3).result(timeout=0) == 3
 
 
 def test_a_lane_is_busy_while_it_works_and_not_while_it_waits(lanes):
