@@ -38,7 +38,7 @@ def _stored_tensor(store: WeightStore, name: str) -> SourceTensor:
 
     def read_rows(first: int, last: int) -> np.ndarray:
         rows = np.empty((last - first, *entry.shape[1:]), entry.dtype)
-        store.read_rows(name, first, last, rows).result()
+        store.read_rows(name, first, last, rows)
         return rows
 
     return SourceTensor(

@@ -18,10 +18,10 @@ import tensorstore as ts
 from checkpoints_tools.hugging_face import copy_tokenizer
 from checkpoints_tools.source import BLOCK_BYTES, Source, SourceTensor, make_source
 from checkpoints_tools.store_conversion import convert_to_store
-from flexjax.checkpoint import tensorstore_message
 from flexjax.models.config import read_config, tensor_shapes, to_hugging_face
 from flexjax.safe_files import sync_tree
 from flexjax.store_format import TENSORS
+from flexjax.store_writer import tensorstore_message
 
 METADATA = "_METADATA"
 ARRAYS = ("np.ndarray", "jax.Array")  # Orbax's names for what holds a tensor

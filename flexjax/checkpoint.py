@@ -1,25 +1,19 @@
-"""Reading the weight store on disk: asynchronous, into the caller's buffers."""
+"""Reading the weight store on disk, into the caller's buffers."""
 
-import errno
 import json
-import mmap
 import os
 import pathlib
-import re
-import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
 
 import numpy as np
-import tensorstore as ts
 import xxhash
 
+from flexjax.extents import Extent, as_bytes, read_extent, reads_direct
 from flexjax.models.config import OPTConfig
 from flexjax.store_format import (
     MANIFEST,
     Manifest,
     TensorEntry,
-    array_spec,
     chunk_path,
     manifest_from_json,
 )
@@ -88,55 +82,70 @@ class WeightStore:
         self.dtype: np.dtype = manifest.dtype
         self.source: str = manifest.source
         self.tensors: Mapping[str, TensorEntry] = manifest.tensors
-        self.direct_io = _reads_direct(folder, manifest.tensors)
-        self._context = ts.Context(
-            {"file_io_mode": {"mode": "direct"}} if self.direct_io else {}
-        )
-        self._handles: dict[str, ts.TensorStore] = {}
-        self._lock = threading.Lock()
+        name, entry = next(iter(self.tensors.items()))
+        self.direct_io = reads_direct(chunk_path(folder, name, entry, 0))
 
-    def read(self, name: str, out: np.ndarray) -> Future[None]:
-        """Starts filling `out` with a tensor; the future's result waits for it.
+    def read(self, name: str, out: np.ndarray) -> None:
+        """Fills `out` with a tensor.
 
         Raises:
-            ValueError: no such tensor, or `out` does not fit it. What goes wrong on the
-                disk is an OSError of the future.
+            ValueError: no such tensor, or `out` does not fit it.
+            OSError: a file could not be read; the message names it and the tensor.
         """
-        return self.read_rows(name, 0, self._entry(name).shape[0], out)
+        self.read_rows(name, 0, self._entry(name).shape[0], out)
 
-    def read_rows(
-        self, name: str, first: int, last: int, out: np.ndarray
-    ) -> Future[None]:
+    def read_rows(self, name: str, first: int, last: int, out: np.ndarray) -> None:
         """Like `read`, for rows `first` to `last - 1` only."""
+        try:
+            for extent in self.extents(name, first, last, out):
+                read_extent(extent)
+        except OSError as error:
+            raise self.failure(name, error) from error
+
+    def extents(
+        self, name: str, first: int, last: int, out: np.ndarray
+    ) -> list[Extent]:
+        """Where rows `first` to `last - 1` of a tensor lie, and their places in `out`.
+
+        Raises:
+            ValueError: no such tensor or rows, or `out` does not fit them.
+        """
         entry = self._entry(name)
         if not 0 <= first < last <= entry.shape[0]:
             raise ValueError(
                 f"rows {first}:{last} are not in tensor {name!r} of {entry.shape[0]}"
             )
         _check_buffer(name, entry, last - first, out)
-        done: Future[None] = Future()
-        done.set_running_or_notify_cancel()
-        try:
-            rows = self._handle(name)[first:last].translate_to[0]
-            reading = ts.array(out).write(rows).commit
-        except ValueError as error:
-            done.set_exception(self._failure(name, error))
-            return done
+        memory, found = as_bytes(out), []
+        for index in range(first // entry.chunk_rows, entry.num_chunks):
+            chunk_first = index * entry.chunk_rows
+            begin = max(first, chunk_first)
+            end = min(last, chunk_first + entry.chunk_rows)
+            if begin >= end:
+                break
+            into = slice(
+                (begin - first) * entry.row_bytes, (end - first) * entry.row_bytes
+            )
+            found.append(
+                Extent(
+                    chunk_path(self.folder, name, entry, index),
+                    (begin - chunk_first) * entry.row_bytes,
+                    memory[into],
+                )
+            )
+        return found
 
-        def finish(read: ts.Future) -> None:
-            error = read.exception()
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(self._failure(name, error))
-
-        reading.add_done_callback(finish)
-        return done
+    def failure(self, name: str, error: OSError) -> OSError:
+        """What to raise where reading the extents of a tensor raised `error`."""
+        return OSError(
+            f"cannot read tensor {name!r} of {self.folder}: {error}; convert the "
+            "checkpoint again if the disk is well"
+        )
 
     def gather_rows(self, name: str, ids: np.ndarray, out: np.ndarray) -> None:
         """Fills `out[i]` with row `ids[i]`, reading each distinct row once.
 
-        Reads the rows alone, where tensorstore would read every chunk that they touch.
+        Goes through the page cache: rows are small, and popular ones come again.
 
         Raises:
             ValueError: no such tensor, an id outside it, or `out` does not fit.
@@ -155,7 +164,7 @@ class WeightStore:
                 f"rows {rows[0]}..{rows[-1]} are not all in tensor {name!r}, which has "
                 f"{entry.shape[0]} rows"
             )
-        into = out.reshape(len(ids), -1).view(np.uint8)
+        into = as_bytes(out).reshape(len(ids), -1)
         chunks = rows // entry.chunk_rows
         for index in np.unique(chunks):
             inside = chunks == index
@@ -187,7 +196,7 @@ class WeightStore:
         for index, first, last in entry.chunks():
             begin, end = max(first, first_row), min(last, last_row)
             if begin < end:
-                rows = _bytes(data[begin - first_row : end - first_row])
+                rows = as_bytes(data[begin - first_row : end - first_row])
                 skipped_bytes = (begin - first) * entry.row_bytes
                 chunk_bytes = (last - first) * entry.row_bytes
                 self._verify_chunk(name, index, rows, skipped_bytes, chunk_bytes)
@@ -238,43 +247,9 @@ class WeightStore:
             raise ValueError(f"{self.folder} has no tensor {name!r}")
         return self.tensors[name]
 
-    def _handle(self, name: str) -> ts.TensorStore:
-        with self._lock:
-            if name not in self._handles:
-                self._handles[name] = ts.open(
-                    array_spec(self.folder, name, self.tensors[name])
-                    | {"fill_missing_data_reads": False},
-                    context=self._context,
-                    open=True,
-                    read=True,
-                ).result()
-            return self._handles[name]
-
-    def _failure(self, name: str, error: BaseException) -> OSError:
-        return OSError(
-            f"cannot read tensor {name!r} of {self.folder}: "
-            f"{tensorstore_message(error)}; convert the checkpoint again if the disk "
-            "is well"
-        )
-
-
-def tensorstore_message(error: BaseException) -> str:
-    """What tensorstore says, without the machine-readable tail."""
-    text = re.sub(
-        r"\s*\[(tensorstore_spec|os_error_code|source locations)=?.*",
-        "",
-        str(error),
-        flags=re.DOTALL,
-    )
-    return re.sub(r"^[A-Z_]+: ", "", text.replace("\0", "/"))
-
 
 def _checksum(data: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(data)
-
-
-def _bytes(rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
 
 
 def _check_buffer(name: str, entry: TensorEntry, rows: int, out: np.ndarray) -> None:
@@ -285,22 +260,3 @@ def _check_buffer(name: str, entry: TensorEntry, rows: int, out: np.ndarray) -> 
             f"buffer for tensor {name!r} is {layout}{out.dtype.name}{list(out.shape)}, "
             f"expected contiguous {entry.dtype.name}{list(shape)}"
         )
-
-
-def _reads_direct(folder: pathlib.Path, tensors: Mapping[str, TensorEntry]) -> bool:
-    """Whether the file system of `folder` reads past the page cache (O_DIRECT)."""
-    if not hasattr(os, "O_DIRECT"):
-        return False
-    name, entry = next(iter(tensors.items()))
-    page = mmap.mmap(-1, mmap.PAGESIZE)
-    try:
-        file = os.open(chunk_path(folder, name, entry, 0), os.O_RDONLY | os.O_DIRECT)
-        try:
-            os.preadv(file, [page], 0)
-        finally:
-            os.close(file)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return False
-        raise
-    return True

@@ -1,41 +1,32 @@
 """Token ids in, token ids out: runs blocks of prompts, each as a schedule."""
 
 import contextlib
-import functools
+import dataclasses
 import math
 import pathlib
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from flexjax.blocks import GenerateRows, Row, ScoreRows
 from flexjax.checkpoint import WeightStore
-from flexjax.executor import execute
-from flexjax.memory.capacity import ensure_fits, free_bytes
-from flexjax.memory.device import DeviceStore
-from flexjax.memory.disk import DiskStore
-from flexjax.memory.footprint import RunFootprint, cache_rows, condensed, hidden_rows
-from flexjax.memory.host import HostStore
-from flexjax.memory.lanes import Lane, Lanes
-from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import Device, DeviceLink
-from flexjax.memory.placed import PlacedArrays
-from flexjax.memory.placement import Rows, effective, place_tensors
-from flexjax.memory.spill import SpillFolder
-from flexjax.memory.tier import TierStore
+from flexjax.memory.capacity import free_bytes, shortage
+from flexjax.memory.footprint import RunFootprint, condensed
+from flexjax.memory.link import Device, is_shared
+from flexjax.memory.placement import effective, place_tensors
+from flexjax.memory.transport import Transport
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
+from flexjax.runner import BlockRunner
 from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import peak_bytes
-from flexjax.stage import LayerStage
 from flexjax.workload import Workload, bucket
 
 MOST_PARTS = 4  # in which a layer's weights travel
+MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 
 class Engine:
@@ -50,6 +41,7 @@ class Engine:
         device: that computes.
         seed: of rows that have none of their own.
         on_weights: called with the bytes of every weight that is read at the start.
+        keeps_spans: whether `timeline` keeps everything that the last call did.
 
     Raises:
         ValueError: the weights do not fit, or `offload_dir` cannot be written to.
@@ -64,41 +56,41 @@ class Engine:
         device: Device,
         seed: int = 0,
         on_weights: Callable[[int], object] = lambda nbytes: None,
+        keeps_spans: bool = False,
     ) -> None:
         self.config, self.policy, self._seed = store.config, policy, seed
-        self.ledger, self.times = Ledger(), RunTimes()
         self._running, self._closed = threading.Lock(), False
-        self._link = DeviceLink(device, self.ledger)
-        self._offload_dir = offload_dir
+        self._device, self._offload_dir = device, offload_dir
+        self._device_is_host = is_shared(device)
         nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
         tiers = place_tensors(policy.weights, nbytes)
-        self._ensure_fits(
-            {
-                (tier, Kind.WEIGHTS): size
-                for tier, size in effective(nbytes, tiers).items()
-                if tier is not Tier.DISK  # where the store is already
-            }
-        )
+        homes = {
+            (tier, Kind.WEIGHTS): size
+            for tier, size in effective(nbytes, tiers).items()
+            if tier is not Tier.DISK  # where the store is already
+        }
+        if refusal := self._shortage(homes):
+            raise ValueError(refusal)
         self._num_parts = min(policy.num_batches, MOST_PARTS)
-        spills = max(policy.kv_cache.disk, policy.activations.disk) > 0
-        self._spill = SpillFolder(offload_dir) if spills else None
-        self._stores: dict[Kind, dict[Tier, TierStore]] = {}
-        self._lanes = Lanes()
-        try:
+        with contextlib.ExitStack() as undo:
+            self._transport = Transport(device, keeps_spans=keeps_spans)
+            undo.callback(self._transport.close)
+            self.ledger, self.timeline = (
+                self._transport.ledger,
+                self._transport.timeline,
+            )
+            self.times = RunTimes(self.ledger, self.timeline)
+            self._runner = BlockRunner(policy, self._transport, offload_dir)
+            undo.callback(self._runner.close)
             self.weights = PlacedWeights(
                 store,
                 tiers,
-                link=self._link,
-                ledger=self.ledger,
-                lanes=self._lanes,
-                head=head_blocks(store, tiers, self._link.is_shared),
+                transport=self._transport,
+                head=head_blocks(store, tiers, self._device_is_host),
                 num_parts=self._num_parts,
                 progress=on_weights,
             )
-        except BaseException:
-            self._lanes.close()
-            self._remove_spill()
-            raise
+            self._undo = undo.pop_all()
 
     def generate(
         self, rows: Sequence[Row], on_tokens: Callable[[int], None] = lambda count: None
@@ -126,7 +118,7 @@ class Engine:
             self.times.num_tokens += num_tokens
             on_tokens(num_tokens)
 
-        with self._call(works, scores=False):
+        with self._call(works, scores=False) as works:
             for block, work in zip(blocks, works, strict=True):
                 sampler = GenerateRows(
                     block,
@@ -137,7 +129,7 @@ class Engine:
                     ledger=self.ledger,
                     on_tokens=count,
                 )
-                self._run(work, sampler)
+                self._runner.run(work, sampler, self.weights, self.times)
 
     def score(
         self,
@@ -157,7 +149,7 @@ class Engine:
             for block in blocks
         ]
         results: dict[int, np.ndarray] = {}
-        with self._call(works, scores=True):
+        with self._call(works, scores=True) as works:
             for block, work in zip(blocks, works, strict=True):
                 rows = ScoreRows(
                     [sequences[i] for i in block],
@@ -165,7 +157,7 @@ class Engine:
                     self.config,
                     head=self.weights.head,
                 )
-                self._run(work, rows)
+                self._runner.run(work, rows, self.weights, self.times)
                 results.update(zip(block, rows.results(), strict=True))
                 on_tokens(sum(lengths[i] for i in block))
         return [results[i] for i in range(len(sequences))]
@@ -178,7 +170,7 @@ class Engine:
             policy=self.policy,
             weights=self.weights,
             scores=scores,
-            device_is_host=self._link.is_shared,
+            device_is_host=self._device_is_host,
             skipped=skipped,
         )
         return peak_bytes(EMITTERS[self.policy.schedule](short, always), footprint)
@@ -187,14 +179,8 @@ class Engine:
         """Ends the threads, lets go of all memory and removes what was spilled."""
         with self._running:
             self._closed = True
-            self._lanes.close()
+            self._undo.close()
             self.weights.close()
-            self._remove_spill()
-
-    def _remove_spill(self) -> None:
-        if self._spill is not None:
-            self._spill.close()
-            self._spill = None
 
     def _workload(self, prompt_len: int, gen_len: int, num_rows: int) -> Workload:
         batch_size = min(self.policy.batch_size, num_rows)
@@ -208,23 +194,42 @@ class Engine:
             gen_len=gen_len,
         )
 
-    def _start(self, works: Sequence[Workload], *, scores: bool) -> None:
-        """Refuses a call that does not fit before anything of it runs."""
-        peak: Counter[tuple[Tier, Kind]] = Counter()
-        for work in dict.fromkeys(works):
-            peak |= Counter(self.predict(work, scores=scores))
-        self._lanes.busy_s = dict.fromkeys(Lane, 0.0)
-        self.times = RunTimes(predicted_peak=dict(peak), busy_s=self._lanes.busy_s)
-        self.ledger.start()
-        self._ensure_fits({key: peak[key] - self.ledger.held(*key) for key in peak})
+    def _start(self, works: Sequence[Workload], *, scores: bool) -> list[Workload]:
+        """The works as they will run; refuses a call that does not fit before it does.
 
-    def _ensure_fits(self, needed: Mapping[tuple[Tier, Kind], int]) -> None:
-        free = free_bytes(self._link.device, self._offload_dir)
-        ensure_fits(needed, free, device_is_host=self._link.is_shared)
+        Looks ahead as far as memory allows.
+        """
+        self._transport.start()
+        refusal: str | None = None
+        for layers_ahead in range(MOST_LAYERS_AHEAD, 0, -1):
+            ahead = [
+                dataclasses.replace(
+                    work, layers_ahead=min(layers_ahead, work.num_layers - 1)
+                )
+                for work in works
+            ]
+            peak: Counter[tuple[Tier, Kind]] = Counter()
+            for work in dict.fromkeys(ahead):
+                peak |= Counter(self.predict(work, scores=scores))
+            refusal = self._shortage(
+                {key: peak[key] - self.ledger.held(*key) for key in peak}
+            )
+            if refusal is None:
+                self.times = RunTimes(self.ledger, self.timeline, dict(peak))
+                return ahead
+        raise ValueError(refusal)
+
+    def _shortage(self, needed: Mapping[tuple[Tier, Kind], int]) -> str | None:
+        free = free_bytes(self._device, self._offload_dir)
+        return shortage(needed, free, device_is_host=self._device_is_host)
 
     @contextlib.contextmanager
-    def _call(self, works: Sequence[Workload], *, scores: bool) -> Iterator[None]:
+    def _call(
+        self, works: Sequence[Workload], *, scores: bool
+    ) -> Iterator[list[Workload]]:
         """Keeps buffers from block to block of a call, and gives them back in the end.
+
+        Yields the works as they will run.
 
         Raises:
             ValueError: the engine is closed, or one of the blocks does not fit.
@@ -232,87 +237,12 @@ class Engine:
         with self._running:
             if self._closed:
                 raise ValueError("this model is closed; make a new one to run it again")
-            self._start(works, scores=scores)
+            works = self._start(works, scores=scores)
             try:
-                yield
+                yield works
             finally:
                 self.weights.clear()
-                for stores in self._stores.values():
-                    for store in stores.values():
-                        store.clear()
-
-    def _run(self, work: Workload, rows: GenerateRows | ScoreRows) -> None:
-        policy = self.policy
-        cache = self._placed(
-            Kind.KV_CACHE,
-            (Lane.CACHE_IN, Lane.CACHE_OUT),
-            functools.partial(cache_rows, policy, work),
-        )
-        hidden = self._placed(
-            Kind.ACTIVATIONS,
-            (Lane.HIDDEN, Lane.HIDDEN),
-            functools.partial(hidden_rows, policy, work),
-        )
-        stage = LayerStage(
-            work,
-            rows,
-            weights=self.weights,
-            cache=cache,
-            hidden=hidden,
-            lanes=self._lanes,
-            ledger=self.ledger,
-        )
-        taken = dict.fromkeys(range(work.num_batches), 0)
-        started = time.perf_counter()
-        prefilled = started
-
-        def alive(step: int, batch: int) -> bool:
-            nonlocal prefilled
-            if step > taken[batch]:
-                rows.take(batch, stage.outcome(batch))
-                taken[batch] = step
-                if step == 1:
-                    prefilled = time.perf_counter()
-            return step == 0 or rows.is_alive(batch)
-
-        try:
-            execute(EMITTERS[policy.schedule](work, alive), stage)
-            for batch in range(work.num_batches):
-                alive(taken[batch] + 1, batch)
-        finally:
-            self._lanes.drain()
-            rows.clear()
-            cache.clear()
-            hidden.clear()
-        self.times.prefill_s += prefilled - started
-        self.times.decode_s += time.perf_counter() - prefilled
-
-    def _placed(
-        self,
-        kind: Kind,
-        lanes: tuple[Lane, Lane],
-        rows_of: Callable[[Any], Rows],
-    ) -> PlacedArrays:
-        if kind not in self._stores:
-            self._stores[kind] = self._tier_stores(kind)
-        load_lane, store_lane = lanes
-        return PlacedArrays(
-            self._stores[kind],
-            self._lanes,
-            load_lane=load_lane,
-            store_lane=store_lane,
-            rows_of=rows_of,
-        )
-
-    def _tier_stores(self, kind: Kind) -> dict[Tier, TierStore]:
-        stores: dict[Tier, TierStore] = {
-            Tier.DEVICE: DeviceStore(self.ledger, kind),
-            Tier.HOST: HostStore(self.ledger, kind, self._link),
-        }
-        if self._spill is not None:
-            path = self._spill.path
-            stores[Tier.DISK] = DiskStore(self.ledger, kind, self._link, path)
-        return stores
+                self._runner.clear()
 
 
 def _blocks[T](rows: Sequence[T], policy: Policy) -> list[Sequence[T]]:

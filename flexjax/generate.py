@@ -14,7 +14,7 @@ from flexjax.cli import run_command
 from flexjax.outputs import RequestOutput
 from flexjax.policy import to_json
 from flexjax.policy_args import add_policy_arguments, policy_from_args
-from flexjax.safe_files import make_folder, write_atomically
+from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
 from flexjax.sizes import format_bytes
 
@@ -47,6 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a text file with one prompt a line; blank lines are left out",
     )
     parser.add_argument("--json", metavar="FILE", help="write outputs and metrics here")
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what every lane did when, for ui.perfetto.dev",
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -119,11 +124,14 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     params, policy, prompts = _params(args), policy_from_args(args), _read_prompts(args)
-    if args.json is not None:
-        _check_writable(pathlib.Path(args.json).absolute())
+    for flag in ("json", "trace"):
+        if (name := getattr(args, flag)) is not None:
+            ensure_writable(f"--{flag}", pathlib.Path(name))
     model = _model(args)
 
-    from flexjax.llm import LLM  # slow to load: after all that can be refused early
+    # Slow to load: after all that can be refused early.
+    from flexjax.llm import LLM
+    from flexjax.trace import write_trace
 
     with LLM(
         model,
@@ -131,12 +139,15 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         offload_dir=args.offload_dir,
         seed=args.seed,
+        trace=args.trace is not None,
     ) as llm:
         if prompts is None:
             vocab_size, count = llm.config.vocab_size, policy.block_size
             prompts = _random_prompts(vocab_size, count, args.prompt_len)
         outputs = llm.generate(prompts, params)
         metrics, placement = llm.metrics, llm.placement
+        if args.trace is not None:
+            write_trace(pathlib.Path(args.trace), llm.trace)
     if args.json is not None:  # first: a terminal may be closed, or know no Unicode
         report = {
             "outputs": [dataclasses.asdict(output) for output in outputs],
@@ -159,13 +170,6 @@ def _print(outputs: Sequence[RequestOutput]) -> None:
             print(output.prompt or output.prompt_token_ids, end="")
             print(f"{completion.text or completion.token_ids}\n")
         sys.stdout.flush()
-
-
-def _check_writable(path: pathlib.Path) -> None:
-    """Refuses a file that could not be written after a long run."""
-    make_folder(path.parent)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--json {path} cannot be written; name a file that can")
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
@@ -252,7 +256,7 @@ def _summary(metrics: dict) -> str:
     return (
         f"{metrics['num_tokens']} tokens in {metrics['seconds']:.2f} s "
         f"({metrics['tokens_per_s']:.1f} tokens/s; prefill "
-        f"{metrics['prefill_s']:.2f} s), slowest: {metrics['slowest']}\n"
+        f"{metrics['prefill']['seconds']:.2f} s), slowest: {metrics['slowest']}\n"
         f"moved: {moved or 'nothing'}\npeak: {peaks}; {rss} resident"
     )
 

@@ -14,6 +14,7 @@ from checkpoints_tools.resolve import default_cache, resolve_model
 from flexjax.blocks import Row
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.engine import Engine
+from flexjax.memory.lanes import Span
 from flexjax.metrics import metrics_report
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.placement_report import placement_report
@@ -43,6 +44,7 @@ class LLM:
         max_model_len: positions to use at most; the model's own, if not given.
         seed: of prompts whose parameters name none.
         progress: whether to show progress bars; only on a terminal, if not given.
+        trace: whether to keep, in `trace`, what every lane did; costs memory.
 
     Raises:
         ValueError: the model or the policy cannot be used; the message says why.
@@ -59,6 +61,7 @@ class LLM:
         max_model_len: int | None = None,
         seed: int = 0,
         progress: bool | None = None,
+        trace: bool = False,
     ) -> None:
         self.policy = _read_policy(policy)
         self._progress = sys.stderr.isatty() if progress is None else progress
@@ -80,6 +83,7 @@ class LLM:
                 device=device,
                 seed=seed,
                 on_weights=bar.update,
+                keeps_spans=trace,
             )
         self.placement = placement_report(self._engine.weights, self.policy)
         self.metrics: dict[str, Any] = {}
@@ -93,6 +97,14 @@ class LLM:
     def close(self) -> None:
         """Lets go of all memory and removes what was spilled; may be called again."""
         self._engine.close()
+
+    @property
+    def trace(self) -> list[Span]:
+        """What every lane did in the last run, for `flexjax.trace.write_trace`.
+
+        Empty unless the model was made with `trace=True`.
+        """
+        return self._engine.timeline.spans
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -250,8 +262,8 @@ class LLM:
 
     def _on_tokens(self, bar: tqdm) -> Callable[[int], None]:
         def update(count: int) -> None:
-            if slowest := self._engine.times.slowest:
-                bar.set_postfix_str(f"slowest: {slowest.value}", refresh=False)
+            slowest = self._engine.times.slowest.value
+            bar.set_postfix_str(f"slowest: {slowest}", refresh=False)
             bar.update(count)
 
         return update

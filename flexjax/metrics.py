@@ -1,39 +1,104 @@
 """What the last run of an engine took and needed, and the report of it."""
 
 import dataclasses
+import itertools
 import resource
 import sys
+import time
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from flexjax.memory.lanes import Lane
-from flexjax.memory.ledger import Ledger
+from flexjax.memory.lanes import Lane, Timeline
+from flexjax.memory.ledger import Ledger, Link
 from flexjax.policy import Tier
 from flexjax.schedule.footprint import Bytes, by_tier
 
 
+class _Reading(NamedTuple):
+    """The counters of a run at one moment."""
+
+    time_s: float
+    moved: Counter[Link]
+    busy_s: Counter[Lane]
+
+
+def _later(one: _Reading, other: _Reading) -> _Reading:
+    return max(one, other, key=lambda reading: reading.time_s)
+
+
 @dataclasses.dataclass
+class Phase:
+    """A part of a run, over all its blocks.
+
+    Attributes:
+        seconds: that it took.
+        moved: bytes, by link.
+        busy_s: seconds for which each lane worked.
+    """
+
+    seconds: float = 0.0
+    moved: Counter[Link] = dataclasses.field(default_factory=Counter)
+    busy_s: Counter[Lane] = dataclasses.field(default_factory=Counter)
+
+    def add(self, begin: _Reading, end: _Reading) -> None:
+        self.seconds += end.time_s - begin.time_s
+        self.moved.update(end.moved - begin.moved)
+        self.busy_s.update(end.busy_s - begin.busy_s)
+
+
 class RunTimes:
     """Counted while the blocks of one call run.
 
+    The prefill of a block lasts until the first token of every row; its decode is
+    everything after that.
+
     Attributes:
-        prefill_s: seconds until the first token of every row of a block, over blocks.
-        decode_s: seconds of everything after that.
+        prefill, decode: the two phases.
+        step_s: seconds of each step of the decode, until every row had its token; the
+            steps of all blocks in a row.
         num_tokens: tokens that prompts asked for and got; padding does not count.
-        busy_s: seconds for which each lane worked.
         predicted_peak: bytes that the largest block was predicted to need.
     """
 
-    predicted_peak: Bytes = dataclasses.field(default_factory=dict)
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_tokens: int = 0
-    busy_s: Mapping[Lane, float] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self, ledger: Ledger, timeline: Timeline, predicted_peak: Bytes | None = None
+    ) -> None:
+        self._ledger, self._timeline = ledger, timeline
+        self.predicted_peak = predicted_peak or {}
+        self.prefill, self.decode = Phase(), Phase()
+        self.step_s: list[float] = []
+        self.num_tokens = 0
+        self._ends: dict[int, _Reading] = {}  # of the steps of this block, by number
 
     @property
-    def slowest(self) -> Lane | None:
-        """The lane that worked longest."""
-        return max(self.busy_s, key=lambda lane: self.busy_s[lane], default=None)
+    def slowest(self) -> Lane:
+        """The lane that has worked longest so far."""
+        busy_s = self._timeline.busy_s
+        return max(busy_s, key=lambda lane: busy_s[lane])
+
+    def begin_block(self) -> None:
+        self._ends = {0: self._read()}
+
+    def end_step(self, number: int) -> None:
+        """A batch has its token of step `number`, counted from 1; called for each."""
+        self._ends[number] = self._read()
+
+    def end_block(self) -> None:
+        """Every row has its last token."""
+        begin, *found = (self._ends[number] for number in sorted(self._ends))
+        # Where batches run one after the other, a later step of one that lived longer
+        # may be long past when the last batch ends an earlier one.
+        ends = list(itertools.accumulate(found, _later))
+        self.prefill.add(begin, ends[0])
+        self.decode.add(ends[0], ends[-1])
+        self.step_s += [
+            after.time_s - before.time_s for before, after in itertools.pairwise(ends)
+        ]
+
+    def _read(self) -> _Reading:
+        moved = Counter(self._ledger.moved())
+        return _Reading(time.perf_counter(), moved, Counter(self._timeline.busy_s))
 
 
 def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
@@ -41,24 +106,36 @@ def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
 
     `peak_rss_bytes` is the largest resident size that this process ever had.
     """
-    seconds = times.prefill_s + times.decode_s
+    seconds = times.prefill.seconds + times.decode.seconds
     return {
         "seconds": seconds,
-        "prefill_s": times.prefill_s,
-        "decode_s": times.decode_s,
         "num_tokens": times.num_tokens,
         "tokens_per_s": times.num_tokens / seconds if seconds else 0.0,
-        "slowest": times.slowest and times.slowest.value,
-        "busy_s": {lane.value: busy_s for lane, busy_s in times.busy_s.items()},
-        "bytes_moved": {
-            f"{source.value}->{target.value}": nbytes
-            for (source, target), nbytes in ledger.moved().items()
-        },
+        "slowest": times.slowest.value,
+        "bytes_moved": _by_name(times.prefill.moved + times.decode.moved),
+        "prefill": _phase_report(times.prefill),
+        "decode": _phase_report(times.decode),
+        "step_s": times.step_s,
         "peak_bytes": {tier.value: ledger.peak(tier) for tier in Tier},
         "predicted_peak_bytes": {
             tier.value: nbytes for tier, nbytes in by_tier(times.predicted_peak).items()
         },
         "peak_rss_bytes": _peak_rss_bytes(),
+    }
+
+
+def _phase_report(phase: Phase) -> dict[str, Any]:
+    return {
+        "seconds": phase.seconds,
+        "bytes_moved": _by_name(phase.moved),
+        "busy_s": {lane.value: busy_s for lane, busy_s in phase.busy_s.items()},
+    }
+
+
+def _by_name(moved: Mapping[Link, int]) -> dict[str, int]:
+    return {
+        f"{source.value}->{target.value}": nbytes
+        for (source, target), nbytes in moved.items()
     }
 
 

@@ -34,6 +34,22 @@ def make_folder(folder: pathlib.Path) -> None:
         raise unwritable(folder, error) from error
 
 
+def ensure_writable(flag: str, path: pathlib.Path) -> None:
+    """Refuses a file that could not be written after a long run.
+
+    Args:
+        flag: the argument that names the file.
+        path: of the file; its folder is made if needed.
+
+    Raises:
+        ValueError: it is a folder, or cannot be made.
+    """
+    path = path.absolute()
+    make_folder(path.parent)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written; name a file that can")
+
+
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Writes a file that is either all there or not there, even after a power cut."""
     partial = path.with_name(f".{path.name}.partial")

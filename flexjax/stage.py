@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.memory.lanes import Lane, Lanes
-from flexjax.memory.ledger import Ledger
+from flexjax.memory.lanes import Lane
 from flexjax.memory.placed import Arrays, PlacedArrays, PlacedLoan
+from flexjax.memory.transport import Transport
 from flexjax.memory.weights import Loans, PlacedWeights
 from flexjax.models.opt import unflatten
 from flexjax.policy import Kind, Tier
@@ -75,8 +75,7 @@ class LayerStage:
         work: the block's shape.
         rows: its token ids, and what reads its logits.
         weights, cache, hidden: where everything is.
-        lanes: where everything happens.
-        ledger: counts what is computed.
+        transport: where everything happens.
     """
 
     def __init__(
@@ -87,12 +86,12 @@ class LayerStage:
         weights: PlacedWeights,
         cache: PlacedArrays,
         hidden: PlacedArrays,
-        lanes: Lanes,
-        ledger: Ledger,
+        transport: Transport,
     ) -> None:
         self._work, self._rows = work, rows
         self._weights, self._cache, self._hidden = weights, cache, hidden
-        self._lanes, self._ledger = lanes, ledger
+        self._lanes, self._ledger = transport.lanes, transport.ledger
+        self._timeline = transport.timeline
         self._config = weights.config
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
@@ -136,7 +135,7 @@ class LayerStage:
             hidden.loaded,
             cache and cache.loaded,
         )
-        ended = self._lanes.submit(Lane.COMPUTE, self._follow, task)
+        ended = self._lanes.submit(Lane.COMPUTE, self._follow, cell, task)
         self._last_use[cell.layer] = ended
         if self._work.is_decoder(cell.layer):
             self._slots[Hidden(cell.batch)] = _Slot(hidden.loaded, task, ended)
@@ -203,7 +202,7 @@ class LayerStage:
         self._slots.clear()
 
     def _load_token_rows(self, step: int, batch: int) -> PlacedLoan:
-        with self._lanes.working(Lane.HIDDEN):
+        with self._lanes.working(Lane.HIDDEN, f"token rows, batch {batch}"):
             rows = self._weights.token_rows(self._rows.token_ids(step, batch))
         return PlacedLoan([(rows,)])
 
@@ -216,15 +215,17 @@ class LayerStage:
     ) -> Made:
         loans = [part.result() for part in parts]
         tensors = {n: loan.array for part in loans for n, loan in part.items()}
-        state = _joined(hidden.result())
+        loaded = hidden.result()
         segments = () if past is None else past.result().segments
-        dispatched_s = time.perf_counter()
-        if not self._work.is_decoder(cell.layer):
-            block = cell.layer - self._work.num_decoder_layers
-            table = tensors[self._config.head_table]
-            head = self._rows.read_head(cell, block, table, state)
-            return Made(dispatched_s, head)
-        done, state, cache = self._decode(cell, tensors, state, segments)
+        with self._lanes.working(Lane.DISPATCH, _name(cell)):
+            dispatched_s = time.perf_counter()
+            state = _joined(loaded)
+            if not self._work.is_decoder(cell.layer):
+                block = cell.layer - self._work.num_decoder_layers
+                table = tensors[self._config.head_table]
+                head = self._rows.read_head(cell, block, table, state)
+                return Made(dispatched_s, head)
+            done, state, cache = self._decode(cell, tensors, state, segments)
         made = Made(dispatched_s, done, state, cache)
         self._count(made, Cache(cell.layer, cell.batch), 1)
         self._count(made, Hidden(cell.batch), 1)
@@ -256,13 +257,13 @@ class LayerStage:
         state = final_step(params, state, config=config, last_only=last_only)
         return state, state, cache
 
-    def _follow(self, task: Future[Made]) -> Made:
+    def _follow(self, cell: Cell, task: Future[Made]) -> Made:
         """Waits until a compute call has ended, and counts how long it took."""
         made = task.result()
         jax.block_until_ready(made.done)
         now = time.perf_counter()
         begun = max(made.dispatched_s, self._device_free_s)
-        self._lanes.busy_s[Lane.COMPUTE] += now - begun
+        self._timeline.worked(Lane.COMPUTE, _name(cell), begun, now)
         self._device_free_s = now
         return made
 
@@ -273,6 +274,10 @@ class LayerStage:
             self._ledger.hold(Tier.DEVICE, Kind.KV_CACHE, sign * nbytes)
         elif made.hidden is not None:
             self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, sign * made.hidden.nbytes)
+
+
+def _name(cell: Cell) -> str:
+    return f"step {cell.step}, layer {cell.layer}, batch {cell.batch}"
 
 
 def _hidden_of(task: Future[Made]) -> Arrays:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable
 from typing import Any, Self
@@ -17,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 import xxhash
 
-from flexjax.checkpoint import is_store, read_manifest, tensorstore_message
+from flexjax.checkpoint import is_store, read_manifest
 from flexjax.models.config import OPTConfig, tensor_shapes, to_hugging_face
 from flexjax.safe_files import (
     ensure_space,
@@ -269,6 +270,17 @@ def _wait(future: ts.Future | None, name: str, folder: pathlib.Path) -> Any:
     except ValueError as error:
         what = f"tensor {name!r} of {folder}"
         raise _failed(what, tensorstore_message(error)) from error
+
+
+def tensorstore_message(error: BaseException) -> str:
+    """What tensorstore says, without the machine-readable tail."""
+    text = re.sub(
+        r"\s*\[(tensorstore_spec|os_error_code|source locations)=?.*",
+        "",
+        str(error),
+        flags=re.DOTALL,
+    )
+    return re.sub(r"^[A-Z_]+: ", "", text.replace("\0", "/"))
 
 
 def _failed(what: object, why: str | None) -> OSError:

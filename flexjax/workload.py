@@ -10,7 +10,7 @@ import dataclasses
 
 # Tokens that a prefill works on at a time; matrix products are at full speed from a few
 # hundred rows on, so this costs nothing but bounds the workspace.
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class Workload:
         num_decoder_layers: decoder layers of the model.
         num_head_blocks: blocks of rows into which the table of logits is split.
         num_parts: parts in which a layer's weights travel.
+        layers_ahead: layers whose weights are on their way while one computes; fewer
+            than there are layers.
         num_batches: batches that share one load of a layer's weights.
         batch_size: rows of a batch.
         prompt_len: slots of a padded prompt.
@@ -30,6 +32,7 @@ class Workload:
     num_decoder_layers: int
     num_head_blocks: int = 1
     num_parts: int = 1
+    layers_ahead: int = 1
     num_batches: int = 1
     batch_size: int = 1
     prompt_len: int = 1

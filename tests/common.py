@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from flexjax.memory import buffers
 from flexjax.memory.buffers import BufferPool
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan, nothing_to_release
+from flexjax.memory.transport import Transport
 from flexjax.models.config import OPTConfig, tensor_shapes
 from flexjax.policy import Kind, Tier
 from flexjax.store_writer import StoreWriter
@@ -41,6 +43,14 @@ class ApartLink(DeviceLink):
 LINKS = [DeviceLink, ApartLink]
 
 
+def make_transport(link_type: type[DeviceLink] = DeviceLink) -> Transport:
+    """Everything on the way to the first device, over a link of a type."""
+    device = jax.devices()[0]
+    transport = Transport(device)
+    transport.link = link_type(device, transport.ledger)
+    return transport
+
+
 def poison_buffers(patch: pytest.MonkeyPatch) -> None:
     """Fills stage buffers with NaN, before they are lent and when they come back."""
     fresh, give = buffers.page_aligned, BufferPool.give
@@ -56,6 +66,42 @@ def poison_buffers(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(buffers, "page_aligned", poisoned)
     patch.setattr(BufferPool, "give", poison_and_give)
+
+
+class WatchedOs:
+    """`os` for `flexjax.extents`: tells `watch` of every call on a file.
+
+    `watch(call, path, is_direct, nbytes)` comes before a call, but after a close, and
+    may raise; what it returns for a transfer, if anything, is how many bytes move.
+    """
+
+    def __init__(self, watch: Callable[[str, pathlib.Path, bool, int], Any]) -> None:
+        self._watch = watch
+        self._files: dict[int, tuple[pathlib.Path, bool]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, path: pathlib.Path, flags: int, mode: int) -> int:
+        is_direct = bool(flags & os.O_DIRECT)
+        self._watch("open", path, is_direct, 0)
+        file = os.open(path, flags, mode)
+        self._files[file] = path, is_direct
+        return file
+
+    def preadv(self, file: int, buffers: list[np.ndarray], offset: int) -> int:
+        return os.preadv(file, [self._cut("preadv", file, *buffers)], offset)
+
+    def pwritev(self, file: int, buffers: list[np.ndarray], offset: int) -> int:
+        return os.pwritev(file, [self._cut("pwritev", file, *buffers)], offset)
+
+    def close(self, file: int) -> None:
+        path, is_direct = self._files.pop(file)
+        os.close(file)
+        self._watch("close", path, is_direct, 0)
+
+    def _cut(self, call: str, file: int, buffer: np.ndarray) -> np.ndarray:
+        return buffer[: self._watch(call, *self._files[file], buffer.nbytes)]
 
 
 def assert_nothing_held(ledger: Ledger) -> None:

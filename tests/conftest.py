@@ -27,6 +27,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # left out, so that they answer a wrong type as they do for a user.
 CHECKED = [
     "flexjax.attention",
+    "flexjax.extents",
     "flexjax.logprobs",
     "flexjax.memory",
     "flexjax.models",

@@ -9,10 +9,13 @@ from flexjax.workload import Workload
 @st.composite
 def works(draw: st.DrawFn, *, most_tokens: int = 4) -> Workload:
     """Small workloads: single layers, batches and tokens among them."""
+    num_decoder_layers = draw(st.integers(1, 4))
+    num_head_blocks = draw(st.integers(1, 3))
     return Workload(
-        num_decoder_layers=draw(st.integers(1, 4)),
-        num_head_blocks=draw(st.integers(1, 3)),
+        num_decoder_layers=num_decoder_layers,
+        num_head_blocks=num_head_blocks,
         num_parts=draw(st.integers(1, 5)),
+        layers_ahead=draw(st.integers(1, num_decoder_layers + num_head_blocks - 1)),
         num_batches=draw(st.integers(1, 5)),
         batch_size=draw(st.integers(1, 6)),
         prompt_len=draw(st.integers(1, 70)),

@@ -9,7 +9,7 @@ import pytest
 import flexjax
 
 ROOT = pathlib.Path(flexjax.__file__).parent
-HOUSES = [ROOT, ROOT.parent / "checkpoints_tools"]
+HOUSES = [ROOT, ROOT.parent / "checkpoints_tools", ROOT.parent / "bench"]
 # The modules of flexjax/, the lowest first: each may import only those before it. A new
 # module goes as early into the list as its imports let it.
 STAIRS = [
@@ -34,14 +34,18 @@ STAIRS = [
     "models.opt",
     # memory
     "safe_files",
+    "extents",
     "store_format",
     "checkpoint",
     "store_writer",
     "memory.ledger",
     "memory.lanes",
+    "trace",
+    "memory.disk_queue",
     "memory.placement",
     "memory.buffers",
     "memory.link",
+    "memory.transport",
     "memory.tier",
     "memory.device",
     "memory.host",
@@ -57,6 +61,7 @@ STAIRS = [
     "stage",
     "metrics",
     "blocks",
+    "runner",
     "engine",
     # doors
     "cli",

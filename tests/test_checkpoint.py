@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from flexjax import store_format
 from flexjax.checkpoint import open_store
+from flexjax.extents import read_extent
 from flexjax.models.config import OPTConfig, tensor_shapes
 from flexjax.store_format import DTYPES, chunk_path, plan_entry
 from flexjax.store_writer import JOURNAL, StoreWriter
@@ -90,24 +91,11 @@ def test_what_was_written_is_read(dtype, rows, tmp_path):
     assert store.config == CONFIG
     assert store.dtype == dtype
     assert store.tensors.keys() == tensors.keys()
-    reads = {}
     for name, data in tensors.items():
         out = aligned(data.shape, dtype)
-        reads[name] = (store.read(name, out), out)
-    for name, (future, out) in reads.items():
-        future.result(timeout=30)
-        assert out.tobytes() == tensors[name].tobytes()
+        store.read(name, out)
+        assert out.tobytes() == data.tobytes()
         store.verify(name, out)
-
-
-def test_a_dropped_future_still_fills_the_buffer(store_folder):
-    store, data = open_store(store_folder), weights(DTYPES["bfloat16"])[BIG]
-    out = aligned(data.shape, data.dtype)
-    done = []
-    store.read(BIG, out).add_done_callback(done.append)
-    while not done:
-        pass
-    np.testing.assert_array_equal(out, data)
 
 
 @given(data=st.data())
@@ -119,8 +107,16 @@ def test_rows_are_the_tensors_rows(data, whole_store):
     first = data.draw(st.integers(0, length - 1))
     last = data.draw(st.integers(first + 1, length))
     out = np.empty_like(tensors[name][first:last])
-    store.read_rows(name, first, last, out).result()
+    store.read_rows(name, first, last, out)
     np.testing.assert_array_equal(out, tensors[name][first:last])
+
+    again = np.zeros_like(out)
+    extents = store.extents(name, first, last, again)
+    assert sum(extent.memory.nbytes for extent in extents) == again.nbytes
+    assert len({extent.path for extent in extents}) == len(extents), "a chunk once"
+    for path, offset, memory in reversed(extents):
+        memory[:] = np.frombuffer(path.read_bytes(), np.uint8)[offset:][: memory.nbytes]
+    np.testing.assert_array_equal(again, tensors[name][first:last])
 
     ids = np.array(data.draw(st.lists(st.integers(0, length - 1))), np.int32)
     out = np.empty_like(tensors[name], shape=(len(ids), *tensors[name].shape[1:]))
@@ -151,6 +147,14 @@ def test_gathering_reads_each_row_once(store_folder, monkeypatch):
         (
             lambda s: s.read_rows(BIG, 60, 68, np.empty((8, 16), s.dtype)),
             "rows 60:68 are not in tensor",
+        ),
+        (
+            lambda s: s.extents(BIG, 3, 3, np.empty((0, 16), s.dtype)),
+            "rows 3:3 are not in tensor",
+        ),
+        (
+            lambda s: s.extents(BIG, 3, 5, np.empty((3, 16), s.dtype)),
+            r"bfloat16\[3, 16\], expected contiguous bfloat16\[2, 16\]",
         ),
         (
             lambda s: s.verify(BIG, np.empty((8, 16), s.dtype), 60),
@@ -193,7 +197,7 @@ def test_a_harmed_file_is_found_at_open(harm, store_folder):
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
-def test_a_file_harmed_later_fails_in_the_future(harm, store_folder):
+def test_a_file_harmed_later_is_an_error_that_names_it(harm, store_folder):
     store = open_store(store_folder)
     path = big_chunk(store_folder)
     data = path.read_bytes()
@@ -201,21 +205,23 @@ def test_a_file_harmed_later_fails_in_the_future(harm, store_folder):
     if harm == "truncated":
         path.write_bytes(data[:16])
     out = aligned((67, 16), store.dtype)
-    future = store.read(BIG, out)
-    with pytest.raises(OSError, match=f"tensor '{BIG}' of {store_folder}: ") as caught:
-        future.result(timeout=30)
+    message = f"tensor '{BIG}' of {store_folder}: .*{path}"
+    with pytest.raises(OSError, match=message) as caught:
+        store.read(BIG, out)
     assert "\n" not in str(caught.value)
-    assert "tensorstore_spec" not in str(caught.value)
+    (broken,) = [e for e in store.extents(BIG, 0, 67, out) if e.path == path]
+    with pytest.raises(OSError, match=f"{path}") as cause:
+        read_extent(broken)
+    assert str(store.failure(BIG, cause.value)) == str(caught.value)
     with pytest.raises(OSError, match=path.name):
         store.gather_rows(BIG, np.arange(67), out)
 
 
-def test_a_lost_array_fails_in_the_future(store_folder):
+def test_a_lost_array_is_an_error_that_names_it(store_folder):
     store = open_store(store_folder)
     shutil.rmtree(store_folder / "tensors" / BIG)
-    future = store.read(BIG, aligned((67, 16), store.dtype))
     with pytest.raises(OSError, match=f"tensor '{BIG}' of {store_folder}: "):
-        future.result(timeout=30)
+        store.read(BIG, aligned((67, 16), store.dtype))
 
 
 def test_an_altered_byte_is_caught(store_folder):
@@ -225,7 +231,7 @@ def test_an_altered_byte_is_caught(store_folder):
     path.write_bytes(data)
     store = open_store(store_folder)
     out = aligned((67, 16), store.dtype)
-    store.read(BIG, out).result()
+    store.read(BIG, out)
     checksum = store.tensors[BIG].chunk_checksums[1]
     message = f"{BIG}.*altered.*chunk 1 is .*{checksum}.*convert"
     with pytest.raises(ValueError, match=message):
@@ -320,7 +326,7 @@ def test_other_file_systems_are_read_through_the_page_cache(store_folder, monkey
     store = open_store(store_folder)
     assert not store.direct_io
     out = aligned((67, 16), store.dtype)
-    store.read(BIG, out).result()
+    store.read(BIG, out)
     store.verify(BIG, out)
 
 

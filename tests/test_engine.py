@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import threading
+import time
+from collections import Counter
 
 import jax
 import numpy as np
@@ -10,18 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexjax import blocks, steps
+from flexjax import blocks, steps, trace
 from flexjax.blocks import Row
 from flexjax.checkpoint import open_store
 from flexjax.engine import Engine
+from flexjax.memory import disk, disk_queue
+from flexjax.memory.lanes import Lane
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier, validate
+from flexjax.runner import BlockRunner
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
+from flexjax.schedule.ops import Cache, Hidden
 from flexjax.stopping import StopChecker
+from flexjax.workload import Workload
 from tests.golden_checkpoints import GOLDEN_NAMES, Golden
 
 DEVICE, HOST, DISK = Placement(device=1.0), Placement(host=1.0), Placement()
 WEIGHTS, CACHE = Placement(device=0.3, host=0.4), Placement(device=0.5, host=0.25)
+CACHE_ON_DISK = Placement(device=0.25)
 PLACEMENTS = {
     "device": (DEVICE, DEVICE, DEVICE),
     "host": (HOST, HOST, HOST),
@@ -143,6 +151,18 @@ def test_every_variant_gives_hugging_faces_answers(
     check_golden(golden(name), policy, tmp_path, first_logits)
 
 
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_a_cache_of_many_segments_and_pieces_gives_the_same_answers(
+    golden, tmp_path, first_logits, monkeypatch, schedule
+):
+    monkeypatch.setattr(disk, "MIN_TAIL_SLOTS", 2)
+    monkeypatch.setattr(disk, "MAX_TAIL_SLOTS", 2)
+    monkeypatch.setattr(disk, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(disk_queue, "PIECE_BYTES", 5000)
+    policy = policy_of((HOST, CACHE_ON_DISK, DISK), schedule, (3, 2))
+    check_golden(golden("opt-pre-ln"), policy, tmp_path, first_logits)
+
+
 @st.composite
 def placements(draw) -> Placement:
     device = draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1))
@@ -183,10 +203,11 @@ def test_compilations_do_not_grow_with_layers_tokens_or_prompts(golden, tmp_path
     assert counts[0] == counts[1] == counts[2]
 
 
-def test_a_block_ends_when_its_rows_have_ended(golden, tmp_path):
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_a_block_ends_when_its_rows_have_ended(golden, tmp_path, schedule):
     checkpoint = golden("opt-pre-ln")
     seen = []
-    policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (3, 2))
+    policy = policy_of(PLACEMENTS["device"], schedule, (3, 2))
     engine = make_engine(open_store(checkpoint.store), policy, tmp_path)
     params = dataclasses.replace(GREEDY, max_tokens=100)
     rows = make_rows(checkpoint.prompts, params)
@@ -201,6 +222,10 @@ def test_a_block_ends_when_its_rows_have_ended(golden, tmp_path):
     assert [len(row.checker.token_ids) for row in rows] == [end + 1 for end in ends]
     assert sum(seen) == sum(len(row.checker.token_ids) for row in rows)
     assert max(ends) < 99
+    times = engine.times
+    assert len(times.step_s) == max(ends), "a step for each token but the first"
+    assert min(times.step_s) >= 0
+    assert sum(times.step_s) == pytest.approx(times.decode.seconds)
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))
@@ -256,6 +281,83 @@ def test_memory_is_flat_over_blocks(golden, tmp_path):
         assert engine.ledger.peak(tier) <= most
     for kind in (Kind.KV_CACHE, Kind.ACTIVATIONS):
         assert engine.ledger.held(Tier.DISK, kind) == 0
+    engine.close()
+
+
+def watch_works(monkeypatch) -> list[Workload]:
+    """The works that engines run from now on."""
+    found, run = [], BlockRunner.run
+
+    def watch(self, work, *args):
+        found.append(work)
+        run(self, work, *args)
+
+    monkeypatch.setattr(BlockRunner, "run", watch)
+    return found
+
+
+def test_weights_are_asked_for_as_far_ahead_as_memory_allows(
+    golden, tmp_path, monkeypatch
+):
+    checkpoint = golden("opt-pre-ln")
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (2, 2))
+    engine = make_engine(open_store(checkpoint.store), policy, tmp_path)
+    works = watch_works(monkeypatch)
+    predicted, answers = {}, []
+    plenty = dict.fromkeys(Tier, 1 << 40)
+    device = plenty
+    for ahead in (2, 1, 0):
+        monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_, free=device: free)
+        rows, before = make_rows(checkpoint.prompts[:4]), len(works)
+        if ahead == 0:
+            with pytest.raises(ValueError, match="the policy needs .* on device and"):
+                engine.generate(rows)
+            assert len(works) == before
+            continue
+        engine.generate(rows)
+        assert {work.layers_ahead for work in works[before:]} == {ahead}
+        answers.append([row.checker.token_ids for row in rows])
+        peak = by_tier(engine.times.predicted_peak)
+        predicted[ahead] = peak[Tier.DEVICE] + peak[Tier.HOST]
+        assert engine.ledger.peak(Tier.DEVICE) <= peak[Tier.DEVICE]
+        device = plenty | dict.fromkeys((Tier.DEVICE, Tier.HOST), predicted[ahead] - 1)
+    engine.close()
+    assert predicted[1] < predicted[2]
+    assert answers[0] == answers[1] == checkpoint.greedy_ids[:4]
+
+
+def test_a_run_is_one_timeline(golden, tmp_path):
+    """Every lane that worked has spans, which add up to what was counted."""
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (2, 2))
+    store = open_store(golden("opt-pre-ln").store)
+    engine = make_engine(store, policy, tmp_path, keeps_spans=True)
+    begin_s = time.perf_counter()
+    engine.generate(make_rows(golden("opt-pre-ln").prompts))
+    end_s = time.perf_counter()
+    spans, busy_s = engine.timeline.spans, engine.timeline.busy_s
+    assert {span.lane for span in spans} >= {*Lane}
+    for lane in Lane:
+        times = [(span.begin_s, span.end_s) for span in spans if span.lane is lane]
+        assert all(begin_s <= first_s <= last_s <= end_s for first_s, last_s in times)
+        union_s = trace.busy_s(times, begin_s, end_s)
+        assert busy_s[lane] == pytest.approx(union_s)
+        if lane is not Lane.DISK:
+            together_s = sum(last_s - first_s for first_s, last_s in times)
+            assert together_s == pytest.approx(union_s), "one thing at a time"
+    moved = sum(
+        nbytes for link, nbytes in engine.ledger.moved().items() if Tier.DISK in link
+    )
+    rows = sum(span.nbytes for span in spans if span.lane is Lane.DISK)
+    assert 0 < rows <= moved  # token rows are read without the queue
+    names = {span.name for span in spans if span.lane is Lane.DISK}
+    assert names >= {"layers.0.fc1.weight", f"({Cache(0, 0)}, 0)", f"({Hidden(1)}, 0)"}
+    phases = engine.times.prefill, engine.times.decode
+    for lane, seconds in busy_s.items():
+        counted = sum(phase.busy_s[lane] for phase in phases)
+        assert counted <= seconds + 1e-9
+    assert sum((phase.moved for phase in phases), Counter()) == engine.ledger.moved()
+    engine.generate(make_rows(golden("opt-pre-ln").prompts[:1]))
+    assert min(span.begin_s for span in engine.timeline.spans) > end_s
     engine.close()
 
 

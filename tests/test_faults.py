@@ -7,29 +7,31 @@ happened, and `close` must leave nothing.
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import pathlib
 import shutil
 import subprocess
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from flexjax import blocks, checkpoint, stage
+from flexjax import blocks, checkpoint, extents, stage
 from flexjax.blocks import Row
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.engine import Engine
-from flexjax.memory import spill
+from flexjax.extents import Extent
+from flexjax.memory import disk, spill, weights
 from flexjax.memory.buffers import BufferPool
-from flexjax.memory.disk import DiskStore
 from flexjax.memory.link import DeviceLink
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.sampling_params import SamplingParams
 from flexjax.stopping import StopChecker
 from flexjax.store_format import chunk_path
-from tests.common import files, flexjax_threads, in_time
+from tests.common import WatchedOs, files, flexjax_threads, in_time
 
 DISK = Placement()
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -145,6 +147,36 @@ def striking(place, name: str, harm: Callable, at: int):
     assert fault.has_struck, "the run ended before the fault"
 
 
+@contextlib.contextmanager
+def failing(call: str, folder: str, number: int, at: int):
+    """The `at`-th such call on a file below `folder` fails, as a disk does."""
+    count, failed = itertools.count(1), []
+
+    def watch(name: str, path: pathlib.Path, *_) -> None:
+        if name == call and folder in path.parts and next(count) == at:
+            failed.append(path)
+            named = [str(path)] if name == "open" else []
+            raise OSError(number, os.strerror(number), *named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extents, "os", WatchedOs(watch))
+        yield
+    assert failed, "the run ended before the fault"
+
+
+@contextlib.contextmanager
+def unreadable_rows(at: int):
+    """Token rows go another way than everything else."""
+    own = SimpleNamespace(**vars(os))
+    error = OSError(errno.EIO, "Input/output error")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        striking(own, "preadv", raises(error), at),
+    ):
+        patch.setattr(checkpoint, "os", own)
+        yield
+
+
 def raises(error: BaseException) -> Callable:
     def harm(*_, **__):
         raise error
@@ -152,115 +184,172 @@ def raises(error: BaseException) -> Callable:
     return harm
 
 
-def hurt_chunk(hurt: Callable[[pathlib.Path], object]) -> Callable:
-    """Does something to the chunk in which the rows lie that are about to be read."""
+def hurt_rows(hurt: Callable[[pathlib.Path], object]) -> Callable:
+    """Does something to the chunk of the first row that is about to be gathered."""
 
-    def harm(store: WeightStore, name: str, first, *_):
+    def harm(store: WeightStore, name: str, ids, *_):
         entry = store.tensors[name]
-        row = first if isinstance(first, int) else int(first.reshape(-1)[0])
+        row = int(ids.reshape(-1)[0])
         path = chunk_path(store.folder, name, entry, row // entry.chunk_rows)
-        whole = path.read_bytes()
-        hurt(path)
-        return lambda: path.write_bytes(whole)
+        return hurt_file(hurt)(Extent(path, 0, ids))
 
     return harm
 
 
-def lose_spilled_chunks(store: DiskStore, key, entry, array) -> None:
-    del store, key, array
-    for path in files(entry.folder):
-        if path.name != "zarr.json":
-            path.unlink()
+def hurt_file(hurt: Callable[[pathlib.Path], object]) -> Callable:
+    """Does something to the file that is about to be read."""
+
+    def harm(extent: Extent):
+        whole = extent.path.read_bytes()
+        hurt(extent.path)
+        return lambda: extent.path.write_bytes(whole)
+
+    return harm
 
 
-def block_spilled_chunks(store: DiskStore, key, entry, part) -> None:
-    """A file where the folder of chunks should be."""
-    del store, key, part
-    shutil.rmtree(entry.folder / "c", ignore_errors=True)
-    (entry.folder / "c").write_text("in the way")
+def hurt_spill(hurt: Callable[[pathlib.Path], object]) -> Callable:
+    """The same to a file that a failed run removes."""
 
+    def harm(extent: Extent) -> None:
+        hurt(extent.path)
 
-def block_new_array(store: DiskStore, key, part, chunk, folder: pathlib.Path):
-    del store, key, part, chunk
-    folder.write_text("in the way")
-    return folder.unlink
+    return harm
 
 
 def truncate(path: pathlib.Path) -> None:
     os.truncate(path, 10)
 
 
+TENSOR = r"cannot read tensor '[\w.]+' of .*store: "
+ARRAY = r"\((Hidden|Cache)\(.*\), [01]\) could not be "
+READ, WRITTEN = ARRAY + r"read in .*/spill/", ARRAY + r"written in .*/spill/"
+NO_READ = r".*Input/output error: '.*/store/tensors/"
+
+# What strikes at the n-th call, and what the caller hears of it.
 FAULTS = {
     "weights open": (
-        (WeightStore, "_handle", raises(ValueError("the disk is gone"))),
-        (OSError, r"cannot read tensor '[\w.]+' of .*store: the disk is gone"),
+        functools.partial(failing, "open", "store", errno.EACCES),
+        (OSError, TENSOR + r".*Permission denied: '.*/store/tensors/"),
+    ),
+    "weights read": (
+        functools.partial(failing, "preadv", "store", errno.EIO),
+        (OSError, TENSOR + NO_READ),
+    ),
+    "weights close": (
+        functools.partial(failing, "close", "store", errno.EIO),
+        (OSError, TENSOR + NO_READ),
     ),
     "weights missing": (
-        (WeightStore, "read_rows", hurt_chunk(pathlib.Path.unlink)),
-        (OSError, r"cannot read tensor '[\w.]+' of .*store: "),
+        functools.partial(
+            striking, weights, "read_extent", hurt_file(pathlib.Path.unlink)
+        ),
+        (OSError, TENSOR + r".*No such file or directory: '.*/store/tensors/"),
     ),
     "weights short": (
-        (WeightStore, "read_rows", hurt_chunk(truncate)),
-        (OSError, r"cannot read tensor '[\w.]+' of .*store: "),
+        functools.partial(striking, weights, "read_extent", hurt_file(truncate)),
+        (OSError, TENSOR + r"/.*/store/tensors/.* ended early"),
     ),
     "token rows missing": (
-        (WeightStore, "gather_rows", hurt_chunk(pathlib.Path.unlink)),
+        functools.partial(
+            striking, WeightStore, "gather_rows", hurt_rows(pathlib.Path.unlink)
+        ),
         (OSError, r"store/tensors/embed_tokens\.weight/.*: No such file"),
     ),
     "token rows short": (
-        (WeightStore, "gather_rows", hurt_chunk(truncate)),
+        functools.partial(striking, WeightStore, "gather_rows", hurt_rows(truncate)),
         (OSError, r"store/tensors/embed_tokens\.weight/.* ended early"),
     ),
     "token rows unreadable": (
-        (checkpoint.os, "preadv", raises(OSError(errno.EIO, "Input/output error"))),
+        unreadable_rows,
         (OSError, r"cannot read .*store/tensors/embed_tokens.* Input/output error"),
     ),
+    "spill open": (
+        functools.partial(failing, "open", "spill", errno.EMFILE),
+        (OSError, ARRAY + r"(read|written) in .*/spill/.*: .*Too many open files"),
+    ),
     "spill read": (
-        (DiskStore, "_read", lose_spilled_chunks),
-        (OSError, r"(Hidden|Cache)\(.*\).* could not be read in .*/spill/"),
+        functools.partial(failing, "preadv", "spill", errno.EIO),
+        (OSError, READ + r".*: .*Input/output error: '.*/spill/.*check the disk"),
+    ),
+    "spill missing": (
+        functools.partial(
+            striking, disk, "read_extent", hurt_spill(pathlib.Path.unlink)
+        ),
+        (OSError, READ + r".*: .*No such file or directory: '.*/spill/"),
+    ),
+    "spill short": (
+        functools.partial(striking, disk, "read_extent", hurt_spill(truncate)),
+        (OSError, READ + r".*/spill/.* ended early"),
     ),
     "spill write": (
-        (DiskStore, "_write", block_spilled_chunks),
-        (OSError, r"(Hidden|Cache)\(.*\).* could not be written in .*/spill/"),
+        functools.partial(failing, "pwritev", "spill", errno.EIO),
+        (OSError, WRITTEN + r".*: .*Input/output error: '.*/spill/.*check the disk"),
     ),
-    "spill create": (
-        (DiskStore, "_create", block_new_array),
-        (OSError, r"(Hidden|Cache)\(.*\).* could not be written in .*/spill/"),
+    "spill full": (
+        functools.partial(failing, "pwritev", "spill", errno.ENOSPC),
+        (OSError, WRITTEN + r".*: .*No space left on device: .*its free space"),
+    ),
+    "spill close": (  # the first one is always that of a write
+        functools.partial(failing, "close", "spill", errno.EIO),
+        (OSError, ARRAY + r"(read|written) in .*/spill/.*: .*error: '.*/spill/"),
     ),
     "no memory": (
-        (BufferPool, "take", raises(MemoryError("the host has no memory left"))),
+        functools.partial(
+            striking,
+            BufferPool,
+            "take",
+            raises(MemoryError("the host has no memory left")),
+        ),
         (MemoryError, "no memory left"),
     ),
     "upload": (
-        (jax, "device_put", raises(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"))),
+        functools.partial(
+            striking,
+            jax,
+            "device_put",
+            raises(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")),
+        ),
         (jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED"),
     ),
     "download": (
-        (DeviceLink, "download", raises(jax.errors.JaxRuntimeError("INTERNAL"))),
+        functools.partial(
+            striking,
+            DeviceLink,
+            "download",
+            raises(jax.errors.JaxRuntimeError("INTERNAL")),
+        ),
         (jax.errors.JaxRuntimeError, "INTERNAL"),
     ),
     "sample": (
-        (blocks._BatchSampler, "sample", raises(RuntimeError("sample"))),
+        functools.partial(
+            striking, blocks._BatchSampler, "sample", raises(RuntimeError("sample"))
+        ),
         (RuntimeError, "sample"),
     ),
     "embed": (
-        (stage, "embed_step", raises(RuntimeError("embed"))),
+        functools.partial(striking, stage, "embed_step", raises(RuntimeError("embed"))),
         (RuntimeError, "embed"),
     ),
     "prefill": (
-        (stage, "prefill_step", raises(RuntimeError("prefill"))),
+        functools.partial(
+            striking, stage, "prefill_step", raises(RuntimeError("prefill"))
+        ),
         (RuntimeError, "prefill"),
     ),
     "decode": (
-        (stage, "decode_step", raises(RuntimeError("decode"))),
+        functools.partial(
+            striking, stage, "decode_step", raises(RuntimeError("decode"))
+        ),
         (RuntimeError, "decode"),
     ),
     "head": (
-        (blocks, "head_step", raises(RuntimeError("head"))),
+        functools.partial(striking, blocks, "head_step", raises(RuntimeError("head"))),
         (RuntimeError, "head"),
     ),
     "sampled tokens": (
-        (blocks._BatchSampler, "take", raises(KeyboardInterrupt())),
+        functools.partial(
+            striking, blocks._BatchSampler, "take", raises(KeyboardInterrupt())
+        ),
         (KeyboardInterrupt, None),
     ),
 }
@@ -278,11 +367,8 @@ def test_a_fault_reaches_the_caller_and_leaves_the_engine_whole(
     start, name, schedule, at
 ):
     run = start(schedule)
-    (place, function, harm), (error, message) = FAULTS[name]
-    with (
-        striking(place, function, harm, at),
-        pytest.raises(error, match=message),
-    ):
+    strike, (error, message) = FAULTS[name]
+    with strike(at=at), pytest.raises(error, match=message):
         run.generate()
     run.check()
 
@@ -292,13 +378,40 @@ def test_a_fault_while_scoring_reaches_the_caller(run, golden, at):
     sequences = golden("opt-pre-ln").score_ids
     before = in_time(run.engine.score, sequences)
     with (
-        striking(WeightStore, "read_rows", hurt_chunk(truncate), 6 * at),
+        striking(weights, "read_extent", hurt_file(truncate), 6 * at),
         pytest.raises(OSError, match="cannot read tensor"),
     ):
         in_time(run.engine.score, sequences)
     run.check_nothing_staged()
     after = in_time(run.engine.score, sequences)
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
+def test_a_file_system_without_direct_io_gives_the_same_tokens(run, monkeypatch):
+    refused = []
+
+    def refuse(call, path, is_direct, nbytes):
+        if is_direct:
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+
+    monkeypatch.setattr(extents, "os", WatchedOs(refuse))
+    run.check()
+    assert refused
+
+
+def test_transfers_that_stop_in_the_middle_give_the_same_tokens(run, monkeypatch):
+    stopped = []
+
+    def stop(call, path, is_direct, nbytes):
+        if call in ("preadv", "pwritev") and not is_direct and nbytes > 100:
+            stopped.append(call)
+            return nbytes // 2
+        return None
+
+    monkeypatch.setattr(extents, "os", WatchedOs(stop))
+    run.check()
+    assert {*stopped} == {"preadv", "pwritev"}
 
 
 def test_an_altered_chunk_is_never_computed_with(run):

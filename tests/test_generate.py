@@ -57,9 +57,15 @@ def test_a_policy_file_runs(golden, tmp_path):
 def test_prompts_from_a_file_on_the_embedded_model(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffIt is a truth\r\n\nShe was\u2028not a\n")
-    file = tmp_path / "outputs.json"
-    status = run("--prompts", str(prompts), "--max-tokens", "5", "--json", str(file))
+    file, trace = tmp_path / "outputs.json", tmp_path / "traces" / "trace.json"
+    status = run(
+        *("--prompts", str(prompts), "--max-tokens", "5"),
+        *("--json", str(file), "--trace", str(trace)),
+    )
     assert status == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    rows = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert "compute" in rows
     found = [output["prompt"] for output in json.loads(file.read_text())["outputs"]]
     assert found == ["It is a truth", "She was\u2028not a"]
     out = capsys.readouterr().out
@@ -96,6 +102,7 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         (["--prompt", "a", "--policy", "auto"], "policy 'auto' is not supported"),
         (["--prompt", "a", "--path", "_DUMMY_"], "--path _DUMMY_ needs --model"),
         (["--prompt", "a", "--json", "/proc"], "--json /proc cannot be written"),
+        (["--prompt", "a", "--trace", "/proc"], "--trace /proc cannot be written"),
         (["--prompt", "a", "--path", "x", "--model", "y"], "both name a model"),
         (["--prompt", "a", "--path", "nowhere"], "--path nowhere is no folder"),
         (["--prompt", "a", "--max-tokens", "9999"], "positions for"),

@@ -17,6 +17,7 @@ import pytest
 import flexjax
 from flexjax import LLM, Placement, Policy, SamplingParams
 from flexjax.steps import head_step
+from flexjax.trace import write_trace
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 SPILLS = Policy(
@@ -143,6 +144,15 @@ def test_metrics_and_placement_can_be_written_as_json(llm, golden):
     metrics = json.loads(json.dumps(llm.metrics))
     assert metrics["num_tokens"] == 5 * 16
     assert metrics["bytes_moved"]["disk->device"] > 0
+    for name in ("prefill", "decode"):
+        assert metrics[name]["seconds"] > 0
+        assert metrics[name]["bytes_moved"]["disk->device"] > 0
+        assert metrics[name]["busy_s"]["disk"] > 0
+    for link, nbytes in metrics["bytes_moved"].items():
+        parts = [metrics[name]["bytes_moved"] for name in ("prefill", "decode")]
+        assert sum(part.get(link, 0) for part in parts) == nbytes
+    assert len(metrics["step_s"]) == 2 * 15, "two blocks, of all tokens but the first"
+    assert sum(metrics["step_s"]) == pytest.approx(metrics["decode"]["seconds"])
     for tier, peak in metrics["peak_bytes"].items():
         assert peak <= metrics["predicted_peak_bytes"][tier]
     placement = json.loads(json.dumps(llm.placement))
@@ -151,6 +161,37 @@ def test_metrics_and_placement_can_be_written_as_json(llm, golden):
         assert sum(effective) == pytest.approx(1.0)
     assert placement["weights"]["host"]["requested"] == 0.5
     assert placement["kv_cache"]["disk"]["effective"] == 1.0
+
+
+def test_a_call_that_only_reads_prompts_has_no_decode(llm, golden):
+    llm.score(golden("opt-pre-ln").score_ids)
+    assert llm.metrics["decode"]["seconds"] == 0
+    assert llm.metrics["step_s"] == []
+    assert llm.metrics["prefill"]["seconds"] == llm.metrics["seconds"] > 0
+
+
+def test_a_trace_holds_the_last_run_and_is_empty_unless_asked_for(llm, tmp_path):
+    llm.generate([[5, 6]], GREEDY)
+    assert llm.trace == []
+    policy = dataclasses.replace(SPILLS, weights=Placement())
+    with LLM(None, policy=policy, offload_dir=tmp_path, trace=True) as traced:
+        assert traced.trace == []
+        names = []
+        for count in (2, 3):
+            params = dataclasses.replace(GREEDY, max_tokens=count)
+            traced.generate(["It is a truth"], params)
+            busy_s = traced.metrics["prefill"]["busy_s"]
+            lanes = {span.lane.value for span in traced.trace}
+            assert lanes >= {name for name, seconds in busy_s.items() if seconds}
+            assert lanes >= {"disk", "weights in", "cache in", "cache out", "compute"}
+            names.append([span.name for span in traced.trace])
+        assert names[0].count("step 1, layer 0, batch 0") == 1
+        assert "step 2, layer 0, batch 0" not in names[0]
+        assert names[1].count("step 2, layer 0, batch 0") == 1
+        file = tmp_path / "trace.json"
+        write_trace(file, traced.trace)
+    events = json.loads(file.read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == len(names[1])
 
 
 def test_an_empty_list_of_prompts_gives_an_empty_list(llm):

@@ -86,13 +86,13 @@ def _numbers(path: pathlib.Path) -> dict[str, int]:
     return {word[0]: int(word[1]) for word in words if len(word) > 1}
 
 
-def ensure_fits(
+def shortage(
     needed: Mapping[tuple[Tier, Kind], int],
     free: Mapping[Tier, int],
     *,
     device_is_host: bool,
-) -> None:
-    """Raises ValueError if what is needed does not fit; it names the tier and the kind.
+) -> str | None:
+    """What does not fit, by tier and kind, and what to do; None if everything fits.
 
     Args:
         needed: bytes in addition to what is held already.
@@ -109,12 +109,13 @@ def ensure_fits(
             continue
         largest, kind = max(sizes, key=lambda key: sizes[key])
         names = " and ".join(tier.value for tier in tiers)
-        raise ValueError(
+        return (
             f"the policy needs {format_bytes(total)} more on {names}, which can take "
             f"{format_bytes(free[tiers[0]])}; most of it is "
             f"{format_bytes(sizes[largest, kind])} of {kind.value} on "
             f"{largest.value}: {_ADVICE[largest]}"
         )
+    return None
 
 
 def _existing(folder: pathlib.Path) -> pathlib.Path:

@@ -1,58 +1,126 @@
-"""The disk tier: zarr3 arrays in a spill folder, each with a tail in host memory.
+"""The disk tier: one file an array in a spill folder, with a tail in host memory.
 
-A chunk holds some slots of some rows and is written once, whole: what does not fill a
-chunk yet waits in the tail. So a new token costs a copy into host memory, and a disk
-write only when its chunk is full; nothing on disk is ever read to be written again.
+A file is a row of segments; a segment holds some slots of all rows, `[rows, groups,
+slots, width]`, and is written once, whole. The slots of a prefill are one segment. New
+ones, which come one by one, wait in the tail until it is full: so a new token costs a
+copy into host memory, and nothing on disk is ever read to be written again.
+
+Arrays pass through a few small buffers on their way, since the slots of a segment lie
+apart in the array that is loaded.
 """
 
+import collections
 import dataclasses
+import itertools
 import pathlib
-import shutil
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import tensorstore as ts
 
-from flexjax.checkpoint import tensorstore_message
+from flexjax.extents import BLOCK_BYTES, Extent, as_bytes, read_extent, write_extent
 from flexjax.memory.buffers import BufferPool, typed
+from flexjax.memory.disk_queue import DEPTH, DiskQueue, Urgency
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan
 from flexjax.policy import Kind, Tier
 
-CHUNK_BYTES = 8 << 20
-# A chunk of a growing array has a power of two of slots in this range, whatever its
-# size: fewer make files too small to stream, more make the tails too large.
-MIN_CHUNK_SLOTS, MAX_CHUNK_SLOTS = 8, 32
-_UNBOUNDED_SLOTS = 1 << 24
+# A tail has a power of two of slots in this range: fewer make requests too small for a
+# disk, more make the tails too large.
+MIN_TAIL_SLOTS, MAX_TAIL_SLOTS = 8, 32
+TAIL_BYTES = 8 << 20
+# What passes through a buffer on its way: rows of one segment, of about this size.
+PIECE_BYTES = 4 << 20
 
 
-def chunk_slots(slot_bytes: int) -> int:
-    """Slots in a chunk of a growing array with `slot_bytes` bytes a slot."""
-    slots = MAX_CHUNK_SLOTS
-    while slots > MIN_CHUNK_SLOTS and slots * slot_bytes > CHUNK_BYTES:
+def tail_slots(slot_bytes: int) -> int:
+    """Slots in the tail of a growing array with `slot_bytes` bytes a slot."""
+    slots = MAX_TAIL_SLOTS
+    while slots > MIN_TAIL_SLOTS and slots * slot_bytes > TAIL_BYTES:
         slots //= 2
     return slots
+
+
+def passing_bytes(rows: int, row_bytes: int, *, segments: int) -> int:
+    """Bytes of the buffers through which an array of `rows` rows passes, at most.
+
+    Args:
+        rows: of the array.
+        row_bytes: of a row of the longest segment.
+        segments: that the array has at most; pieces of several may be under way.
+    """
+    whole, piece = rows * row_bytes, max(PIECE_BYTES, row_bytes)
+    return min(segments * whole, DEPTH * piece)
+
+
+def _piece_rows(row_bytes: int) -> int:
+    return max(1, PIECE_BYTES // row_bytes)
+
+
+class _Segment(NamedTuple):
+    """Slots `first` to `first + slots - 1`, at `offset` of the file."""
+
+    first: int
+    slots: int
+    offset: int
+
+
+class _Piece(NamedTuple):
+    """Some rows of a segment, and the buffer through which they pass."""
+
+    segment: _Segment
+    rows: slice
+    buffer: np.ndarray
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Entry:
     """One array: its file, and the slots that are not in it yet."""
 
-    folder: pathlib.Path
-    handle: ts.TensorStore
+    path: pathlib.Path
     shape: tuple[int, int, int, int]
     dtype: np.dtype
-    chunk: int  # slots
-    flushed: int = 0  # slots on disk
+    segments: list[_Segment] = dataclasses.field(default_factory=list)
     used: int = 0  # slots in all
-    tail: np.ndarray | None = None  # [rows, groups, chunk, width]
+    tail: np.ndarray | None = None  # [rows, groups, tail slots, width]
 
     @property
     def slot_bytes(self) -> int:
         rows, groups, _, width = self.shape
         return rows * groups * width * self.dtype.itemsize
+
+    @property
+    def flushed(self) -> int:
+        """Slots on disk."""
+        return sum(segment.slots for segment in self.segments)
+
+    def next_segment(self, slots: int) -> _Segment:
+        """A segment behind the last one; it begins at a block, for direct I/O."""
+        last = self.segments[-1] if self.segments else _Segment(0, 0, 0)
+        end = last.offset + last.slots * self.slot_bytes
+        offset = -(-end // BLOCK_BYTES) * BLOCK_BYTES
+        return _Segment(last.first + last.slots, slots, offset)
+
+    def row_bytes(self, slots: int) -> int:
+        """Bytes of one row of a segment."""
+        return self.slot_bytes // self.shape[0] * slots
+
+    def cut(self, segment: _Segment) -> Iterator[tuple[slice, int]]:
+        """Rows that pass through one buffer at a time, and its bytes."""
+        row_bytes = self.row_bytes(segment.slots)
+        step = _piece_rows(row_bytes)
+        for first in range(0, self.shape[0], step):
+            rows = slice(first, min(first + step, self.shape[0]))
+            yield rows, (rows.stop - rows.start) * row_bytes
+
+    def view(self, piece: _Piece) -> np.ndarray:
+        """The buffer of a piece as `[rows, groups, slots, width]`."""
+        rows, groups, width = piece.rows, self.shape[1], self.shape[3]
+        shape = (rows.stop - rows.start, groups, piece.segment.slots, width)
+        return typed(piece.buffer, shape, self.dtype)
 
 
 class DiskStore:
@@ -61,16 +129,21 @@ class DiskStore:
     tier = Tier.DISK
 
     def __init__(
-        self, ledger: Ledger, kind: Kind, link: DeviceLink, folder: pathlib.Path
+        self,
+        ledger: Ledger,
+        kind: Kind,
+        link: DeviceLink,
+        disk: DiskQueue,
+        folder: pathlib.Path,
     ) -> None:
         self._ledger, self._kind, self._link = ledger, kind, link
-        self._folder = folder
+        self._disk, self._folder = disk, folder
         self._stage = BufferPool(ledger, link.stage_tier, kind)
         self._tails = BufferPool(ledger, Tier.HOST, kind)
-        self._context = ts.Context({"file_io_sync": False})
+        self._passing = BufferPool(ledger, Tier.HOST, kind)
         self._entries: dict[Hashable, _Entry] = {}
         self._lock = threading.Lock()
-        self._num_created = 0
+        self._numbers = itertools.count(1)
 
     def store(
         self, key: Hashable, value: jax.Array, rows: slice, *, at: int, slots: int
@@ -78,20 +151,12 @@ class DiskStore:
         part = self._link.download(value, rows)
         entry = self._entry(key, part, at, slots)
         entry.shape = (*entry.shape[:2], slots, entry.shape[3])
-        entry.used = at + part.shape[2]
-        if entry.tail is not None:
-            room = min(part.shape[2], entry.flushed + entry.chunk - at)
-            begin = at - entry.flushed
-            entry.tail[:, :, begin : begin + room] = part[:, :, :room]
-            if begin + room < entry.chunk:
-                return
-            self._write(key, entry, entry.tail)
-            part = part[:, :, room:]
-        grows = entry.used < slots
-        whole = part.shape[2] // entry.chunk * entry.chunk if grows else part.shape[2]
-        if whole:
-            self._write(key, entry, part[:, :, :whole])
-        self._keep_tail(entry, part[:, :, whole:])
+        if at == 0:
+            self._write(key, entry, part)
+            entry.used = part.shape[2]
+            return
+        for slot in range(part.shape[2]):
+            self._add_to_tail(key, entry, part[:, :, slot : slot + 1])
 
     def load(self, key: Hashable) -> Loan:
         with self._lock:
@@ -99,7 +164,7 @@ class DiskStore:
         buffer = self._stage.take(entry.slot_bytes * entry.shape[2])
         array = typed(buffer, entry.shape, entry.dtype)
         try:
-            self._read(key, entry, array)
+            self._fill(key, entry, array)
         except BaseException:
             self._stage.give(buffer)
             raise
@@ -109,119 +174,144 @@ class DiskStore:
         with self._lock:
             entry = self._entries.pop(key, None)
         if entry is not None:
-            self._hold(-entry.flushed * entry.slot_bytes)
-            self._keep_tail(entry, None)
-            shutil.rmtree(entry.folder, ignore_errors=True)
+            self._empty(entry)
+            entry.path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         self._stage.clear()
         self._tails.clear()
+        self._passing.clear()
 
     def _entry(self, key: Hashable, part: np.ndarray, at: int, slots: int) -> _Entry:
-        """The entry to write into: the one that is there, or a new one at slot 0."""
+        """The entry to write into: the one that is there, emptied if `at` is 0, or new.
+
+        A file that is there is written over, which saves the disk from finding room.
+        """
         with self._lock:
             entry = self._entries.get(key)
         if at > 0 and entry is not None:
             return entry
         shape = (*part.shape[:2], slots, part.shape[3])
-        if entry is not None and (entry.shape, entry.dtype) == (shape, part.dtype):
-            self._hold(-entry.flushed * entry.slot_bytes)
-            self._keep_tail(entry, None)
-            entry.flushed = 0
+        if entry is not None:
+            self._empty(entry)
+            entry.shape, entry.dtype = shape, part.dtype
             return entry
-        self.free(key)
-        grows = part.shape[2] < slots
-        slot_bytes = part[:, :, 0].nbytes
-        chunk = chunk_slots(slot_bytes) if grows else slots
-        with self._lock:
-            self._num_created += 1
-            folder = self._folder / f"{self._kind.value}-{self._num_created}"
-        entry = _Entry(
-            folder=folder,
-            handle=self._create(key, part, chunk, folder),
-            shape=shape,
-            dtype=part.dtype,
-            chunk=chunk,
-        )
+        path = self._folder / f"{self._kind.value}-{next(self._numbers)}"
+        entry = _Entry(path=path, shape=shape, dtype=part.dtype)
         with self._lock:
             self._entries[key] = entry
         return entry
 
-    def _create(
-        self, key: Hashable, part: np.ndarray, chunk: int, folder: pathlib.Path
-    ) -> ts.TensorStore:
-        rows, groups, _, width = part.shape
-        row_bytes = groups * chunk * width * part.dtype.itemsize
-        pieces = min(rows, max(1, -(-rows * row_bytes // CHUNK_BYTES)))
-        grid = {"chunk_shape": [-(-rows // pieces), groups, chunk, width]}
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{folder}/"},
-            "metadata": {
-                "shape": [rows, groups, _UNBOUNDED_SLOTS, width],
-                "data_type": part.dtype.name,
-                "chunk_grid": {"name": "regular", "configuration": grid},
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-            },
-            "fill_missing_data_reads": False,
-        }
-        try:
-            return ts.open(
-                spec, context=self._context, create=True, open=False
-            ).result()
-        except ValueError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise self._failure("written", key, error) from error
+    def _empty(self, entry: _Entry) -> None:
+        self._ledger.hold(Tier.DISK, self._kind, -entry.flushed * entry.slot_bytes)
+        entry.segments.clear()
+        entry.used = 0
+        if entry.tail is not None:
+            self._tails.give(as_bytes(entry.tail))
+            entry.tail = None
+
+    def _add_to_tail(self, key: Hashable, entry: _Entry, slot: np.ndarray) -> None:
+        if entry.tail is None:
+            rows, groups, _, width = entry.shape
+            size = tail_slots(entry.slot_bytes)
+            buffer = self._tails.take(entry.slot_bytes * size)
+            entry.tail = typed(buffer, (rows, groups, size, width), entry.dtype)
+        at = entry.used - entry.flushed
+        entry.tail[:, :, at : at + 1] = slot
+        entry.used += 1
+        if at + 1 == entry.tail.shape[2]:
+            self._write(key, entry, entry.tail)
 
     def _write(self, key: Hashable, entry: _Entry, part: np.ndarray) -> None:
-        first, last = entry.flushed, entry.flushed + part.shape[2]
-        try:
-            entry.handle[:, :, first:last].write(part).result()
-        except ValueError as error:
-            raise self._failure("written", key, error) from error
-        entry.flushed = last
-        self._hold(part.nbytes)
+        """Writes `[rows, groups, slots, width]` as the next segment."""
+        segment = entry.next_segment(part.shape[2])
+
+        def start(piece: _Piece) -> Future[None]:
+            entry.view(piece)[:] = part[piece.rows]
+            return self._move(write_extent, "written", key, entry, piece)
+
+        self._pass_through(entry, [segment], start, lambda piece: None)
+        entry.segments.append(segment)
+        self._ledger.hold(Tier.DISK, self._kind, part.nbytes)
         self._ledger.move(Tier.HOST, Tier.DISK, part.nbytes)
 
-    def _read(self, key: Hashable, entry: _Entry, array: np.ndarray) -> None:
-        flushed, used = entry.flushed, entry.used
-        reading = None
-        if flushed:
-            target = ts.array(array[:, :, :flushed])
-            source = entry.handle[:, :, :flushed]
-            reading = target.write(source).commit
+    def _fill(self, key: Hashable, entry: _Entry, array: np.ndarray) -> None:
+        """Reads every slot that is in use into `array`; the others become zero."""
+
+        def start(piece: _Piece) -> Future[None]:
+            return self._move(read_extent, "read", key, entry, piece)
+
+        def finish(piece: _Piece) -> None:
+            first, slots, _ = piece.segment
+            into = array[piece.rows, :, first : first + slots]
+            into[:] = entry.view(piece)
+
+        flushed = entry.flushed
         if entry.tail is not None:
-            array[:, :, flushed:used] = entry.tail[:, :, : used - flushed]
-        array[:, :, used:] = 0
-        if reading is not None:
-            try:
-                reading.result()
-            except ValueError as error:
-                raise self._failure("read", key, error) from error
-            nbytes = flushed * entry.slot_bytes
-            self._ledger.move(Tier.DISK, self._link.stage_tier, nbytes)
+            array[:, :, flushed : entry.used] = entry.tail[:, :, : entry.used - flushed]
+        array[:, :, entry.used :] = 0
+        self._pass_through(entry, entry.segments, start, finish)
+        nbytes = flushed * entry.slot_bytes
+        self._ledger.move(Tier.DISK, self._link.stage_tier, nbytes)
 
-    def _keep_tail(self, entry: _Entry, part: np.ndarray | None) -> None:
-        """Makes `part` the tail; None, or nothing more to come, leaves no tail."""
-        wants = part is not None and entry.used < entry.shape[2]
-        if entry.tail is not None and not wants:
-            self._tails.give(entry.tail.reshape(-1).view(np.uint8))
-            entry.tail = None
-        if wants:
-            assert part is not None
-            if entry.tail is None:
-                rows, groups, _, width = entry.shape
-                buffer = self._tails.take(entry.slot_bytes * entry.chunk)
-                entry.tail = typed(
-                    buffer, (rows, groups, entry.chunk, width), entry.dtype
-                )
-            entry.tail[:, :, : part.shape[2]] = part
+    def _pass_through(
+        self,
+        entry: _Entry,
+        segments: Iterable[_Segment],
+        start: Callable[[_Piece], Future[None]],
+        finish: Callable[[_Piece], None],
+    ) -> None:
+        """Moves segments in pieces, a few of which are under way at the same time."""
+        under_way: collections.deque[tuple[_Piece, Future[None]]] = collections.deque()
 
-    def _hold(self, nbytes: int) -> None:
-        self._ledger.hold(Tier.DISK, self._kind, nbytes)
+        def finish_first() -> None:
+            piece, done = under_way[0]
+            done.result()
+            finish(piece)
+            self._passing.give(piece.buffer)
+            under_way.popleft()
 
-    def _failure(self, verb: str, key: Hashable, error: ValueError) -> OSError:
-        return OSError(
-            f"{key} could not be {verb} in {self._folder}: "
-            f"{tensorstore_message(error)}; check the disk and its free space"
+        try:
+            for segment in segments:
+                for rows, nbytes in entry.cut(segment):
+                    if len(under_way) == DEPTH:
+                        finish_first()
+                    buffer = self._passing.take(nbytes)
+                    piece = _Piece(segment, rows, buffer)
+                    try:
+                        under_way.append((piece, start(piece)))
+                    except BaseException:
+                        self._passing.give(buffer)
+                        raise
+            while under_way:
+                finish_first()
+        finally:
+            for piece, done in under_way:
+                done.exception()  # the disk may still be busy with the buffer
+                self._passing.give(piece.buffer)
+
+    def _move(
+        self,
+        move: Callable[[Extent], None],
+        verb: str,
+        key: Hashable,
+        entry: _Entry,
+        piece: _Piece,
+    ) -> Future[None]:
+        """Starts to read or write a piece."""
+        segment, rows, buffer = piece
+        offset = segment.offset + rows.start * entry.row_bytes(segment.slots)
+
+        def describe(error: OSError) -> OSError:
+            return OSError(
+                f"{key} could not be {verb} in {self._folder}: {error}; check the disk "
+                "and its free space"
+            )
+
+        return self._disk.submit(
+            move,
+            [Extent(entry.path, offset, buffer)],
+            name=f"{key}",
+            urgency=Urgency.NOW,
+            describe=describe,
         )

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from flexjax.memory.disk import chunk_slots
+from flexjax.memory.disk import MAX_TAIL_SLOTS, passing_bytes, tail_slots
+from flexjax.memory.disk_queue import DEPTH
 from flexjax.memory.placement import Rows, place_rows
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.models.config import OPTConfig
@@ -77,7 +78,21 @@ class RunFootprint:
             waiting = self.work.num_batches if self.head.num_blocks > 1 else 1
             logits = 4 * self.work.batch_size * self.config.vocab_size
             size[Tier.DEVICE, Kind.ACTIVATIONS] += waiting * logits
+        for kind, nbytes in self._passing():
+            size[Tier.HOST, kind] += 2 * nbytes  # in and out at the same time
         return size
+
+    def _passing(self) -> Iterator[tuple[Kind, int]]:
+        """Bytes of the buffers through which arrays pass on their way to disk."""
+        work, policy, rows = self.work, self.policy, self.work.batch_size
+        if policy.kv_cache.disk > 0:
+            slot_bytes = self._cache_slot_bytes // 2  # keys and values are two arrays
+            row_bytes = max(work.prompt_len, MAX_TAIL_SLOTS) * slot_bytes
+            # As many segments as can be under way: their number grows with the tokens.
+            yield Kind.KV_CACHE, passing_bytes(rows, row_bytes, segments=DEPTH)
+        if policy.activations.disk > 0:
+            row_bytes = work.prompt_len * self._hidden_bytes
+            yield Kind.ACTIVATIONS, passing_bytes(rows, row_bytes, segments=1)
 
     def loaded(self, buffer: Buffer, step: int) -> Bytes:
         work = self.work
@@ -139,9 +154,10 @@ class RunFootprint:
                 for tier, count in zip(Tier, rows, strict=True)
             }
         )
-        # Keys and values are two arrays; a chunk is full by the slots of one of them.
-        tail_slots = chunk_slots(rows.disk * slot_bytes // 2) if rows.disk else 0
-        size[Tier.HOST, Kind.KV_CACHE] += rows.disk * slot_bytes * tail_slots
+        if rows.disk and step > 0:
+            # Keys and values are two arrays, each with a tail.
+            tail = tail_slots(rows.disk * slot_bytes // 2)
+            size[Tier.HOST, Kind.KV_CACHE] += rows.disk * slot_bytes * tail
         return size
 
     def _true(self, step: int) -> int:

@@ -10,12 +10,13 @@ import enum
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Lane(enum.Enum):
     """What a lane carries."""
 
+    DISK = "disk"  # many requests at once: a `DiskQueue`, not a thread of `Lanes`
     WEIGHTS = "weights in"
     CACHE_IN = "cache in"
     CACHE_OUT = "cache out"
@@ -24,18 +25,57 @@ class Lane(enum.Enum):
     COMPUTE = "compute"  # follows the device: its tasks end when the device's do
 
 
-class Lanes:
-    """One thread for each `Lane`; what a task raises is raised by its future.
+class Span(NamedTuple):
+    """A stretch of work of a lane; times are `time.perf_counter`'s."""
 
-    `busy_s` holds the seconds for which each lane has worked, not counting the time in
-    which its tasks waited for those of other lanes.
+    lane: Lane
+    name: str
+    begin_s: float
+    end_s: float
+    nbytes: int = 0
+
+
+class Timeline:
+    """When which lane worked.
+
+    Attributes:
+        busy_s: seconds for which each lane has worked, not counting the time in which
+            its tasks waited for those of other lanes.
+        spans: everything that was done, where that is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_spans: bool = False) -> None:
         self.busy_s = dict.fromkeys(Lane, 0.0)
+        self.spans: list[Span] = []
+        self._keeps_spans = keeps_spans
+
+    def start(self) -> None:
+        """Begins a new run."""
+        self.busy_s = dict.fromkeys(Lane, 0.0)
+        self.spans = []
+
+    def add(self, span: Span) -> None:
+        """Keeps what a lane did, if anything is kept."""
+        if self._keeps_spans:
+            self.spans.append(span)
+
+    def worked(
+        self, lane: Lane, name: str, begin_s: float, end_s: float, nbytes: int = 0
+    ) -> None:
+        """Counts what a lane did that does one thing at a time."""
+        self.busy_s[lane] += end_s - begin_s
+        self.add(Span(lane, name, begin_s, end_s, nbytes))
+
+
+class Lanes:
+    """One thread for each `Lane` but the disk's; futures raise what tasks raise."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
         self._threads = {
             lane: ThreadPoolExecutor(1, thread_name_prefix=f"flexjax {lane.value}")
             for lane in Lane
+            if lane is not Lane.DISK
         }
 
     def submit[T](self, lane: Lane, task: Callable[..., T], *args: Any) -> Future[T]:
@@ -43,18 +83,18 @@ class Lanes:
         return self._threads[lane].submit(task, *args)
 
     @contextlib.contextmanager
-    def working(self, lane: Lane) -> Iterator[None]:
+    def working(self, lane: Lane, name: object) -> Iterator[None]:
         """Counts the time in the block as work of `lane`, in whose thread it runs."""
-        begun = time.perf_counter()
+        begin_s = time.perf_counter()
         try:
             yield
         finally:
-            self.busy_s[lane] += time.perf_counter() - begun
+            self._timeline.worked(lane, str(name), begin_s, time.perf_counter())
 
     def drain(self) -> None:
         """Waits until every task that was issued has ended, well or badly."""
-        for lane in Lane:
-            self._threads[lane].submit(lambda: None).result()
+        for thread in self._threads.values():
+            thread.submit(lambda: None).result()
 
     def close(self) -> None:
         """Lets the running tasks end, drops the waiting ones and ends the threads."""

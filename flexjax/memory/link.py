@@ -31,6 +31,11 @@ class Loan(NamedTuple):
     release: Callable[[], None] = nothing_to_release
 
 
+def is_shared(device: Device) -> bool:
+    """Whether the device computes in the host's memory, as a CPU does."""
+    return device.platform == "cpu"
+
+
 class DeviceLink:
     """Brings arrays to a device and back.
 
@@ -39,7 +44,7 @@ class DeviceLink:
 
     def __init__(self, device: Device, ledger: Ledger) -> None:
         self.device = device
-        self.is_shared = device.platform == "cpu"
+        self.is_shared = is_shared(device)
         self.stage_tier = Tier.DEVICE if self.is_shared else Tier.HOST
         self._ledger = ledger
 

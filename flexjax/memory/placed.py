@@ -90,7 +90,7 @@ class PlacedArrays:
         count = stored.result()
         segments: list[tuple[Loan, ...]] = []
         try:
-            with self._lanes.working(self._load_lane):
+            with self._lanes.working(self._load_lane, f"load {key}"):
                 for tier in self._rows_of(key).spans():
                     store = self._stores[tier]
                     segments.append(())
@@ -105,7 +105,7 @@ class PlacedArrays:
         self, key: Hashable, values: Callable[[], Arrays], at: int, slots: int | None
     ) -> int:
         arrays = jax.block_until_ready(values())
-        with self._lanes.working(self._store_lane):
+        with self._lanes.working(self._store_lane, f"store {key}"):
             for tier, rows in self._rows_of(key).spans().items():
                 for index, array in enumerate(arrays):
                     self._stores[tier].store(

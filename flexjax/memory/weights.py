@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexjax.checkpoint import WeightStore
+from flexjax.extents import read_extent
 from flexjax.memory.buffers import BufferPool, page_aligned, typed
-from flexjax.memory.lanes import Lane, Lanes
-from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink, Loan
+from flexjax.memory.disk_queue import Urgency
+from flexjax.memory.lanes import Lane
+from flexjax.memory.link import Loan
 from flexjax.memory.placement import effective, partition
+from flexjax.memory.transport import Transport
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Tier
 
@@ -43,18 +45,18 @@ class PlacedWeights:
         store: WeightStore,
         tiers: Mapping[str, Tier],
         *,
-        link: DeviceLink,
-        ledger: Ledger,
-        lanes: Lanes,
+        transport: Transport,
         head: HeadBlocks,
         num_parts: int,
         progress: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
-        self._store, self._tiers, self._link = store, tiers, link
-        self._ledger, self._lanes = ledger, lanes
+        self._store, self._tiers = store, tiers
+        self._link, self._ledger = transport.link, transport.ledger
+        self._lanes, self._disk = transport.lanes, transport.disk
         self.head, self._num_parts = head, num_parts
-        self._stage = BufferPool(ledger, link.stage_tier, Kind.WEIGHTS)
-        self._rows_stage = BufferPool(ledger, link.stage_tier, Kind.ACTIVATIONS)
+        stage_tier = self._link.stage_tier
+        self._stage = BufferPool(self._ledger, stage_tier, Kind.WEIGHTS)
+        self._rows_stage = BufferPool(self._ledger, stage_tier, Kind.ACTIVATIONS)
         self._verified: set[tuple[str, int]] = set()  # (tensor, first row of a piece)
         self._homes: list[str] = []  # tensors that are counted
         self._on_device: dict[str, jax.Array] = {}
@@ -95,8 +97,15 @@ class PlacedWeights:
         }
 
     def load(self, layer: int, part: int) -> Future[Loans]:
-        """Starts to bring a part of a layer's tensors to the device."""
-        return self._lanes.submit(Lane.WEIGHTS, self._load, self._spans(layer, part))
+        """Starts to bring a part of a layer's tensors to the device.
+
+        What lies on disk is asked for at once, so that the disk always knows what comes
+        next, whatever the lane still waits for.
+        """
+        spans = self._spans(layer, part)
+        reads = self._start_reading(spans)
+        name = f"layer {layer}" + (f", part {part}" if self._num_parts > 1 else "")
+        return self._lanes.submit(Lane.WEIGHTS, self._load, name, spans, reads)
 
     def token_rows(self, ids: np.ndarray) -> Loan:
         """Rows of the token table, `[*ids.shape, embed]`, wherever the table is."""
@@ -137,7 +146,7 @@ class PlacedWeights:
     def _read_resident(self, name: str, tier: Tier) -> None:
         entry = self._store.tensors[name]
         array = typed(page_aligned(entry.nbytes), entry.shape, entry.dtype)
-        self._store.read(name, array).result()
+        self._read(name, 0, array).result()
         self._store.verify(name, array)
         if tier is Tier.HOST:
             self._on_host[name] = array
@@ -176,18 +185,15 @@ class PlacedWeights:
             begin = row // entry.chunk_rows * entry.chunk_rows
             self._verify_once(name, begin, out[at : at + 1], row)
 
-    def _load(self, spans: dict[str, slice]) -> Loans:
-        with self._lanes.working(Lane.WEIGHTS):
-            return self._bring(spans)
+    def _load(
+        self, name: str, spans: dict[str, slice], reads: "dict[str, _Read]"
+    ) -> Loans:
+        with self._lanes.working(Lane.WEIGHTS, name):
+            return self._bring(spans, reads)
 
-    def _bring(self, spans: dict[str, slice]) -> Loans:
-        """All reads of a part are under way at once; the disk orders them."""
-        reads: dict[str, _Read] = {}
+    def _bring(self, spans: dict[str, slice], reads: "dict[str, _Read]") -> Loans:
         loans: Loans = {}
         try:
-            for name, rows in spans.items():
-                if self._tiers[name] is Tier.DISK:
-                    reads[name] = self._start_reading(name, rows)
             for name, rows in spans.items():
                 if name in reads:
                     self._finish_reading(name, rows, reads[name])
@@ -195,20 +201,41 @@ class PlacedWeights:
                 else:
                     loans[name] = self._resident(name, rows)
         except BaseException:
-            for read in reads.values():
-                read.done.exception()  # nothing may write into a buffer that is given
-                self._stage.give(read.buffer)
+            self._give_up(reads)
             for loan in loans.values():
                 loan.release()
             raise
         return loans
 
-    def _start_reading(self, name: str, rows: slice) -> "_Read":
-        entry, count = self._store.tensors[name], rows.stop - rows.start
-        buffer = self._stage.take(count * entry.row_bytes)
-        array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
-        done = self._store.read_rows(name, rows.start, rows.stop, array)
-        return _Read(buffer, array, done)
+    def _start_reading(self, spans: dict[str, slice]) -> "dict[str, _Read]":
+        reads: dict[str, _Read] = {}
+        try:
+            for name, rows in spans.items():
+                if self._tiers[name] is Tier.DISK:
+                    entry, count = self._store.tensors[name], rows.stop - rows.start
+                    buffer = self._stage.take(count * entry.row_bytes)
+                    array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
+                    reads[name] = _Read(
+                        buffer, array, self._read(name, rows.start, array)
+                    )
+        except BaseException:
+            self._give_up(reads)
+            raise
+        return reads
+
+    def _read(self, name: str, first: int, array: np.ndarray) -> Future[None]:
+        return self._disk.submit(
+            read_extent,
+            self._store.extents(name, first, first + len(array), array),
+            name=name,
+            urgency=Urgency.AHEAD,
+            describe=lambda error: self._store.failure(name, error),
+        )
+
+    def _give_up(self, reads: "dict[str, _Read]") -> None:
+        for read in reads.values():
+            read.done.exception()  # nothing may write into a buffer that is given
+            self._stage.give(read.buffer)
 
     def _finish_reading(self, name: str, rows: slice, read: "_Read") -> None:
         read.done.result()

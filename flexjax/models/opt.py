@@ -8,6 +8,7 @@ layout that XLA's CPU backend multiplies fastest.
 The residual stream has the type of the weights; norms, sums and logits are float32.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flexjax.attention import prefill_attention
+from flexjax.attention import MIN_ROWS, prefill_attention
 from flexjax.models.config import LAYER_NORM_EPSILON, POSITION_OFFSET, OPTConfig
 
 Params = Mapping[str, Any]
@@ -34,6 +35,10 @@ def contract_last(
 ) -> Float[Array, "... outputs"]:
     """`x @ weight.T` accumulated in float32; true float32 where the inputs are."""
     exact = x.dtype == jnp.float32
+    rows = math.prod(x.shape[:-1])
+    if not exact and rows < MIN_ROWS:
+        padded = jnp.pad(x.reshape(rows, -1), ((0, MIN_ROWS - rows), (0, 0)))
+        return contract_last(padded, weight)[:rows].reshape(*x.shape[:-1], -1)
     return jax.lax.dot_general(
         x,
         weight,

@@ -65,17 +65,15 @@ def zigzag(work: Workload, alive: Alive = always) -> Iterator[Op]:
                     due = _share(work, batch + 1, work.num_batches)
                     yield _Turn(Cell(step, 0, batch), due)
             for layer in range(1, work.num_layers):
-                ends = step == work.gen_len - 1 and layer == work.num_layers - 1
                 for turn, batch in enumerate(batches, 1):
-                    due = 0 if ends else _share(work, turn, len(batches))
+                    due = _share(work, turn, len(batches))
                     yield _Turn(Cell(step, layer, batch), due)
 
-    return _pipeline(work, turns())
+    return _pipeline(work, turns(), num_visits=work.gen_len * work.num_layers)
 
 
 def row_by_row(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """What other offloaders do: one batch to its end, then the next."""
-    last = Cell(work.gen_len - 1, work.num_layers - 1, work.num_batches - 1)
 
     def turns() -> Iterator[_Turn]:
         for batch in range(work.num_batches):
@@ -83,10 +81,10 @@ def row_by_row(work: Workload, alive: Alive = always) -> Iterator[Op]:
                 if not alive(step, batch):
                     break
                 for layer in range(work.num_layers):
-                    cell = Cell(step, layer, batch)
-                    yield _Turn(cell, 0 if cell == last else work.num_parts)
+                    yield _Turn(Cell(step, layer, batch), work.num_parts)
 
-    return _pipeline(work, turns())
+    num_visits = work.num_batches * work.gen_len * work.num_layers
+    return _pipeline(work, turns(), num_visits=num_visits)
 
 
 EMITTERS: dict[Schedule, Callable[[Workload, Alive], Iterator[Op]]] = {
@@ -97,7 +95,7 @@ EMITTERS: dict[Schedule, Callable[[Workload, Alive], Iterator[Op]]] = {
 
 
 class _Turn(NamedTuple):
-    """A cell, and how many parts of the next layer's weights are due while it runs."""
+    """A cell, and how many parts of the weights to come are due while it runs."""
 
     cell: Cell
     due: int
@@ -108,25 +106,30 @@ def _share(work: Workload, turn: int, num_turns: int) -> int:
     return -(-work.num_parts * turn // num_turns)
 
 
-def _pipeline(work: Workload, turns: Iterator[_Turn]) -> Iterator[Op]:
-    """Runs `turns` with the next cell's inputs and the next layer's weights under way.
+def _pipeline(
+    work: Workload, turns: Iterator[_Turn], *, num_visits: int
+) -> Iterator[Op]:
+    """Runs `turns` with the next cell's inputs and the next layers' weights under way.
+
+    Layers are visited one after the other and round again, whoever ends early; so
+    weights are loaded `layers_ahead` visits before their own, in the hope that some
+    batch lives to see it. What nobody came for is freed at the end.
 
     Every `Free` comes one cell late, so that it waits for work that was dispatched
     before the work in progress; only a hidden state that the very next cell needs again
     is freed at once, after everything else that the next cell needs was asked for. At
-    most two layers' weights, two caches and two hidden states are on the device.
-
-    Weights of a next step are loaded in the hope that some batch lives to see it. What
-    nobody came for is freed at the end.
+    most `layers_ahead + 1` layers' weights, two caches and two hidden states are on the
+    device.
     """
     turn = next(turns, None)
     if turn is None:
         return
-    cell, parts = turn.cell, range(work.num_parts)
-    yield from _load_weights(cell.step, cell.layer, parts)
+    weights = _WeightsAhead(work, num_visits)
+    cell = turn.cell
+    yield from weights.load_until(work.layers_ahead, 0)
     yield Load(Hidden(cell.batch), cell.step)
     before: Cell | None = None
-    num_ahead = 0  # parts of the next layer's weights that were asked for
+    visit = 0  # of the cell's layer
     while turn is not None:
         cell, due = turn
         yield Compute(*cell)
@@ -134,16 +137,15 @@ def _pipeline(work: Workload, turns: Iterator[_Turn]) -> Iterator[Op]:
         if before is not None:
             yield from _free_cache(work, before)
             if before.layer != cell.layer:
-                yield from _free_weights(before.layer, parts)
-        yield from _load_weights(*_next_layer(work, cell), parts[num_ahead:due])
-        num_ahead = max(num_ahead, due)
+                yield from weights.free_first()
+        yield from weights.load_until(visit + work.layers_ahead, due)
         turn = next(turns, None)
         after = None if turn is None else turn.cell
         if after is not None:
             yield from _load_cache(work, after)
             if after.layer != cell.layer:
-                yield from _load_weights(after.step, after.layer, parts[num_ahead:])
-                num_ahead = 0
+                visit += 1
+                yield from weights.load_until(visit + work.layers_ahead, 0)
         if before is not None and before.batch != cell.batch:
             yield Free(Hidden(before.batch))
         if after is None or after.batch == cell.batch:
@@ -152,15 +154,41 @@ def _pipeline(work: Workload, turns: Iterator[_Turn]) -> Iterator[Op]:
             yield Load(Hidden(after.batch), after.step)
         before = cell
     yield from _free_cache(work, cell)
-    yield from _free_weights(cell.layer, parts)
-    yield from _free_weights(_next_layer(work, cell)[1], parts[:num_ahead])
+    yield from weights.free_all()
 
 
-def _next_layer(work: Workload, cell: Cell) -> tuple[int, int]:
-    """The step and layer that will probably follow the layer of `cell`."""
-    if cell.layer + 1 < work.num_layers:
-        return cell.step, cell.layer + 1
-    return (cell.step + 1) % work.gen_len, 0  # after the last: another batch's prefill
+class _WeightsAhead:
+    """The weights of all visits, part by part: loaded and freed in that order."""
+
+    def __init__(self, work: Workload, num_visits: int) -> None:
+        self._work = work
+        self._num_parts = num_visits * work.num_parts
+        self._freed = self._loaded = 0
+
+    def load_until(self, visit: int, part: int) -> Iterator[Op]:
+        """Loads what comes before part `part` of a visit and is not loaded yet."""
+        wanted = min(self._num_parts, visit * self._work.num_parts + part)
+        for index in range(self._loaded, wanted):
+            weights, step = self._at(index)
+            yield Load(weights, step)
+        self._loaded = max(self._loaded, wanted)
+
+    def free_first(self) -> Iterator[Op]:
+        """Frees the weights of the first visit that still has them."""
+        return self._free_until(self._freed + self._work.num_parts)
+
+    def free_all(self) -> Iterator[Op]:
+        return self._free_until(self._loaded)
+
+    def _free_until(self, end: int) -> Iterator[Op]:
+        for index in range(self._freed, end):
+            yield Free(self._at(index)[0])
+        self._freed = end
+
+    def _at(self, index: int) -> tuple[Weights, int]:
+        visit, part = divmod(index, self._work.num_parts)
+        step, layer = divmod(visit, self._work.num_layers)
+        return Weights(layer, part), step % self._work.gen_len
 
 
 def _load_weights(step: int, layer: int, parts: range) -> Iterator[Op]:

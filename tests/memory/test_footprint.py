@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flexjax.memory.disk import chunk_slots
+from flexjax.memory.disk import MAX_TAIL_SLOTS, passing_bytes, tail_slots
+from flexjax.memory.disk_queue import DEPTH
 from flexjax.memory.footprint import (
     RunFootprint,
     cache_rows,
@@ -141,12 +142,31 @@ def test_a_home_has_room_for_whole_buckets_of_slots():
     assert not stored[Tier.DEVICE, Kind.KV_CACHE]
 
 
-def test_a_cache_on_disk_keeps_a_chunk_of_slots_in_host_memory():
+def test_a_cache_on_disk_keeps_a_tail_of_slots_in_host_memory():
+    """Not yet in the prefill, which is written as a whole."""
     sizes = footprint(SHAPE, Policy(kv_cache=Placement()))
-    stored = sizes.stored(Cache(0, 0), 0)
-    assert stored[Tier.DISK, Kind.KV_CACHE] == 4 * 64 * CACHE_SLOT
-    tail = stored[Tier.HOST, Kind.KV_CACHE]
-    assert tail == 4 * chunk_slots(4 * CACHE_SLOT // 2) * CACHE_SLOT
+    for step in range(2):
+        stored = sizes.stored(Cache(0, 0), step)
+        assert stored[Tier.DISK, Kind.KV_CACHE] == 4 * 64 * CACHE_SLOT
+        tail = 4 * tail_slots(4 * CACHE_SLOT // 2) * CACHE_SLOT
+        assert stored.get((Tier.HOST, Kind.KV_CACHE), 0) == (tail if step > 0 else 0)
+
+
+@given(work=works(most_tokens=40), policy=policies, shared=st.booleans())
+def test_what_is_on_disk_passes_through_host_memory_in_and_out(work, policy, shared):
+    with_disk = footprint(work, policy, scores=True, shared=shared).resident()
+    none = Policy(kv_cache=CORNERS[0], activations=CORNERS[0])
+    without = footprint(work, none, scores=True, shared=shared).resident()
+    longest = {
+        Kind.KV_CACHE: (max(work.prompt_len, MAX_TAIL_SLOTS), DEPTH),
+        Kind.ACTIVATIONS: (work.prompt_len, 1),
+    }
+    for kind, (slots, segments) in longest.items():
+        is_spilled = policy.placement(kind).disk > 0
+        row_bytes = slots * HIDDEN_SLOT
+        passing = passing_bytes(work.batch_size, row_bytes, segments=segments)
+        more = Counter(with_disk)[Tier.HOST, kind] - Counter(without)[Tier.HOST, kind]
+        assert more == (2 * passing if is_spilled else 0)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexjax.memory.lanes import Lane, Lanes
+from flexjax.memory.lanes import Lane, Lanes, Span, Timeline
 from tests.common import flexjax_threads, in_time
+
+WITH_THREADS = [lane for lane in Lane if lane is not Lane.DISK]
 
 
 @pytest.fixture
-def lanes():
-    lanes = Lanes()
+def timeline():
+    return Timeline(keeps_spans=True)
+
+
+@pytest.fixture
+def lanes(timeline):
+    lanes = Lanes(timeline)
     yield lanes
     lanes.close()
 
@@ -30,9 +37,9 @@ def test_a_lane_keeps_the_order_of_issue(lanes):
 
 
 def test_lanes_run_beside_each_other(lanes):
-    meeting = threading.Barrier(len(Lane))
-    tasks = [lanes.submit(lane, meeting.wait, 30) for lane in Lane]
-    assert sorted(task.result() for task in tasks) == list(range(len(Lane)))
+    meeting = threading.Barrier(len(WITH_THREADS))
+    tasks = [lanes.submit(lane, meeting.wait, 30) for lane in WITH_THREADS]
+    assert sorted(task.result() for task in tasks) == list(range(len(WITH_THREADS)))
 
 
 def test_what_a_task_raises_is_raised_by_its_future_alone(lanes):
@@ -45,15 +52,15 @@ def test_what_a_task_raises_is_raised_by_its_future_alone(lanes):
 
 def test_drain_waits_for_the_good_and_the_bad(lanes):
     go = threading.Event()
-    tasks = [lanes.submit(lane, go.wait) for lane in Lane]
-    tasks += [lanes.submit(lane, fail, "bad") for lane in Lane]
+    tasks = [lanes.submit(lane, go.wait) for lane in WITH_THREADS]
+    tasks += [lanes.submit(lane, fail, "bad") for lane in WITH_THREADS]
     threading.Timer(0.05, go.set).start()
     lanes.drain()
     assert all(task.done() for task in tasks)
 
 
 def test_close_drops_what_waits_and_ends_the_threads():
-    lanes, go = Lanes(), threading.Event()
+    lanes, go = Lanes(Timeline()), threading.Event()
     running = lanes.submit(Lane.WEIGHTS, go.wait)
     waiting = lanes.submit(Lane.WEIGHTS, int)
     threading.Timer(0.05, go.set).start()
@@ -65,9 +72,9 @@ def test_close_drops_what_waits_and_ends_the_threads():
     assert flexjax_threads() == []
 
 
-@given(st.lists(st.tuples(st.sampled_from(Lane), st.sets(st.integers(0, 20)))))
+@given(st.lists(st.tuples(st.sampled_from(WITH_THREADS), st.sets(st.integers(0, 20)))))
 def test_tasks_that_wait_for_earlier_ones_never_lock_each_other(graph):
-    lanes, tasks = Lanes(), []
+    lanes, tasks = Lanes(Timeline()), []
 
     def wait_for(others) -> int:
         return 1 + sum(other.result() for other in others)
@@ -80,17 +87,50 @@ def test_tasks_that_wait_for_earlier_ones_never_lock_each_other(graph):
     in_time(lanes.close)
 
 
-def test_a_lane_is_busy_while_it_works_and_not_while_it_waits(lanes):
+def test_a_lane_is_busy_while_it_works_and_not_while_it_waits(lanes, timeline):
     go = threading.Event()
 
     def work() -> None:
         go.wait()
-        with lanes.working(Lane.WEIGHTS):
+        with lanes.working(Lane.WEIGHTS, "a layer"):
             time.sleep(0.01)
 
     task = lanes.submit(Lane.WEIGHTS, work)
     time.sleep(0.05)
     go.set()
     task.result()
-    assert lanes.busy_s[Lane.WEIGHTS] >= 0.01
-    assert sum(lanes.busy_s.values()) == lanes.busy_s[Lane.WEIGHTS]
+    assert timeline.busy_s[Lane.WEIGHTS] >= 0.01
+    assert sum(timeline.busy_s.values()) == timeline.busy_s[Lane.WEIGHTS]
+    (span,) = timeline.spans
+    assert (span.lane, span.name) == (Lane.WEIGHTS, "a layer")
+    assert span.end_s - span.begin_s == timeline.busy_s[Lane.WEIGHTS]
+
+
+def test_work_that_fails_is_work_too(lanes, timeline):
+    def work() -> None:
+        with lanes.working(Lane.HIDDEN, "broken"):
+            fail("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        lanes.submit(Lane.HIDDEN, work).result()
+    assert [span.name for span in timeline.spans] == ["broken"]
+
+
+@pytest.mark.parametrize("keeps_spans", [False, True])
+def test_a_timeline_counts_always_and_keeps_spans_if_told_to(keeps_spans):
+    timeline = Timeline(keeps_spans=keeps_spans)
+    timeline.worked(Lane.COMPUTE, "a", 1.0, 3.0)
+    timeline.worked(Lane.COMPUTE, "b", 4.0, 4.5, nbytes=7)
+    timeline.add(Span(Lane.DISK, "c", 1.0, 2.0))  # counted by the disk's queue
+    assert timeline.busy_s[Lane.COMPUTE] == 2.5
+    assert timeline.busy_s[Lane.DISK] == 0
+    assert timeline.spans == keeps_spans * [
+        Span(Lane.COMPUTE, "a", 1.0, 3.0),
+        Span(Lane.COMPUTE, "b", 4.0, 4.5, 7),
+        Span(Lane.DISK, "c", 1.0, 2.0),
+    ]
+    before = timeline.spans
+    timeline.start()
+    assert timeline.busy_s == dict.fromkeys(Lane, 0.0)
+    assert timeline.spans == []
+    assert len(before) == 3 * keeps_spans, "who has them keeps them"

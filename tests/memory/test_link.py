@@ -1,10 +1,12 @@
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
 
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink
+from flexjax.memory.link import DeviceLink, is_shared
 from flexjax.policy import Kind, Tier
 from tests.common import LINKS, ApartLink, assert_nothing_held
 
@@ -18,6 +20,14 @@ def aligned(count: int = 1000) -> np.ndarray:
     array = typed(page_aligned(4 * count), (count,), np.dtype(np.float32))
     array[:] = np.arange(count)
     return array
+
+
+def test_only_a_cpu_computes_in_the_host_s_memory():
+    assert is_shared(jax.devices("cpu")[0])
+    gpu = mock.Mock(jax.Device, platform="gpu")
+    assert not is_shared(gpu)
+    assert DeviceLink(gpu, Ledger()).stage_tier is Tier.HOST
+    assert DeviceLink(jax.devices("cpu")[0], Ledger()).stage_tier is Tier.DEVICE
 
 
 @ONLY_SHARED

@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from flexjax.memory.device import DeviceStore
 from flexjax.memory.disk import DiskStore
 from flexjax.memory.host import HostStore
-from flexjax.memory.lanes import Lane, Lanes
-from flexjax.memory.ledger import Ledger
+from flexjax.memory.lanes import Lane
 from flexjax.memory.placed import PlacedArrays
 from flexjax.memory.placement import Rows
 from flexjax.policy import Kind, Tier
-from tests.common import LINKS, ApartLink, assert_nothing_held, in_time
+from tests.common import (
+    LINKS,
+    ApartLink,
+    assert_nothing_held,
+    in_time,
+    make_transport,
+)
 
 DEVICE = jax.devices()[0]
 KIND = Kind.KV_CACHE
@@ -25,14 +30,14 @@ class Home:
     """All three tiers, with `rows` of every key on each."""
 
     def __init__(self, rows: Rows, folder, link_type=LINKS[0]) -> None:
-        self.ledger = Ledger()
-        link = link_type(DEVICE, self.ledger)
+        self.transport = make_transport(link_type)
+        self.ledger, self.lanes = self.transport.ledger, self.transport.lanes
+        link, queue = self.transport.link, self.transport.disk
         self.stores = {
             Tier.DEVICE: DeviceStore(self.ledger, KIND),
             Tier.HOST: HostStore(self.ledger, KIND, link),
-            Tier.DISK: DiskStore(self.ledger, KIND, link, folder),
+            Tier.DISK: DiskStore(self.ledger, KIND, link, queue, folder),
         }
-        self.lanes = Lanes()
         self.arrays = PlacedArrays(
             self.stores,
             self.lanes,
@@ -47,7 +52,7 @@ class Home:
         self.arrays.clear()
         for store in self.stores.values():
             store.clear()
-        self.lanes.close()
+        in_time(self.transport.close)
         assert_nothing_held(self.ledger)
 
 

@@ -12,20 +12,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexjax.extents import BLOCK_BYTES, Extent, write_extent
 from flexjax.memory import disk
 from flexjax.memory.device import DeviceStore
-from flexjax.memory.disk import DiskStore, chunk_slots
+from flexjax.memory.disk import DiskStore, passing_bytes, tail_slots
+from flexjax.memory.disk_queue import DEPTH, DiskQueue
 from flexjax.memory.host import HostStore
+from flexjax.memory.lanes import Timeline
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.tier import TierStore
 from flexjax.policy import Kind, Tier
 from flexjax.workload import bucket
-from tests.common import LINKS, ApartLink, assert_nothing_held, files, poison_buffers
+from tests.common import (
+    LINKS,
+    ApartLink,
+    assert_nothing_held,
+    files,
+    in_time,
+    poison_buffers,
+)
 
 DEVICE = jax.devices()[0]
 KIND = Kind.KV_CACHE
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
-SMALL_CHUNK_BYTES = 800  # splits the few rows of these tests into several files
+SMALL_BYTES = 800  # splits the few rows of these tests into several pieces
 BATCH, WIDTH = 5, 4
 
 STORES = {
@@ -35,14 +45,22 @@ STORES = {
 }
 
 
-def make_store(tier: Tier, link_type, folder) -> tuple[TierStore, Ledger]:
+@pytest.fixture(scope="module")
+def queue():
+    """The threads that every disk store of this module uses."""
+    queue = DiskQueue(Timeline())
+    yield queue
+    in_time(queue.close)
+
+
+def make_store(tier: Tier, link_type, queue, folder) -> tuple[TierStore, Ledger]:
     ledger = Ledger()
     link = link_type(DEVICE, ledger)
     if tier is Tier.DEVICE:
         return DeviceStore(ledger, KIND), ledger
     if tier is Tier.HOST:
         return HostStore(ledger, KIND, link), ledger
-    return DiskStore(ledger, KIND, link, folder), ledger
+    return DiskStore(ledger, KIND, link, queue, folder), ledger
 
 
 class Begin(NamedTuple):
@@ -139,16 +157,18 @@ class Model:
             (self.append if isinstance(call, Append) else self.check)(call)
 
 
-@pytest.mark.parametrize("chunk_bytes", [disk.CHUNK_BYTES, SMALL_CHUNK_BYTES])
+@pytest.mark.parametrize("piece_bytes", [disk.PIECE_BYTES, SMALL_BYTES])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("name", STORES)
 @settings(max_examples=12)
 @given(calls=CALLS, rows=st.sampled_from([slice(0, BATCH), slice(1, 4)]))
-def test_a_load_brings_exactly_what_was_stored(name, dtype, chunk_bytes, calls, rows):
+def test_a_load_brings_exactly_what_was_stored(
+    queue, name, dtype, piece_bytes, calls, rows
+):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "CHUNK_BYTES", chunk_bytes)
+        cut_small(patch, piece_bytes)
         poison_buffers(patch)
-        store, ledger = make_store(*STORES[name], pathlib.Path(folder))
+        store, ledger = make_store(*STORES[name], queue, pathlib.Path(folder))
         model = Model(store, dtype, rows)
         for call in calls:
             model.run(call)
@@ -160,58 +180,121 @@ def test_a_load_brings_exactly_what_was_stored(name, dtype, chunk_bytes, calls, 
         assert list(files(pathlib.Path(folder))) == []
 
 
+def cut_small(patch: pytest.MonkeyPatch, nbytes: int) -> None:
+    patch.setattr(disk, "PIECE_BYTES", nbytes)
+    patch.setattr(disk, "TAIL_BYTES", nbytes)
+
+
 @pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(disk, "CHUNK_BYTES", SMALL_CHUNK_BYTES)
+def written(monkeypatch):
+    """Everything that is written to disk, in pieces that are small."""
+    cut_small(monkeypatch, SMALL_BYTES)
+    found: list[Extent] = []
+
+    def write(extent: Extent) -> None:
+        write_extent(extent)
+        found.append(extent._replace(memory=extent.memory.copy()))
+
+    monkeypatch.setattr(disk, "write_extent", write)
+    return found
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_a_chunk_on_disk_is_written_once(tmp_path):
-    """No file is touched again, and a token costs disk only when its chunk is full."""
-    store, ledger = make_store(Tier.DISK, LINKS[0], tmp_path)
+def test_a_segment_on_disk_is_written_once(queue, tmp_path, written):
+    """Nothing is written again, and a token costs disk only when the tail is full."""
+    store, ledger = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
     model = Model(store, FLOAT32, slice(0, BATCH))
-    chunk = chunk_slots(model.values(2, 1).nbytes)
-    model.begin(Begin(0, groups=2, seq=35, spare=0, whole=False))
-    seen: dict[pathlib.Path, tuple[int, int]] = {}
-    for used in range(35, 120):
-        now = {
-            path: (path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in files(tmp_path)
-        }
-        assert seen.items() <= now.items()
-        seen = now
-        on_disk = used // chunk * chunk * model.values(2, 1).nbytes
-        assert ledger.held(Tier.DISK, KIND) == on_disk
-        assert ledger.moved().get((Tier.HOST, Tier.DISK), 0) == on_disk
+    slot_bytes = model.values(2, 1).nbytes
+    tail, prompt_len = tail_slots(slot_bytes), 35
+    model.begin(Begin(0, groups=2, seq=prompt_len, spare=0, whole=False))
+    for used in range(prompt_len, 120):
+        flushed = prompt_len + (used - prompt_len) // tail * tail
+        assert ledger.held(Tier.DISK, KIND) == flushed * slot_bytes
+        assert ledger.moved().get((Tier.HOST, Tier.DISK), 0) == flushed * slot_bytes
+        assert sum(extent.memory.nbytes for extent in written) == flushed * slot_bytes
         model.append(Append(0, count=1))
-    chunks = [path for path in seen if path.name != "zarr.json"]
-    pieces = -(-model.values(2, chunk).nbytes // SMALL_CHUNK_BYTES)
-    assert len(chunks) == pieces * (119 // chunk)
-    assert pieces > 1
+    (path,) = files(tmp_path)
+    end = 0
+    for extent in sorted(written, key=lambda extent: extent.offset):
+        assert extent.path == path
+        assert extent.offset >= end, "two writes meet"
+        end = extent.offset + extent.memory.nbytes
+        found = path.read_bytes()[extent.offset : end]
+        assert found == extent.memory.tobytes()
     model.check(Load(0))
 
 
-def test_no_chunk_is_large_and_few_are_small():
+def test_a_prefill_is_one_segment_in_pieces_of_whole_rows(queue, tmp_path, written):
+    store, _ = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
+    model = Model(store, FLOAT32, slice(0, BATCH))
+    model.begin(Begin(0, groups=1, seq=20, spare=0, whole=False))
+    row_bytes = 20 * WIDTH * 4
+    in_order = sorted(written, key=lambda extent: extent.offset)
+    rows = [extent.memory.nbytes / row_bytes for extent in in_order]
+    assert rows == [2, 2, 1]
+    assert [extent.offset // row_bytes for extent in in_order] == [0, 2, 4]
+
+
+def test_every_segment_begins_at_a_block(queue, tmp_path, written):
+    """So that direct I/O can move it."""
+    store, _ = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
+    model = Model(store, FLOAT32, slice(0, BATCH))
+    model.begin(Begin(0, groups=1, seq=33, spare=0, whole=False))
+    firsts = {min(extent.offset for extent in written)}
+    for _ in range(5):
+        written.clear()
+        model.append(Append(0, count=8 if len(firsts) > 1 else 32))
+        firsts |= {min((e.offset for e in written), default=0)}
+    assert len(firsts) > 2
+    assert all(first % BLOCK_BYTES == 0 for first in firsts)
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, BATCH),
+    seq=st.sampled_from([1, 32, 64, 70]),
+    appended=st.sampled_from([0, 1, 32, 96]),
+    piece_bytes=st.sampled_from([100, 700, 1500, 5000, disk.PIECE_BYTES]),
+)
+def test_what_passes_through_buffers_is_never_more_than_was_said(
+    queue, tmp_path_factory, rows, seq, appended, piece_bytes
+):
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch, piece_bytes)
+        folder = tmp_path_factory.mktemp("spill")
+        store, ledger = make_store(Tier.DISK, LINKS[0], queue, folder)
+        model = Model(store, FLOAT32, slice(0, rows))
+        model.begin(Begin(0, groups=1, seq=seq, spare=0, whole=False))
+        model.append(Append(0, count=appended))
+        model.check(Load(0))
+        row_slot_bytes = WIDTH * 4
+        tail = tail_slots(rows * row_slot_bytes) * rows * row_slot_bytes
+        longest = max(seq, disk.MAX_TAIL_SLOTS) * row_slot_bytes
+        most = DEPTH if appended else 1
+        passing = passing_bytes(rows, longest, segments=most)
+        assert ledger.peak(Tier.HOST) <= passing + (tail if appended else 0)
+        store.free(0)
+        store.clear()
+        assert_nothing_held(ledger)
+
+
+def test_no_tail_is_large_and_few_are_small():
     for slot_bytes in (1, 1000, 300_000, 1 << 20, 1 << 30):
-        slots = chunk_slots(slot_bytes)
-        assert disk.MIN_CHUNK_SLOTS <= slots <= disk.MAX_CHUNK_SLOTS
-        assert 32 % slots == 0, "a bucket of slots is whole chunks"
-        if slots > disk.MIN_CHUNK_SLOTS:
-            assert slots * slot_bytes <= disk.CHUNK_BYTES
+        slots = tail_slots(slot_bytes)
+        assert disk.MIN_TAIL_SLOTS <= slots <= disk.MAX_TAIL_SLOTS
+        assert 32 % slots == 0, "a bucket of slots is whole tails"
+        if slots > disk.MIN_TAIL_SLOTS:
+            assert slots * slot_bytes <= disk.TAIL_BYTES
 
 
 @pytest.mark.parametrize("link_type", LINKS)
 def test_a_read_that_fails_names_the_array_and_gives_its_buffer_back(
-    link_type, tmp_path
+    queue, link_type, tmp_path
 ):
-    store, ledger = make_store(Tier.DISK, link_type, tmp_path)
+    store, ledger = make_store(Tier.DISK, link_type, queue, tmp_path)
     model = Model(store, FLOAT32, slice(0, BATCH))
     model.begin(Begin(0, groups=1, seq=40, spare=0, whole=False))
     model.begin(Begin(1, groups=1, seq=40, spare=0, whole=False))
-    (broken,) = {
-        path for path in files(tmp_path / f"{KIND.value}-1") if path.name == "0"
-    }
-    broken.unlink()
+    (tmp_path / f"{KIND.value}-1").unlink()
     with pytest.raises(OSError, match=f"^0 could not be read in {tmp_path}: .*disk"):
         store.load(0)
     model.check(Load(1))
@@ -221,18 +304,20 @@ def test_a_read_that_fails_names_the_array_and_gives_its_buffer_back(
     assert_nothing_held(ledger)
 
 
-def test_a_write_that_fails_names_the_array_and_counts_nothing(tmp_path):
-    store, ledger = make_store(Tier.DISK, LINKS[0], tmp_path)
+def test_a_write_that_fails_names_the_array_and_counts_nothing(queue, tmp_path):
+    store, ledger = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
     model = Model(store, FLOAT32, slice(0, BATCH))
-    (tmp_path / f"{KIND.value}-1").write_text("in the way")
+    (tmp_path / f"{KIND.value}-1").mkdir()  # in the way
     with pytest.raises(OSError, match=f"^0 could not be written in {tmp_path}: .*disk"):
         model.begin(Begin(0, groups=1, seq=40, spare=0, whole=False))
+    (tmp_path / f"{KIND.value}-1").rmdir()
+    store.free(0)
     store.clear()
     assert_nothing_held(ledger)
 
 
-def test_device_memory_apart_is_counted_while_a_loan_lasts(tmp_path):
-    store, ledger = make_store(Tier.HOST, ApartLink, tmp_path)
+def test_device_memory_apart_is_counted_while_a_loan_lasts(queue, tmp_path):
+    store, ledger = make_store(Tier.HOST, ApartLink, queue, tmp_path)
     Model(store, FLOAT32, slice(0, BATCH)).begin(Begin(0, 1, 32, 0, whole=True))
     nbytes = ledger.held(Tier.HOST, KIND)
     assert nbytes == BATCH * 32 * WIDTH * 4

@@ -1,6 +1,7 @@
 import dataclasses
 import pathlib
 import shutil
+import threading
 
 import jax
 import ml_dtypes
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexjax.checkpoint import open_store
-from flexjax.memory.lanes import Lanes
-from flexjax.memory.ledger import Ledger
+from flexjax.extents import read_extent
+from flexjax.memory import weights as memory_weights
+from flexjax.memory.lanes import Lane
 from flexjax.memory.link import DeviceLink
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.models.config import OPTConfig, layer_tensors, tensor_shapes
@@ -22,12 +24,12 @@ from tests.common import (
     ApartLink,
     assert_nothing_held,
     in_time,
+    make_transport,
     poison_buffers,
     random_tensors,
     write_store,
 )
 
-DEVICE = jax.devices()[0]
 TIED = OPTConfig(
     vocab_size=67,
     hidden_size=16,
@@ -61,7 +63,8 @@ class Placed:
     """Weights under some tiers, and everything around them."""
 
     def __init__(self, folder, tiers, *, link_type=DeviceLink, parts=1, blocks=1):
-        self.ledger, self.lanes = Ledger(), Lanes()
+        self.transport = make_transport(link_type)
+        self.ledger = self.transport.ledger
         store = open_store(folder)
         self.config = store.config
         rows = -(-self.config.vocab_size // blocks)
@@ -71,14 +74,12 @@ class Placed:
                 tiers
                 if isinstance(tiers, dict)
                 else dict.fromkeys(store.tensors, tiers),
-                link=link_type(DEVICE, self.ledger),
-                ledger=self.ledger,
-                lanes=self.lanes,
+                transport=self.transport,
                 head=HeadBlocks(blocks, rows),
                 num_parts=parts,
             )
         except BaseException:
-            self.lanes.close()
+            in_time(self.transport.close)
             raise
         self.home = self.held()
 
@@ -86,9 +87,9 @@ class Placed:
         return self
 
     def __exit__(self, *_):
-        in_time(self.lanes.drain)
+        in_time(self.transport.lanes.drain)
         self.weights.close()
-        self.lanes.close()
+        in_time(self.transport.close)
         assert_nothing_held(self.ledger)
 
     def held(self) -> dict[Tier, int]:
@@ -211,6 +212,35 @@ def test_what_is_read_is_counted_once(stores):
             loan.release()
         layer = sum(tensors[name].nbytes for name in layer_tensors(UNTIED, 1))
         assert sum(placed.ledger.moved().values()) == layer
+
+
+def test_what_lies_on_disk_is_asked_for_whatever_the_lane_waits_for(
+    stores, monkeypatch
+):
+    folder, tensors = stores["untied"]
+    go, read = threading.Event(), threading.Semaphore(0)
+
+    def count(extent) -> None:
+        read_extent(extent)
+        read.release()
+
+    monkeypatch.setattr(memory_weights, "read_extent", count)
+    with Placed(folder, Tier.DISK) as placed:
+        placed.transport.lanes.submit(Lane.WEIGHTS, go.wait, 60)
+        loads = [placed.weights.load(layer, 0) for layer in range(3)]
+        chunks = sum(
+            open_store(folder).tensors[name].num_chunks
+            for name in tensors
+            if name.startswith("layers.") or name == HEAD
+        )
+        for _ in range(chunks):
+            assert read.acquire(timeout=60)
+        assert not any(load.done() for load in loads)
+        go.set()
+        for load in loads:
+            for name, loan in in_time(load.result).items():
+                assert np.asarray(loan.array).tobytes() == tensors[name].tobytes()
+                loan.release()
 
 
 # What can go wrong with a tensor's files.

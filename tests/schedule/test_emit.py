@@ -1,5 +1,6 @@
 """Laws of the three emitters, held on their streams alone."""
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -25,13 +26,15 @@ from tests.drawn import until, works, works_with_endings
 emitters = pytest.mark.parametrize("emit", EMITTERS.values(), ids=list(EMITTERS))
 looking_ahead = pytest.mark.parametrize("emit", [row_by_row, zigzag])
 
-# The smallest run, one that only scores, and three of four batches ending early.
+# The smallest run, one that only scores, three of four batches ending early, and the
+# same with the weights of all other layers on their way.
 SMALLEST = Workload(num_decoder_layers=1), [1]
 SCORING = Workload(num_decoder_layers=2, num_head_blocks=2, num_batches=3), [1, 1, 1]
 LONE_BATCH = (
     Workload(num_decoder_layers=2, num_parts=4, num_batches=4, gen_len=4),
     [4, 1, 1, 2],
 )
+FAR_AHEAD = dataclasses.replace(LONE_BATCH[0], layers_ahead=2), LONE_BATCH[1]
 
 
 def cells(ops):
@@ -109,6 +112,7 @@ def test_row_by_row_ends_a_batch_before_the_next():
 @example(drawn=SMALLEST)
 @example(drawn=SCORING)
 @example(drawn=LONE_BATCH)
+@example(drawn=FAR_AHEAD)
 def test_every_stream_is_sound_whenever_batches_end(emit, drawn):
     work, ends = drawn
     check(emit(work, until(ends)), work)
@@ -150,18 +154,23 @@ def test_row_by_row_loads_weights_once_a_step_and_batch(work):
 @looking_ahead
 @given(drawn=works_with_endings())
 @example(drawn=LONE_BATCH)
-def test_an_early_end_wastes_one_load_of_the_first_layer_at_most(emit, drawn):
+@example(drawn=FAR_AHEAD)
+def test_an_early_end_wastes_one_load_of_the_layers_ahead_at_most(emit, drawn):
     work, ends = drawn
-    needed = max(ends) if emit is zigzag else sum(ends)
+    needed, most = max(ends), work.gen_len
+    if emit is row_by_row:
+        needed, most = sum(ends), work.gen_len * work.num_batches
     loaded = Counter(op.buffer for op in loads(emit(work, until(ends)), Weights))
     assert len(loaded) == work.num_layers * work.num_parts
     for weights, count in loaded.items():
-        assert count - needed in ((0, 1) if weights.layer == 0 else (0,))
+        is_ahead = weights.layer < work.layers_ahead and needed < most
+        assert count - needed == is_ahead
 
 
 @looking_ahead
 @given(drawn=works_with_endings())
 @example(drawn=LONE_BATCH)
+@example(drawn=FAR_AHEAD)
 def test_while_a_cell_computes_all_transfers_of_the_next_are_under_way(emit, drawn):
     """What waits for the cell comes after every load of weights and cache."""
     work, ends = drawn
@@ -181,7 +190,8 @@ def test_while_a_cell_computes_all_transfers_of_the_next_are_under_way(emit, dra
 
 @given(drawn=works_with_endings())
 @example(drawn=LONE_BATCH)
-def test_zigzag_asks_for_the_next_layer_while_batches_of_this_one_wait(drawn):
+@example(drawn=FAR_AHEAD)
+def test_zigzag_asks_for_the_next_layers_while_batches_of_this_one_wait(drawn):
     work, ends = drawn
     asked = {}
     for op in zigzag(work, until(ends)):
@@ -190,15 +200,64 @@ def test_zigzag_asks_for_the_next_layer_while_batches_of_this_one_wait(drawn):
                 asked[layer] = step
             case Compute(step, layer, batch):
                 first = min(b for b, end in enumerate(ends) if end > step)
-                layer, step = layer + 1, step
-                if layer == work.num_layers:
-                    layer, step = 0, step + 1
-                if batch != first and step < work.gen_len:
-                    assert asked[layer] == step
+                ahead = work.layers_ahead + (batch != first)
+                for visit in range(ahead):
+                    more, next_layer = divmod(layer + visit, work.num_layers)
+                    if step + more < work.gen_len:
+                        assert asked[next_layer] == step + more
+
+
+@looking_ahead
+@given(drawn=works_with_endings())
+@example(drawn=FAR_AHEAD)
+def test_looking_further_ahead_changes_only_when_weights_come_and_go(emit, drawn):
+    work, ends = drawn
+
+    def without_weights(work):
+        return [
+            op
+            for op in emit(work, until(ends))
+            if isinstance(op, Compute) or not isinstance(op.buffer, Weights)
+        ]
+
+    nearer = dataclasses.replace(work, layers_ahead=1)
+    assert without_weights(work) == without_weights(nearer)
+
+
+@looking_ahead
+@given(work=works())
+@example(work=FAR_AHEAD[0])
+def test_weights_come_as_far_ahead_as_is_told_and_go_in_order(emit, work):
+    """Layers are visited round and round; each visit loads the parts of its own."""
+    num_visits = work.gen_len * work.num_layers
+    if emit is row_by_row:
+        num_visits *= work.num_batches
+    loaded, freed = [], []
+    for op in emit(work):
+        match op:
+            case Load(Weights() as weights):
+                loaded.append(weights)
+            case Free(Weights() as weights):
+                freed.append(weights)
+            case Compute(step, layer, batch):
+                visit = step * work.num_layers + layer
+                if emit is row_by_row:
+                    visit += batch * work.gen_len * work.num_layers
+                least = min(num_visits, visit + work.layers_ahead)
+                most = min(num_visits, visit + work.layers_ahead + 1)
+                assert work.num_parts * least <= len(loaded) <= work.num_parts * most
+    expected = [
+        Weights(visit % work.num_layers, part)
+        for visit in range(num_visits)
+        for part in range(work.num_parts)
+    ]
+    assert loaded == expected
+    assert freed == expected
 
 
 @given(drawn=works_with_endings())
 @example(drawn=LONE_BATCH)
+@example(drawn=FAR_AHEAD)
 def test_zigzag_spreads_weights_so_that_no_cache_waits_behind_a_lump(drawn):
     work, ends = drawn
     for cell, after, between in gaps(list(zigzag(work, until(ends)))):
@@ -213,8 +272,11 @@ def test_zigzag_spreads_weights_so_that_no_cache_waits_behind_a_lump(drawn):
 @emitters
 @given(drawn=works_with_endings())
 @example(drawn=LONE_BATCH)
-def test_two_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
+@example(drawn=FAR_AHEAD)
+def test_few_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
+    """The layers ahead and one more, two caches and two hidden states."""
     work, ends = drawn
+    most_layers = 1 if emit is serial else work.layers_ahead + 1
     staged = set()
     for op in emit(work, until(ends)):
         match op:
@@ -225,7 +287,7 @@ def test_two_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
             case Free(buffer):
                 staged.remove(buffer)
         layers = {buffer.layer for buffer in staged if isinstance(buffer, Weights)}
-        assert len(layers) <= 2
+        assert len(layers) <= most_layers
         for noun in (Cache, Hidden):
             assert sum(isinstance(buffer, noun) for buffer in staged) <= 2
     assert not staged
@@ -252,6 +314,7 @@ def test_who_is_alive_is_asked_once_and_when_it_can_be_known(emit, drawn):
 
 @given(drawn=works_with_endings())
 @example(drawn=LONE_BATCH)
+@example(drawn=FAR_AHEAD)
 def test_zigzag_waits_for_tokens_with_work_under_way(drawn):
     """With the batch before, or the weights of the first layer."""
     work, ends = drawn

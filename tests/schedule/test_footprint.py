@@ -169,11 +169,24 @@ def test_looking_ahead_costs_memory_and_running_serially_never_does(work, data):
 ONE_LAYER = Workload(num_decoder_layers=1)
 
 
-def test_serial_holds_the_largest_layer_and_looking_ahead_holds_two():
+@pytest.mark.parametrize("emit", [row_by_row, zigzag])
+def test_serial_holds_the_largest_layer_and_looking_ahead_holds_those_ahead(emit):
     work = Workload(num_decoder_layers=2)  # layers of 10, 20 and 30 bytes
     footprint = Sizes(part_bytes=10)
     assert peak_bytes(serial(work), footprint)[WEIGHTS] == 30
-    assert peak_bytes(zigzag(work), footprint)[WEIGHTS] == 50
+    assert peak_bytes(emit(work), footprint)[WEIGHTS] == 50
+    further = dataclasses.replace(work, layers_ahead=2)
+    assert peak_bytes(serial(further), footprint)[WEIGHTS] == 30
+    assert peak_bytes(emit(further), footprint)[WEIGHTS] == 60
+
+
+@emitters
+@given(work=works(), data=st.data())
+def test_looking_further_ahead_never_needs_less(emit, work, data):
+    footprint = data.draw(sizes(work))
+    nearer = dataclasses.replace(work, layers_ahead=1)
+    least = Counter(peak_bytes(emit(nearer), footprint))
+    assert least <= Counter(peak_bytes(emit(work), footprint))
 
 
 def test_what_is_resident_is_there_all_the_time():

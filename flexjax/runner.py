@@ -1,0 +1,168 @@
+"""Runs one block of batches: a schedule's ops on a stage of placed arrays."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from flexjax.executor import execute
+from flexjax.memory.device import DeviceStore
+from flexjax.memory.disk import DiskStore
+from flexjax.memory.footprint import cache_rows, hidden_rows
+from flexjax.memory.host import HostStore
+from flexjax.memory.lanes import Lane
+from flexjax.memory.placed import PlacedArrays
+from flexjax.memory.placement import Rows as PlacedRows
+from flexjax.memory.spill import SpillFolder
+from flexjax.memory.tier import TierStore
+from flexjax.memory.transport import Transport
+from flexjax.memory.weights import PlacedWeights
+from flexjax.metrics import RunTimes
+from flexjax.policy import Kind, Policy, Tier
+from flexjax.schedule.emit import EMITTERS
+from flexjax.stage import LayerStage, Rows
+from flexjax.workload import Workload
+
+
+class BlockRows(Rows, Protocol):
+    """The rows of a block, as its runner sees them."""
+
+    def take(self, batch: int, outcome: Any, /) -> None:
+        """Receives what the last head call of a batch returned."""
+        ...
+
+    def is_alive(self, batch: int) -> bool:
+        """Whether the batch wants another step."""
+        ...
+
+    def clear(self) -> None:
+        """Lets go of what a failed run left behind."""
+        ...
+
+
+class BlockRunner:
+    """Holds the stores of what a run makes, and uses them again from block to block.
+
+    Args of the constructor:
+        policy: that places the cache and the hidden states.
+        transport: what everything goes through.
+        offload_dir: where to make the spill folder, if anything is on disk.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        transport: Transport,
+        offload_dir: pathlib.Path,
+    ) -> None:
+        self._policy, self._transport = policy, transport
+        spills = max(policy.kv_cache.disk, policy.activations.disk) > 0
+        self._spill = SpillFolder(offload_dir) if spills else None
+        self._stores: dict[Kind, dict[Tier, TierStore]] = {}
+
+    def run(
+        self, work: Workload, rows: BlockRows, weights: PlacedWeights, times: RunTimes
+    ) -> None:
+        """Runs a block to its end; `rows` keep what comes of it.
+
+        Raises:
+            Exception: whatever failed; nothing is staged then.
+        """
+        policy = self._policy
+        cache = self._placed(
+            Kind.KV_CACHE,
+            (Lane.CACHE_IN, Lane.CACHE_OUT),
+            functools.partial(cache_rows, policy, work),
+        )
+        hidden = self._placed(
+            Kind.ACTIVATIONS,
+            (Lane.HIDDEN, Lane.HIDDEN),
+            functools.partial(hidden_rows, policy, work),
+        )
+        stage = LayerStage(
+            work,
+            rows,
+            weights=weights,
+            cache=cache,
+            hidden=hidden,
+            transport=self._transport,
+        )
+        steps = _Steps(rows, stage, times, work.num_batches)
+        try:
+            execute(EMITTERS[policy.schedule](work, steps.alive), stage)
+            steps.end()
+        finally:
+            self._transport.lanes.drain()
+            rows.clear()
+            cache.clear()
+            hidden.clear()
+
+    def clear(self) -> None:
+        """Gives back the buffers that were kept for the next block."""
+        for stores in self._stores.values():
+            for store in stores.values():
+                store.clear()
+
+    def close(self) -> None:
+        """Removes what was spilled."""
+        if self._spill is not None:
+            self._spill.close()
+            self._spill = None
+
+    def _placed(
+        self,
+        kind: Kind,
+        lanes: tuple[Lane, Lane],
+        rows_of: Callable[[Any], PlacedRows],
+    ) -> PlacedArrays:
+        if kind not in self._stores:
+            self._stores[kind] = self._tier_stores(kind)
+        load_lane, store_lane = lanes
+        return PlacedArrays(
+            self._stores[kind],
+            self._transport.lanes,
+            load_lane=load_lane,
+            store_lane=store_lane,
+            rows_of=rows_of,
+        )
+
+    def _tier_stores(self, kind: Kind) -> dict[Tier, TierStore]:
+        ledger, link = self._transport.ledger, self._transport.link
+        stores: dict[Tier, TierStore] = {
+            Tier.DEVICE: DeviceStore(ledger, kind),
+            Tier.HOST: HostStore(ledger, kind, link),
+        }
+        if self._spill is not None:
+            stores[Tier.DISK] = DiskStore(
+                ledger, kind, link, self._transport.disk, self._spill.path
+            )
+        return stores
+
+
+class _Steps:
+    """Takes each batch's tokens when its next step is due, and times the steps."""
+
+    def __init__(
+        self, rows: BlockRows, stage: LayerStage, times: RunTimes, num_batches: int
+    ) -> None:
+        self._rows, self._stage, self._times = rows, stage, times
+        self._taken = dict.fromkeys(range(num_batches), 0)  # steps, by batch
+        times.begin_block()
+
+    def alive(self, step: int, batch: int) -> bool:
+        """Whether a batch lives to see a step; the schedule asks it once for each."""
+        if step == 0:
+            return True
+        taken = self._taken[batch]
+        has_ended = taken > 0 and not self._rows.is_alive(batch)
+        if step > taken and not has_ended:
+            self._rows.take(batch, self._stage.outcome(batch))
+            self._taken[batch] = step
+            self._times.end_step(step)
+        return self._rows.is_alive(batch)
+
+    def end(self) -> None:
+        """Takes the tokens of every batch's last step."""
+        for batch, taken in self._taken.items():
+            self.alive(taken + 1, batch)
+        self._times.end_block()
