@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
+PEERS_READY := .venv-peers/.ready
 # An environment is ready for one folder and one set of extras.
 export WANTED := $(CURDIR) [$(EXTRAS)]
 ifneq ($(shell cat $(READY) 2>/dev/null),$(WANTED))
@@ -30,15 +31,29 @@ echo "flexjax needs Python 3.12 or newer, and no python3.12, python3 or python o
 exit 1
 endef
 
-.PHONY: help setup demo test lint format clean
+# The same for the peers, whose torch needs 3.11. A shim of pyenv listens to PYENV_VERSION.
+define FIND_PEERS_PYTHON
+IFS=:; \
+for name in python3.11 python3 python; do \
+  for folder in $$PATH; do \
+    [ -x "$$folder/$$name" ] || continue; \
+    PYENV_VERSION=3.11 "$$folder/$$name" -c 'import ensurepip, sys; sys.version_info[:2] == (3, 11) or sys.exit(1); print(sys._base_executable)' 2>/dev/null && exit 0; \
+  done; \
+done; \
+echo "the peers need Python 3.11, and no python3.11, python3 or python on PATH is one: install Python 3.11 and run make peers again" >&2; \
+exit 1
+endef
+
+.PHONY: help setup peers demo test lint format clean
 
 help:
 	@echo "make setup    the environment in .venv (EXTRAS=dev,cuda for an NVIDIA GPU)"
+	@echo "make peers    what bench.compare compares with, in .venv-peers (Python 3.11)"
 	@echo "make demo     the embedded model writes, with its tensors on all three tiers"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make lint     only the linters and the type checker"
 	@echo "make format   lets ruff rewrite the code"
-	@echo "make clean    removes .venv and all caches"
+	@echo "make clean    removes the environments and all caches"
 
 setup: $(READY)
 
@@ -78,6 +93,18 @@ $(READY): pyproject.toml constraints.txt
 	printf '%s\n' "$$WANTED" > $(READY); \
 	rm -f $$mark
 
+peers: $(PEERS_READY)
+
+$(PEERS_READY): bench/peers/constraints.txt
+	@set -eu; \
+	python=$$($(FIND_PEERS_PYTHON)); \
+	echo "making .venv-peers with $$python"; \
+	rm -rf .venv-peers; \
+	"$$python" -m venv .venv-peers; \
+	.venv-peers/bin/python -m pip install --disable-pip-version-check --quiet \
+	  -c bench/peers/constraints.txt accelerate safetensors torch transformers; \
+	touch $(PEERS_READY)
+
 demo: setup
 	$(PYTHON) -m flexjax.generate \
 	  --prompt "It is a truth universally acknowledged, that" "She had never seen" \
@@ -99,5 +126,5 @@ format: setup
 	$(PYTHON) -m ruff format .
 
 clean:
-	rm -rf .venv .venv.unfinished .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv.unfinished .venv-peers .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

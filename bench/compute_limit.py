@@ -1,0 +1,275 @@
+"""What the device can do: the steps of a run, timed with everything at hand.
+
+The steps are the run's own, jitted, in the run's own shapes; so measuring them before a
+run also compiles them for it. Two layers take turns, so that the last level of a CPU's
+caches does not serve what a run has to bring from memory.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax.checkpoint import WeightStore
+from flexjax.memory.buffers import page_aligned, typed
+from flexjax.memory.footprint import cache_rows
+from flexjax.memory.link import Device
+from flexjax.memory.weights import HeadBlocks
+from flexjax.models.config import layer_tensors
+from flexjax.models.opt import Params, unflatten
+from flexjax.policy import Policy
+from flexjax.sampling import make_controls, pick_sampler, row_keys
+from flexjax.sampling_params import SamplingParams
+from flexjax.schedule.ops import Cache
+from flexjax.steps import (
+    decode_step,
+    embed_step,
+    final_step,
+    head_step,
+    prefill_step,
+)
+from flexjax.workload import Workload
+
+LEAST_S, MOST_REPEATS = 1.0, 20  # a step is repeated until one of them is reached
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeLimit:
+    """Seconds of the steps of one batch.
+
+    Attributes:
+        prefill_layer_s: of a decoder layer on whole prompts.
+        prefill_ends_s: of the embedding and the final norm on whole prompts.
+        decode_layer_s: of a decoder layer on one token, by the slots of its cache.
+        decode_ends_s: of the embedding and the final norm on one token.
+        head_s: of all logits, and of choosing a token.
+    """
+
+    prefill_layer_s: float
+    prefill_ends_s: float
+    decode_layer_s: Mapping[int, float]
+    decode_ends_s: float
+    head_s: float
+
+    def prefill_s(self, work: Workload) -> float:
+        """Seconds of all steps of a prefill."""
+        layers_s = work.num_decoder_layers * self.prefill_layer_s
+        return work.num_batches * (layers_s + self.prefill_ends_s + self.head_s)
+
+    def decode_s(self, work: Workload) -> float:
+        """Seconds of all steps after the prefill."""
+        return work.num_batches * sum(
+            work.num_decoder_layers * self.decode_layer_s[read_slots(work, step)]
+            + self.decode_ends_s
+            + self.head_s
+            for step in range(1, work.gen_len)
+        )
+
+
+def mean_limit(limits: Sequence[ComputeLimit]) -> ComputeLimit:
+    """The mean of several measurements of the same steps."""
+
+    def mean(seconds: Callable[[ComputeLimit], float]) -> float:
+        return statistics.mean(map(seconds, limits))
+
+    return ComputeLimit(
+        prefill_layer_s=mean(lambda limit: limit.prefill_layer_s),
+        prefill_ends_s=mean(lambda limit: limit.prefill_ends_s),
+        decode_layer_s={
+            slots: mean(lambda limit, slots=slots: limit.decode_layer_s[slots])
+            for slots in limits[0].decode_layer_s
+        },
+        decode_ends_s=mean(lambda limit: limit.decode_ends_s),
+        head_s=mean(lambda limit: limit.head_s),
+    )
+
+
+def read_slots(work: Workload, step: int) -> int:
+    """Slots of the cache that `step` reads: what the step before has stored."""
+    return work.cache_slots(step - 1)
+
+
+def measure_compute(
+    store: WeightStore,
+    policy: Policy,
+    work: Workload,
+    *,
+    head: HeadBlocks,
+    device: Device,
+) -> ComputeLimit:
+    """Times the steps of a run of greedy rows without padding."""
+    steps = _Steps(store, policy, work, head=head, device=device)
+    by_slots: dict[int, list[int]] = defaultdict(list)
+    for step in range(1, work.gen_len):
+        by_slots[read_slots(work, step)].append(step)
+    return ComputeLimit(
+        prefill_layer_s=steps.prefill_layer_s(),
+        prefill_ends_s=steps.ends_s(work.prompt_len),
+        decode_layer_s={
+            slots: steps.decode_layer_s(some[len(some) // 2])
+            for slots, some in by_slots.items()
+        },
+        decode_ends_s=steps.ends_s(1),
+        head_s=steps.head_s(),
+    )
+
+
+class _Steps:
+    """The first and the last layer in memory, and what else the steps need."""
+
+    def __init__(
+        self,
+        store: WeightStore,
+        policy: Policy,
+        work: Workload,
+        *,
+        head: HeadBlocks,
+        device: Device,
+    ) -> None:
+        self._store, self._policy, self._work = store, policy, work
+        self._head, self._device = head, device
+        self._config = store.config
+        # With the embedding and the final norm, which come with these two.
+        self._layers = {
+            layer: self._read_layer(layer)
+            for layer in sorted({0, work.num_decoder_layers - 1})
+        }
+        self._start = jnp.zeros(work.batch_size, jnp.int32)
+
+    def prefill_layer_s(self) -> float:
+        def layers(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            hidden, made = state
+            for layer, params in self._layers.items():
+                hidden, made = prefill_step(
+                    params["layers"][str(layer)],
+                    hidden,
+                    self._start,
+                    config=self._config,
+                )
+            return hidden, made
+
+        state = self._embed(self._rows(self._work.prompt_len)), None
+        return _median_s(layers, state) / len(self._layers)
+
+    def decode_layer_s(self, step: int) -> float:
+        length = np.int32(self._work.past_len(step))
+        pasts = {layer: self._past(layer, step) for layer in self._layers}
+
+        def layers(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            hidden, made = state
+            for layer, params in self._layers.items():
+                hidden, made = decode_step(
+                    params["layers"][str(layer)],
+                    hidden,
+                    pasts[layer],
+                    self._start,
+                    length,
+                    config=self._config,
+                )
+            return hidden, made
+
+        state = self._embed(self._rows(1)), None
+        return _median_s(layers, state) / len(self._layers)
+
+    def ends_s(self, seq: int) -> float:
+        rows = self._rows(seq)
+        params = _outside(self._layers[max(self._layers)])
+
+        def ends(state: Any) -> jax.Array:
+            del state
+            hidden = self._embed(rows)
+            return final_step(params, hidden, config=self._config, last_only=True)
+
+        return _median_s(ends, None)
+
+    def head_s(self) -> float:
+        """Of all blocks of the table, all but the last being as large as the first."""
+        blocks = self._head.num_blocks
+        seconds = self._block_s(blocks - 1) + self._choose_s()
+        return seconds + (blocks - 1) * self._block_s(0) if blocks > 1 else seconds
+
+    def _block_s(self, block: int) -> float:
+        name, vocab_size = self._config.head_table, self._config.vocab_size
+        rows = self._head.span(block, vocab_size)
+        table = self._read(name, rows)
+        hidden = self._zeros((self._work.batch_size, 1, 1, self._config.embed_dim))
+        return _median_s(lambda state: head_step(table, hidden), None)
+
+    def _choose_s(self) -> float:
+        count = self._work.batch_size
+        params = [SamplingParams(temperature=0.0)] * count
+        keys = row_keys(params, range(count), seed=0)
+        controls = make_controls(params, keys, np.zeros(count, np.int32))
+        sample = pick_sampler(params)
+        shape = (count, self._config.vocab_size)
+        logits = jax.device_put(np.zeros(shape, np.float32), self._device)
+
+        def choose(state: Any) -> Any:
+            del state
+            return sample(logits, controls), jnp.isfinite(jnp.max(logits, axis=-1))
+
+        return _median_s(choose, None)
+
+    def _embed(self, rows: jax.Array) -> jax.Array:
+        return embed_step(
+            _outside(self._layers[0]),
+            rows,
+            self._start,
+            np.int32(0),
+            config=self._config,
+        )
+
+    def _rows(self, seq: int) -> jax.Array:
+        return self._zeros((self._work.batch_size, seq, self._config.embed_dim))
+
+    def _past(self, layer: int, step: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """A cache in as many segments as the run's has."""
+        rows = cache_rows(self._policy, self._work, Cache(layer, 0))
+        config, slots = self._config, read_slots(self._work, step)
+        inner = (config.num_attention_heads, slots, config.head_dim)
+        return tuple(
+            (self._zeros((count, *inner)), self._zeros((count, *inner)))
+            for count in rows
+            if count
+        )
+
+    def _zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        return jax.device_put(np.zeros(shape, self._store.dtype), self._device)
+
+    def _read_layer(self, layer: int) -> Params:
+        entries = self._store.tensors
+        return unflatten(
+            {
+                name: self._read(name, slice(0, entries[name].shape[0]))
+                for name in layer_tensors(self._config, layer)
+            }
+        )
+
+    def _read(self, name: str, rows: slice) -> jax.Array:
+        entry, count = self._store.tensors[name], rows.stop - rows.start
+        buffer = page_aligned(count * entry.row_bytes)
+        array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
+        self._store.read_rows(name, rows.start, rows.stop, array)
+        return jax.device_put(array, self._device)
+
+
+def _outside(params: Params) -> Params:
+    """What comes with a layer, without the layer."""
+    return {name: tree for name, tree in params.items() if name != "layers"}
+
+
+def _median_s(step: Callable[[Any], Any], state: Any) -> float:
+    """Median seconds of `step`, each time on what it returned before."""
+    state = jax.block_until_ready(step(state))  # compiles
+    spent: list[float] = []
+    while sum(spent) < LEAST_S and len(spent) < MOST_REPEATS:
+        begun_s = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+        spent.append(time.perf_counter() - begun_s)
+    return statistics.median(spent)

@@ -1,0 +1,154 @@
+"""The limits of a machine for one run, measured beside it: disk, compute and copies."""
+
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.bounds import DISK_READ, DISK_WRITE, FROM_DEVICE, TO_DEVICE
+from bench.cases import Case
+from bench.compute_limit import ComputeLimit, mean_limit, measure_compute
+from bench.copy_routes import compare_routes
+from bench.disk_limit import DiskRate, measure_read, measure_write
+from flexjax.checkpoint import WeightStore
+from flexjax.engine import head_blocks
+from flexjax.memory.link import Device
+from flexjax.memory.placement import place_tensors
+from flexjax.memory.weights import HeadBlocks
+from flexjax.policy import Policy, Tier
+from flexjax.workload import Workload, bucket
+
+_COPY_BYTES = 256 << 20  # of one copy between host and device
+_HOW = {
+    "disk": "raw O_DIRECT requests from several threads, the best of a few sizes and "
+    "depths; reads are of the weight store's own files; the mean of a measurement "
+    "before the run and one after it, since a shared disk changes",
+    "compute": "the run's own jitted steps in the run's own shapes with everything in "
+    "memory, two layers taking turns, the median of some repetitions, the mean of a "
+    "measurement before the run and one after it; a phase's bound is the sum over its "
+    "steps, batches and layers, and leaves out what only moves data",
+    "copies": "the best route of bench.copy_routes in each direction",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What limits are measured for: a run, and where it reads and spills."""
+
+    store: WeightStore
+    policy: Policy
+    work: Workload
+    head: HeadBlocks
+    disk_tensors: Sequence[str]  # what the run reads from the store while it runs
+    device: Device
+    offload_dir: pathlib.Path
+
+    @property
+    def spill_bytes(self) -> int:
+        """About what the run has on disk in the end, beside the store."""
+        config, work = self.store.config, self.work
+        layers_slots = 2 * config.num_hidden_layers * work.cache_slots(work.gen_len - 1)
+        vectors = self.policy.kv_cache.disk * layers_slots
+        vectors += self.policy.activations.disk * work.prompt_len
+        vector_bytes = config.hidden_size * self.store.dtype.itemsize
+        return round(self.policy.block_size * vectors * vector_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """One measurement of each limit; None, or nothing, where a run has no use for it.
+
+    Attributes:
+        disk_read: of the weight store's files.
+        disk_write: of a new file where the run spills.
+        compute: of the layer steps.
+        copies: bytes per second between host and device, by resource.
+    """
+
+    disk_read: DiskRate
+    disk_write: DiskRate | None
+    compute: ComputeLimit
+    copies: Mapping[str, float]
+
+
+def setting_of(
+    case: Case, store: WeightStore, device: Device, offload_dir: pathlib.Path
+) -> Setting:
+    """The setting of a case's run, as the engine will run it."""
+    policy, config = case.policy, store.config
+    nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
+    tiers = place_tensors(policy.weights, nbytes)
+    head = head_blocks(store, tiers, device.platform == "cpu")
+    work = Workload(
+        num_decoder_layers=config.num_hidden_layers,
+        num_head_blocks=head.num_blocks,
+        num_batches=policy.num_batches,
+        batch_size=policy.batch_size,
+        prompt_len=bucket(case.prompt_len),
+        gen_len=case.gen_len,
+    )
+    return Setting(
+        store=store,
+        policy=policy,
+        work=work,
+        head=head,
+        disk_tensors=[n for n, tier in tiers.items() if tier is Tier.DISK] or [*tiers],
+        device=device,
+        offload_dir=offload_dir,
+    )
+
+
+def measure_limits(setting: Setting) -> Limits:
+    """Measures everything once."""
+    spill_bytes = setting.spill_bytes
+    return Limits(
+        disk_read=measure_read(setting.store, setting.disk_tensors),
+        disk_write=(
+            measure_write(setting.offload_dir, spill_bytes) if spill_bytes else None
+        ),
+        compute=measure_compute(
+            setting.store,
+            setting.policy,
+            setting.work,
+            head=setting.head,
+            device=setting.device,
+        ),
+        copies=_measure_copies(setting.device),
+    )
+
+
+def _measure_copies(device: Device) -> dict[str, float]:
+    if device.platform == "cpu":
+        return {}  # one memory
+    best: dict[str, float] = {}
+    for row in compare_routes(device, [_COPY_BYTES]):
+        direction = row["direction"]
+        best[direction] = max(best.get(direction, 0.0), row.get("bytes_per_s", 0.0))
+    return {name: best[name] for name in (TO_DEVICE, FROM_DEVICE)}
+
+
+def mean_rates(limits: Sequence[Limits]) -> dict[str, float]:
+    """Bytes per second of each resource that moves bytes."""
+    rates = {DISK_READ: statistics.mean(one.disk_read.bytes_per_s for one in limits)}
+    writes = [one.disk_write.bytes_per_s for one in limits if one.disk_write]
+    if writes:
+        rates[DISK_WRITE] = statistics.mean(writes)
+    for resource in limits[0].copies:
+        rates[resource] = statistics.mean(one.copies[resource] for one in limits)
+    return rates
+
+
+def mean_compute(limits: Sequence[Limits]) -> ComputeLimit:
+    """Seconds of the steps."""
+    return mean_limit([one.compute for one in limits])
+
+
+def limits_report(limits: Sequence[Limits]) -> dict[str, Any]:
+    """What counted, each measurement that it came from, and how they were made."""
+    return {
+        "bytes_per_s": mean_rates(limits),
+        "compute": dataclasses.asdict(mean_compute(limits)),
+        "measured": [dataclasses.asdict(one) for one in limits],
+        "how": _HOW,
+    }

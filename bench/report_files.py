@@ -1,0 +1,277 @@
+"""Reads the JSON files that benchmarks write, as values that a report can show."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Values = Mapping[str, Any]
+PHASES = ("prefill", "decode")
+_ROWS = re.compile(r"--(batch-size|num-batches) \d+")  # told apart from the rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a run: what it took, and what each resource alone would take."""
+
+    seconds: float
+    bound_s: Mapping[str, float]
+    bound_by: str
+    fraction_of_bound: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A result of `bench.run`."""
+
+    path: pathlib.Path
+    machine: str
+    case: str
+    model: str
+    lengths: str
+    placement: str
+    num_rows: int
+    memory_cap_bytes: int | None
+    tokens_per_s: float
+    phases: Mapping[str, Phase]
+    step_s: Sequence[float]
+    peak_rss_bytes: int
+    command: str
+    note: str
+
+
+class Tried(NamedTuple):
+    """A setting of a system in a comparison, and its throughput."""
+
+    placement: str
+    num_rows: int
+    tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """One system of a comparison at its best setting, and what it tried."""
+
+    name: str
+    setting: str
+    tokens_per_s: float
+    tried: Sequence[Tried]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A result of `bench.compare`."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    lengths: str
+    memory_cap_bytes: int | None
+    ratio: float | None
+    systems: Sequence[System]
+    command: str
+
+
+class Route(NamedTuple):
+    """A way to copy, and how fast it is at one size."""
+
+    direction: str
+    name: str
+    nbytes: int
+    bytes_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copies:
+    """A result of `bench.copy_routes`, without the routes that were refused."""
+
+    path: pathlib.Path
+    machine: str
+    routes: Sequence[Route]
+
+
+class Work(NamedTuple):
+    """A span of a trace."""
+
+    name: str
+    begin_s: float
+    end_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A trace of a run: each lane's work in the order of its beginning."""
+
+    path: pathlib.Path
+    lanes: Mapping[str, Sequence[Work]]
+
+
+Result = Run | Comparison | Copies | Trace
+
+
+def read_results(paths: Iterable[pathlib.Path]) -> list[Result]:
+    """What the files hold, in their order.
+
+    Raises:
+        ValueError: a file is damaged, or no result; the message names it.
+    """
+    return [_read(path) for path in paths]
+
+
+def machine_name(machine: Values) -> str:
+    """A short name of what `bench.machine.describe_machine` describes."""
+    accelerator = machine.get("accelerator")
+    if accelerator:
+        count = int(accelerator.get("count") or 1)
+        return accelerator["model"] if count == 1 else f"{count} {accelerator['model']}"
+    cpu = machine["cpu"]
+    model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", cpu["model"])
+    memory_gib = round(machine["memory_bytes"] / (1 << 30))
+    return f"{' '.join(model.split())}, {cpu['cores']} cores, {memory_gib} GiB"
+
+
+def _read(path: pathlib.Path) -> Result:
+    try:
+        values = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    is_object = isinstance(values, dict)
+    kinds = [parse for key, parse in _KINDS.items() if is_object and key in values]
+    if not kinds:
+        raise ValueError(
+            f"{path} is neither a trace nor a result of bench.run, bench.compare or "
+            "bench.copy_routes; remove it, or name the files that the report is of"
+        )
+    try:
+        return kinds[0](path, values)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        missing = isinstance(error, KeyError)
+        what = f"{error} is missing" if missing else str(error)
+        raise ValueError(
+            f"{path} is damaged: {what}; make it again or remove it"
+        ) from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _read_run(path: pathlib.Path, values: Values) -> Run:
+    policy, case = values["policy"], values["case"] or path.stem
+    return Run(
+        path=path,
+        machine=machine_name(values["machine"]),
+        case=case,
+        model=_short_model(values["model"]),
+        lengths=f"prompt {values['prompt_len']}, {values['gen_len']} new",
+        placement=_placement(policy),
+        num_rows=policy["batch_size"] * policy["num_batches"],
+        memory_cap_bytes=values["memory_cap_bytes"],
+        tokens_per_s=_positive(values["tokens_per_s"]),
+        phases={
+            phase: _read_phase(values[phase])
+            for phase in PHASES
+            if values[phase]["seconds"] != 0  # one token needs no decode
+        },
+        step_s=[float(seconds) for seconds in values["step_s"]],
+        peak_rss_bytes=int(values["peak_rss_bytes"]),
+        command=values.get("command") or f"python -m bench.run {case}",
+        note=values.get("note") or "",
+    )
+
+
+def _read_phase(values: Values) -> Phase:
+    return Phase(
+        seconds=_positive(values["seconds"]),
+        bound_s={name: float(value) for name, value in values["bound_s"].items()},
+        bound_by=str(values["bound_by"]),
+        fraction_of_bound=float(values["fraction_of_bound"]),
+    )
+
+
+def _placement(policy: Values) -> str:
+    """Where the tensors are, as far as it is not the device: "weights disk=1"."""
+    parts = []
+    for kind in ("weights", "kv_cache", "activations"):
+        on = {tier: policy[kind].get(tier, 0.0) for tier in ("device", "host")}
+        on["disk"] = round(1 - sum(on.values()), 6)
+        if on["device"] < 1:
+            shares = ",".join(f"{tier}={x:g}" for tier, x in on.items() if x > 0)
+            parts.append(f"{kind.replace('_', '-')} {shares}")
+    return " ".join(parts)
+
+
+def _read_comparison(path: pathlib.Path, values: Values) -> Comparison:
+    return Comparison(
+        path=path,
+        machine=machine_name(values["machine"]),
+        model=_short_model(values["model"]),
+        lengths=f"prompt {values['prompt_len']}, {values['gen_len']} new",
+        memory_cap_bytes=values["memory_cap_bytes"],
+        ratio=values["ratio"],
+        systems=[
+            System(
+                name=row["name"],
+                setting=row["setting"] + (" (projected)" if row["projected"] else ""),
+                tokens_per_s=_positive(row["tokens_per_s"]),
+                tried=[
+                    Tried(
+                        _ROWS.sub("", tried["setting"]).replace("--", "").strip(),
+                        int(tried["num_rows"]),
+                        _positive(tried["tokens_per_s"]),
+                    )
+                    for tried in row["tried"]
+                    if tried["tokens_per_s"]
+                ],
+            )
+            for row in values["systems"]
+            if row["tokens_per_s"]
+        ],
+        command=values.get("command") or f"python -m bench.compare {values['model']}",
+    )
+
+
+def _read_copies(path: pathlib.Path, values: Values) -> Copies:
+    return Copies(
+        path=path,
+        machine=machine_name(values["machine"]),
+        routes=[
+            Route(r["direction"], r["route"], r["nbytes"], _positive(r["bytes_per_s"]))
+            for r in values["routes"]
+            if "error" not in r
+        ],
+    )
+
+
+def _read_trace(path: pathlib.Path, values: Values) -> Trace:
+    lanes: dict[str, list[Work]] = {}
+    for event in sorted(
+        (event for event in values["traceEvents"] if event["ph"] == "X"),
+        key=lambda event: event["tid"],  # rows stand in the order of the lanes
+    ):
+        begin_s, long_s = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
+        work = Work(event["name"], begin_s, begin_s + long_s)
+        lanes.setdefault(event["cat"], []).append(work)
+    for works in lanes.values():
+        works.sort(key=lambda work: (work.begin_s, work.end_s))
+    return Trace(path=path, lanes=lanes)
+
+
+_KINDS: Mapping[str, Callable[[pathlib.Path, Values], Result]] = {
+    "traceEvents": _read_trace,
+    "systems": _read_comparison,
+    "routes": _read_copies,
+    "tokens_per_s": _read_run,
+}
+
+
+def _positive(value: Any) -> float:
+    if not float(value) > 0:
+        raise ValueError(f"{value!r} stands where a number above 0 is expected")
+    return float(value)
+
+
+def _short_model(name: str) -> str:
+    return pathlib.PurePath(name).name
