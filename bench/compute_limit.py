@@ -155,7 +155,7 @@ class _Steps:
             return hidden, made
 
         state = self._embed(self._rows(self._work.prompt_len)), None
-        return _median_s(layers, state) / len(self._layers)
+        return median_s(layers, state) / len(self._layers)
 
     def decode_layer_s(self, step: int) -> float:
         length = np.int32(self._work.past_len(step))
@@ -175,7 +175,7 @@ class _Steps:
             return hidden, made
 
         state = self._embed(self._rows(1)), None
-        return _median_s(layers, state) / len(self._layers)
+        return median_s(layers, state) / len(self._layers)
 
     def ends_s(self, seq: int) -> float:
         rows = self._rows(seq)
@@ -186,7 +186,7 @@ class _Steps:
             hidden = self._embed(rows)
             return final_step(params, hidden, config=self._config, last_only=True)
 
-        return _median_s(ends, None)
+        return median_s(ends, None)
 
     def head_s(self) -> float:
         """Of all blocks of the table, all but the last being as large as the first."""
@@ -199,7 +199,7 @@ class _Steps:
         rows = self._head.span(block, vocab_size)
         table = self._read(name, rows)
         hidden = self._zeros((self._work.batch_size, 1, 1, self._config.embed_dim))
-        return _median_s(lambda state: head_step(table, hidden), None)
+        return median_s(lambda state: head_step(table, hidden), None)
 
     def _choose_s(self) -> float:
         count = self._work.batch_size
@@ -214,7 +214,7 @@ class _Steps:
             del state
             return sample(logits, controls), jnp.isfinite(jnp.max(logits, axis=-1))
 
-        return _median_s(choose, None)
+        return median_s(choose, None)
 
     def _embed(self, rows: jax.Array) -> jax.Array:
         return embed_step(
@@ -264,7 +264,7 @@ def _outside(params: Params) -> Params:
     return {name: tree for name, tree in params.items() if name != "layers"}
 
 
-def _median_s(step: Callable[[Any], Any], state: Any) -> float:
+def median_s(step: Callable[[Any], Any], state: Any) -> float:
     """Median seconds of `step`, each time on what it returned before."""
     state = jax.block_until_ready(step(state))  # compiles
     spent: list[float] = []

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from bench.report_files import (
     PHASES,
     Comparison,
+    Kernels,
     Phase,
+    Rate,
     Result,
     Run,
     Trace,
@@ -99,6 +101,18 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
     if comparisons:
         columns = ("model", "memory cap", "tokens/s", "ratio", "command")
         yield _table(columns, map(_comparison_row, comparisons))
+
+    for result in results:
+        if isinstance(result, Kernels):
+            yield f"With everything in memory, shapes of {result.model}:\n"
+            columns = ("kernel", "shape", "TFLOP/s", "GB/s")
+            yield _table(columns, map(_rate_row, result.rates))
+
+
+def _rate_row(rate: Rate) -> list[str]:
+    flops = "" if rate.flops_per_s is None else f"{rate.flops_per_s / 1e12:.2f}"
+    nbytes = "" if rate.bytes_per_s is None else f"{rate.bytes_per_s / 1e9:.1f}"
+    return [rate.kernel, rate.shape, flops, nbytes]
 
 
 def _run_row(run: Run) -> list[str]:

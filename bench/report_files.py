@@ -92,6 +92,26 @@ class Copies:
     routes: Sequence[Route]
 
 
+class Rate(NamedTuple):
+    """A kernel, and how fast it is; None where the rate says nothing of it."""
+
+    kernel: str
+    shape: str
+    flops_per_s: float | None
+    bytes_per_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """A result of `bench.kernels`."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    rates: Sequence[Rate]
+    command: str
+
+
 class Work(NamedTuple):
     """A span of a trace."""
 
@@ -108,7 +128,7 @@ class Trace:
     lanes: Mapping[str, Sequence[Work]]
 
 
-Result = Run | Comparison | Copies | Trace
+Result = Run | Comparison | Copies | Kernels | Trace
 
 
 def read_results(paths: Iterable[pathlib.Path]) -> list[Result]:
@@ -141,8 +161,9 @@ def _read(path: pathlib.Path) -> Result:
     kinds = [parse for key, parse in _KINDS.items() if is_object and key in values]
     if not kinds:
         raise ValueError(
-            f"{path} is neither a trace nor a result of bench.run, bench.compare or "
-            "bench.copy_routes; remove it, or name the files that the report is of"
+            f"{path} is neither a trace nor a result of bench.run, bench.compare, "
+            "bench.kernels or bench.copy_routes; remove it, or name the files that the "
+            "report is of"
         )
     try:
         return kinds[0](path, values)
@@ -245,6 +266,24 @@ def _read_copies(path: pathlib.Path, values: Values) -> Copies:
     )
 
 
+def _read_kernels(path: pathlib.Path, values: Values) -> Kernels:
+    return Kernels(
+        path=path,
+        machine=machine_name(values["machine"]),
+        model=_short_model(values["model"]),
+        rates=[
+            Rate(
+                row["kernel"],
+                row["shape"],
+                row.get("flops_per_s"),
+                row.get("bytes_per_s"),
+            )
+            for row in values["kernels"]
+        ],
+        command=str(values["command"]),
+    )
+
+
 def _read_trace(path: pathlib.Path, values: Values) -> Trace:
     lanes: dict[str, list[Work]] = {}
     for event in sorted(
@@ -263,6 +302,7 @@ _KINDS: Mapping[str, Callable[[pathlib.Path, Values], Result]] = {
     "traceEvents": _read_trace,
     "systems": _read_comparison,
     "routes": _read_copies,
+    "kernels": _read_kernels,
     "tokens_per_s": _read_run,
 }
 

@@ -1,0 +1,157 @@
+"""How fast the numbers alone are: matrix products, a prefill layer, decode attention.
+
+    python -m bench.kernels opt-6.7b --json bench/results/kernels.json
+
+Everything is in memory. Rates of products count the multiplications with weights alone,
+two operations each; rates of attention count the bytes of keys and values.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.compute_limit import median_s
+from bench.machine import describe_machine
+from flexjax.attention import decode_attention
+from flexjax.cli import run_command
+from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
+from flexjax.models.opt import contract_last, unflatten
+from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.steps import prefill_step
+
+ROWS = (1, 4, 16, 64, 256, 512, 2048)
+PROMPT_LEN = 128
+PAST_SLOTS = 512
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def measure_kernels(
+    config: OPTConfig, *, batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """One row of results after the other, as JSON values.
+
+    Args:
+        config: gives the shapes.
+        batch_size: of the prefill layer, with prompts of `PROMPT_LEN`, and of decode
+            attention over `PAST_SLOTS` slots.
+    """
+    for rows in ROWS:
+        yield _product(config, rows)
+    yield _prefill_layer(config, batch_size)
+    for dtype in DTYPES:
+        yield _decode_attention(config, batch_size, dtype)
+
+
+def _product(config: OPTConfig, rows: int) -> dict[str, Any]:
+    """The MLP's first matrix times `rows` rows, in bfloat16."""
+    weight = _random((config.ffn_dim, config.hidden_size), jnp.bfloat16)
+    x = _random((rows, config.hidden_size), jnp.bfloat16)
+    step = jax.jit(contract_last)
+    seconds = median_s(lambda _: step(x, weight), None)
+    return {
+        "kernel": "product, bfloat16",
+        "shape": f"{rows} rows, {config.ffn_dim} x {config.hidden_size}",
+        "seconds": seconds,
+        "flops_per_s": 2 * rows * weight.size / seconds,
+        "bytes_per_s": weight.nbytes / seconds,
+    }
+
+
+def _prefill_layer(config: OPTConfig, batch_size: int) -> dict[str, Any]:
+    """A whole decoder layer on prompts, attention, norms and activations included."""
+    shapes = tensor_shapes(config)
+    layer = "layers.0."
+    tensors = {
+        name.removeprefix(layer): _random(shapes[name], jnp.bfloat16)
+        for name in layer_tensors(config, 0)
+        if name.startswith(layer)
+    }
+    params, start = unflatten(tensors), jnp.zeros(batch_size, jnp.int32)
+
+    def step(hidden: jax.Array) -> jax.Array:
+        return prefill_step(params, hidden, start, config=config)[0]
+
+    shape = (batch_size, 1, PROMPT_LEN, config.hidden_size)
+    seconds = median_s(step, _random(shape, jnp.bfloat16))
+    weights = sum(tensor.size for tensor in tensors.values() if tensor.ndim == 2)
+    return {
+        "kernel": "prefill layer, bfloat16",
+        "shape": f"{batch_size} rows of {PROMPT_LEN} tokens",
+        "seconds": seconds,
+        "flops_per_s": 2 * batch_size * PROMPT_LEN * weights / seconds,
+    }
+
+
+def _decode_attention(config: OPTConfig, batch_size: int, dtype: Any) -> dict[str, Any]:
+    """One new token a row over a cache."""
+    rows = (batch_size, config.num_attention_heads)
+    past = [_random((*rows, PAST_SLOTS, config.head_dim), dtype) for _ in range(2)]
+    query = _random((*rows, 1, config.head_dim), dtype)
+    start, length = jnp.zeros(batch_size, jnp.int32), np.int32(PAST_SLOTS)
+    step = jax.jit(decode_attention)
+    seconds = median_s(
+        lambda _: step(query, (query, query), tuple(past), start, length), None
+    )
+    return {
+        "kernel": f"decode attention, {jnp.dtype(dtype).name}",
+        "shape": f"{batch_size} rows, {PAST_SLOTS} slots",
+        "seconds": seconds,
+        "bytes_per_s": sum(array.nbytes for array in past) / seconds,
+    }
+
+
+def _random(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return jnp.asarray(0.02 * values).astype(dtype)
+
+
+def _main(args: argparse.Namespace) -> None:
+    config = named_config(args.model)
+    if args.json is not None:
+        ensure_writable("--json", args.json)
+    rows = []
+    for row in measure_kernels(config):
+        rows.append(row)
+        rates = [
+            f"{row[key] / scale:8.2f} {unit}"
+            for key, scale, unit in (
+                ("flops_per_s", 1e12, "TFLOP/s"),
+                ("bytes_per_s", 1e9, "GB/s"),
+            )
+            if key in row
+        ]
+        print(f"{row['kernel']:26} {row['shape']:32} {' '.join(rates)}", flush=True)
+    if args.json is not None:
+        report = {
+            "kernels": rows,
+            "model": args.model,
+            "machine": describe_machine(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": f"python -m bench.kernels {args.model}",
+        }
+        write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels",
+        description="Measures matrix products, a prefill layer and decode attention.",
+    )
+    parser.add_argument("model", help="a published model that gives the shapes")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the rates here"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_main, build_parser()))

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from bench import kernels
+from bench.kernels import measure_kernels
+from bench.report_files import Kernels, read_results
+from flexjax.cli import run_command
+from flexjax.models.config import OPTConfig
+
+TINY = OPTConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_attention_heads=2,
+    ffn_dim=16,
+    num_hidden_layers=1,
+    max_position_embeddings=kernels.PROMPT_LEN,
+)
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    monkeypatch.setattr("bench.compute_limit.MOST_REPEATS", 1)
+
+
+def test_rates_are_work_over_time():
+    rows = list(measure_kernels(TINY, batch_size=2))
+    products = [row for row in rows if row["kernel"].startswith("product")]
+    for count, row in zip(kernels.ROWS, products, strict=True):
+        assert row["flops_per_s"] * row["seconds"] == pytest.approx(2 * count * 8 * 16)
+        assert row["bytes_per_s"] * row["seconds"] == pytest.approx(2 * 8 * 16)
+    layer = rows[len(products)]
+    weights = 4 * 8 * 8 + 2 * 8 * 16
+    flops = 2 * 2 * kernels.PROMPT_LEN * weights
+    assert layer["flops_per_s"] * layer["seconds"] == pytest.approx(flops)
+    for itemsize, row in zip((2, 4), rows[len(products) + 1 :], strict=True):
+        nbytes = 2 * itemsize * 2 * kernels.PAST_SLOTS * 8
+        assert row["bytes_per_s"] * row["seconds"] == pytest.approx(nbytes)
+
+
+def test_what_is_written_is_what_the_report_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "named_config", lambda name: TINY)
+    path = tmp_path / "kernels.json"
+    argv = ["tiny", "--json", str(path)]
+    assert run_command(kernels._main, kernels.build_parser(), argv) == 0
+    printed = capsys.readouterr().out
+    (result,) = read_results([path])
+    assert isinstance(result, Kernels)
+    assert len(result.rates) == len(json.loads(path.read_text())["kernels"])
+    assert all(rate.kernel in printed for rate in result.rates)
+
+
+def test_an_unknown_model_is_refused(capsys):
+    assert run_command(kernels._main, kernels.build_parser(), ["opt-9000b"]) == 2
+    assert "opt-9000b" in capsys.readouterr().err
