@@ -7,7 +7,6 @@ from typing import Any
 from flexjax.policy import Tier
 
 DISK_READ, DISK_WRITE, COMPUTE = "disk read", "disk write", "compute"
-DISK = "disk"  # reads and writes, which one disk does both of
 TO_DEVICE, FROM_DEVICE = "host to device", "device to host"
 
 _DISK, _HOST, _DEVICE = Tier.DISK.value, Tier.HOST.value, Tier.DEVICE.value
@@ -29,8 +28,6 @@ def bounds_s(
         if resource is not None and resource in rates and count:
             nbytes[resource] += count
     bounds = {resource: count / rates[resource] for resource, count in nbytes.items()}
-    if DISK_READ in bounds and DISK_WRITE in bounds:
-        bounds[DISK] = bounds[DISK_READ] + bounds[DISK_WRITE]
     return bounds | {COMPUTE: compute_s}
 
 

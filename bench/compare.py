@@ -11,12 +11,12 @@ import datetime
 import functools
 import json
 import pathlib
-import shlex
 import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from bench.command import typed
 from bench.machine import describe_machine
 from bench.memory_cap import ensure_can_cap, run_capped
 from bench.peers.accelerate_system import BATCH_SIZES, LAYERS, PYTHON, Accelerate
@@ -226,15 +226,13 @@ def _report(
         # Last: it wakes the device, whose memory the runs had to themselves.
         "machine": describe_machine(default_cache()),
         "date": now.isoformat(timespec="seconds"),
-        "command": _command(args),
+        "command": typed(
+            "bench.compare",
+            build_parser(),
+            args,
+            leave_out={"json", "peers_python", "debug", "help"},
+        ),
     }
-
-
-def _command(args: argparse.Namespace) -> str:
-    """What to type for the same job; without paths of this machine."""
-    cap = [] if args.memory_cap is None else ["--memory-cap", args.memory_cap]
-    lengths = ["--prompt-len", str(args.prompt_len), "--gen-len", str(args.gen_len)]
-    return shlex.join(["python", "-m", "bench.compare", args.model, *cap, *lengths])
 
 
 if __name__ == "__main__":

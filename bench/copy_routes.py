@@ -25,7 +25,7 @@ from jax.sharding import SingleDeviceSharding
 from bench.machine import describe_machine
 from flexjax.cli import run_command
 from flexjax.memory.buffers import page_aligned
-from flexjax.safe_files import write_atomically
+from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sizes import format_bytes, parse_bytes
 
 Device = Any  # a jax.Device, which type checkers take for a variable
@@ -199,6 +199,8 @@ def _main(args: argparse.Namespace) -> None:
             "there is nothing to compare: JAX sees no accelerator here, and a CPU "
             "computes from the host's own memory"
         )
+    if args.json is not None:
+        ensure_writable("--json", args.json)
     rows = compare_routes(device, [parse_bytes(size) for size in args.sizes], SOURCES)
     print(f"{device.device_kind}, jax {jax.__version__}: median GB/s of single copies")
     for row in rows:

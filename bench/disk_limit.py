@@ -1,7 +1,8 @@
 """What the disk can do: raw reads and writes past the page cache, several at a time."""
 
+import contextlib
 import dataclasses
-import mmap
+import itertools
 import os
 import pathlib
 import queue
@@ -11,7 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
+
 from flexjax.checkpoint import WeightStore
+from flexjax.extents import reads_direct
+from flexjax.memory.buffers import page_aligned
 from flexjax.store_format import chunk_path
 
 
@@ -22,9 +27,10 @@ class Way(NamedTuple):
     depth: int  # requests under way at once
 
 
+# The best of these counts.
 WAYS = (Way(1 << 20, 4), Way(4 << 20, 2), Way(4 << 20, 4), Way(8 << 20, 4))
 READ_BYTES = 2 << 30  # in all, or the whole store if it is smaller
-WRITE_BYTES = 1 << 30  # in all, or as much as the run spills
+LEAST_WRITE_BYTES, MOST_WRITE_BYTES = 64 << 20, 256 << 20  # in each way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,16 @@ class DiskRate:
     num_bytes: int
 
 
+class _Request(NamedTuple):
+    """A request of a way's size, or of what the file has left."""
+
+    file: int
+    offset: int
+
+
+_Call = Callable[[int, list[np.ndarray], int], int]
+
+
 def measure_read(
     store: WeightStore, tensors: Sequence[str], most_bytes: int = READ_BYTES
 ) -> DiskRate:
@@ -54,13 +70,16 @@ def measure_read(
     paths = _spread(list(store_files(store, tensors)), most_bytes)
     flags = os.O_RDONLY | (os.O_DIRECT if store.direct_io else 0)
 
-    def read(paths: Sequence[pathlib.Path], way: Way) -> int:
-        buffers = _buffers(way)
-        with ThreadPoolExecutor(way.depth) as pool:
-            return sum(pool.map(lambda path: _read_file(path, flags, buffers), paths))
+    def read(turn: int, way: Way) -> tuple[int, float]:
+        with contextlib.ExitStack() as stack:
+            requests: list[_Request] = []
+            for path in paths[turn :: len(WAYS)] or paths:
+                file = os.open(path, flags)
+                stack.callback(os.close, file)
+                requests += _requests(file, path.stat().st_size, way)
+            return _timed(os.preadv, requests, way)
 
-    shares = [paths[turn :: len(WAYS)] or paths for turn in range(len(WAYS))]
-    return _best(lambda turn: read(shares[turn], WAYS[turn]), direct=store.direct_io)
+    return _best(read, direct=store.direct_io)
 
 
 def store_files(store: WeightStore, tensors: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -72,30 +91,42 @@ def store_files(store: WeightStore, tensors: Sequence[str]) -> Iterator[pathlib.
 
 
 def measure_write(folder: pathlib.Path, num_bytes: int) -> DiskRate:
-    """Writes a file below `folder` in each way, until the disk has all of it.
+    """Writes over a file below `folder`, in each way.
 
-    Together they have about `num_bytes`, but at most `WRITE_BYTES`.
+    The file is there already, as most of a run's spill files are when it writes them,
+    and nothing waits for the disk's own cache: a run does not either.
+
+    Args:
+        folder: on the disk.
+        num_bytes: what the run spills; a way writes a share of it, within limits.
     """
-    num_bytes = min(num_bytes, WRITE_BYTES)
     share_bytes = num_bytes // len(WAYS)
+    share_bytes = min(max(share_bytes, LEAST_WRITE_BYTES), MOST_WRITE_BYTES)
     with tempfile.TemporaryDirectory(prefix="flexjax-limit-", dir=folder) as scratch:
         path = pathlib.Path(scratch, "data")
-        direct = _writes_direct(path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if direct else 0)
+        path.write_bytes(bytes(1 << 20))
+        direct = reads_direct(path)
+        flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
+        file = os.open(path, flags)
 
-        def write(turn: int) -> int:
-            return _write_file(path, flags, share_bytes, WAYS[turn])
+        def write(turn: int, way: Way) -> tuple[int, float]:
+            requests = list(_requests(file, share_bytes, way))
+            if turn == 0:
+                _timed(os.pwritev, requests, way)  # the disk finds room
+            return _timed(os.pwritev, requests, way)
 
-        return _best(write, direct=direct)
+        try:
+            return _best(write, direct=direct)
+        finally:
+            os.close(file)
 
 
-def _best(move: Callable[[int], int], *, direct: bool) -> DiskRate:
-    """Times `move(turn)`, which returns the bytes that it moved, for each way."""
+def _best(move: Callable[[int, Way], tuple[int, float]], *, direct: bool) -> DiskRate:
+    """Runs `move` in each way; it returns the bytes that it moved, and the seconds."""
     rates, num_bytes = {}, 0
     for turn, way in enumerate(WAYS):
-        begun_s = time.perf_counter()
-        moved = move(turn)
-        rates[way] = moved / (time.perf_counter() - begun_s)
+        moved, seconds = move(turn, way)
+        rates[way] = moved / seconds
         num_bytes += moved
     way = max(rates, key=lambda way: rates[way])
     return DiskRate(bytes_per_s=rates[way], way=way, direct=direct, num_bytes=num_bytes)
@@ -107,50 +138,29 @@ def _spread(paths: list[pathlib.Path], most_bytes: int) -> list[pathlib.Path]:
     return paths[:: max(1, total_bytes // most_bytes)]
 
 
-def _buffers(way: Way) -> queue.SimpleQueue[mmap.mmap]:
-    """Page-aligned buffers of a request each, to be taken and put back."""
-    buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+def _requests(file: int, nbytes: int, way: Way) -> Iterator[_Request]:
+    for offset in range(0, nbytes, way.request_bytes):
+        yield _Request(file, offset)
+
+
+def _timed(call: _Call, requests: Sequence[_Request], way: Way) -> tuple[int, float]:
+    """Bytes that the requests moved, and the seconds; buffers are ready by then."""
+    buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    random = np.random.default_rng(0)  # some disks are quick with zeros
     for _ in range(way.depth):
-        buffers.put(mmap.mmap(-1, way.request_bytes))
-    return buffers
-
-
-def _read_file(
-    path: pathlib.Path, flags: int, buffers: queue.SimpleQueue[mmap.mmap]
-) -> int:
-    buffer, file, done = buffers.get(), os.open(path, flags), 0
-    try:
-        while count := os.preadv(file, [buffer], done):
-            done += count
-            if count < len(buffer):
-                break
-    finally:
-        os.close(file)
+        buffer = page_aligned(way.request_bytes)
+        buffer[:] = np.frombuffer(random.bytes(way.request_bytes), np.uint8)
         buffers.put(buffer)
-    return done
 
+    def move(request: _Request) -> int:
+        buffer = buffers.get()
+        try:
+            return call(request.file, [buffer], request.offset)
+        finally:
+            buffers.put(buffer)
 
-def _write_file(path: pathlib.Path, flags: int, num_bytes: int, way: Way) -> int:
-    buffer = mmap.mmap(-1, way.request_bytes)
-    buffer[:] = os.urandom(way.request_bytes)  # some disks are quick with zeros
-    requests = max(1, num_bytes // way.request_bytes)
-    file = os.open(path, flags)
-    try:
-        with ThreadPoolExecutor(way.depth) as pool:
-            counts = pool.map(
-                lambda index: os.pwritev(file, [buffer], index * way.request_bytes),
-                range(requests),
-            )
-            done = sum(counts)
-        os.fdatasync(file)
-    finally:
-        os.close(file)
-    return done
-
-
-def _writes_direct(path: pathlib.Path) -> bool:
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
+    with ThreadPoolExecutor(way.depth) as pool:
+        list(pool.map(lambda _: None, itertools.repeat(None, way.depth)))
+        begun_s = time.perf_counter()
+        moved = sum(pool.map(move, requests))
+        return moved, time.perf_counter() - begun_s

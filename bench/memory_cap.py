@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO
 
 from flexjax.sizes import format_bytes
@@ -137,7 +137,6 @@ def run_capped(
     command: Sequence[str],
     cap_bytes: int | None,
     *,
-    env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
 ) -> Finished:
     """Runs `command` to its end; its stderr is shown while it runs.
@@ -145,7 +144,6 @@ def run_capped(
     Args:
         command: the program and its arguments.
         cap_bytes: the most memory that it may take; None for no limit.
-        env: its environment; this process's, if None.
         timeout_s: after which the command and all that it started is ended.
 
     Raises:
@@ -153,7 +151,7 @@ def run_capped(
         TimeoutError: it took too long.
     """
     if cap_bytes is None:
-        code, stdout, stderr = _run([], command, env, timeout_s)
+        code, stdout, stderr = _run([], command, timeout_s)
         return Finished(
             returncode=code,
             stdout=stdout,
@@ -162,7 +160,7 @@ def run_capped(
             peak_bytes=None,
         )
     with _limited_group(cap_bytes) as group:
-        code, stdout, stderr = _run(_into(group), command, env, timeout_s)
+        code, stdout, stderr = _run(_into(group), command, timeout_s)
         return Finished(
             returncode=code,
             stdout=stdout,
@@ -254,13 +252,11 @@ def _sweep(parent: pathlib.Path) -> None:
 def _run(
     prefix: Sequence[str],
     command: Sequence[str],
-    env: Mapping[str, str] | None,
     timeout_s: float | None,
 ) -> tuple[int, str, str]:
     """Exit status, stdout and the end of stderr of `command`."""
     process = subprocess.Popen(
         [*prefix, *command],
-        env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -306,7 +302,9 @@ class _Reader:
         while piece := os.read(self._pipe.fileno(), 1 << 16):
             parts.append(decoder.decode(piece))
             if self._shown is not None:
-                self._shown.write(parts[-1])
-                self._shown.flush()
+                # Whoever looks may have gone; the pipe must be emptied all the same.
+                with contextlib.suppress(OSError, ValueError):
+                    self._shown.write(parts[-1])
+                    self._shown.flush()
                 parts = ["".join(parts)[-_STDERR_TAIL:]]
         self._text = "".join(parts)

@@ -53,6 +53,11 @@ def _main(args: argparse.Namespace) -> None:
             f"there are no results in {args.out}; make one, for instance with "
             f"`python -m bench.run CASE --json {args.out}/CASE.json`"
         )
+    if args.window is not None and not 0 <= args.window[0] < args.window[1]:
+        raise ValueError(
+            f"--window is {args.window[0]:g} {args.window[1]:g}, expected the begin "
+            "and a later end, in seconds"
+        )
     results = read_results(paths)
     try:
         from bench.report_figures import machine_figures, timeline

@@ -155,7 +155,7 @@ def machine_name(machine: Values) -> str:
 def _read(path: pathlib.Path) -> Result:
     try:
         values = json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     is_object = isinstance(values, dict)
     kinds = [parse for key, parse in _KINDS.items() if is_object and key in values]
@@ -167,7 +167,13 @@ def _read(path: pathlib.Path) -> Result:
         )
     try:
         return kinds[0](path, values)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+    ) as error:
         missing = isinstance(error, KeyError)
         what = f"{error} is missing" if missing else str(error)
         raise ValueError(

@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 from bench.cases import Case
 from bench.catalog import all_cases, find_case
+from bench.command import typed
 from bench.memory_cap import ensure_can_cap, run_capped
 from bench.page_cache import may_drop_everything
 from bench.summary import summary
@@ -17,7 +17,7 @@ from bench.synthetic import published_config, weights_folder
 from flexjax.cli import run_command
 from flexjax.policy import validate
 from flexjax.policy_args import add_policy_arguments, policy_from_args
-from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.safe_files import ensure_writable, make_folder, write_atomically
 from flexjax.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _WITH_A_CASE = {
     *("case", "json", "trace", "cold", "memory_cap", "offload_dir", "debug"),
     *("prompt_len", "gen_len"),
 }
-_NOT_OF_THE_RUN = {"case", "json", "trace", "offload_dir", "debug", "list"}
+_NOT_OF_THE_RUN = {"json", "trace", "offload_dir", "debug", "list", "help"}
 _PROMPT_LEN, _GEN_LEN = 128, 32
 _EXAMPLE = """examples:
   python -m bench.run --list
@@ -105,7 +105,9 @@ def main(args: argparse.Namespace) -> None:
         report = measure(job)
     else:
         report = _measure_capped(job, debug=args.debug)
-    report["command"] = _command(args)
+    report["command"] = typed(
+        "bench.run", build_parser(), args, leave_out=_NOT_OF_THE_RUN
+    )
     if args.json is not None:
         text = json.dumps(report, indent=1, allow_nan=False)
         write_atomically(pathlib.Path(args.json), text.encode() + b"\n")
@@ -163,6 +165,8 @@ def _ensure_ready(case: Case, args: argparse.Namespace) -> None:
     config = published_config(case.model)
     if config is not None:
         case.ensure_fits(config)
+    if args.offload_dir is not None:
+        make_folder(pathlib.Path(args.offload_dir))
     if case.memory_cap_bytes is not None:
         ensure_can_cap(case.memory_cap_bytes)
     if case.cold and not may_drop_everything():
@@ -196,27 +200,6 @@ def _measure_capped(job: "Job", *, debug: bool) -> dict[str, Any]:
         raise SystemExit(finished.returncode)
     report = json.loads(finished.stdout)
     return report | {"cgroup_peak_bytes": finished.peak_bytes}
-
-
-def _command(args: argparse.Namespace) -> str:
-    """What to type for the same run; without paths of this machine."""
-    plain = vars(build_parser().parse_args([]))
-    words = ["python", "-m", "bench.run"]
-    for name, value in vars(args).items():
-        if name == "case" and value is not None:
-            words.append(value)
-        elif name not in _NOT_OF_THE_RUN and value != plain[name]:
-            words += [f"--{name.replace('_', '-')}", *_words(name, value)]
-    return shlex.join(words)
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """The value of an argument, as it is typed; a switch has none."""
-    if name in ("model", "policy"):
-        return [pathlib.Path(value).name]
-    if isinstance(value, list):
-        return [f"{part:g}" for part in value]
-    return [] if value is True and name != "overlap" else [str(value)]
 
 
 def _list_cases() -> None:

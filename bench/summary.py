@@ -39,10 +39,11 @@ def _phase_table(report: Mapping[str, Any]) -> list[str]:
             f"{link} {rate / 1e9:.2f} GB/s"
             for link, rate in phase["bytes_per_s"].items()
         )
+        fraction = phase["fraction_of_bound"]
+        doubt = "; above 1: the limit was measured too low" if fraction > 1 else ""
         lines.append(
-            f"{name:8} {phase['seconds']:9.2f} {bound_s:9.2f} "
-            f"{phase['fraction_of_bound']:8.3f}  {phase['bound_by']}"
-            f" (moved: {moved or 'nothing'})"
+            f"{name:8} {phase['seconds']:9.2f} {bound_s:9.2f} {fraction:8.3f}  "
+            f"{phase['bound_by']} (moved: {moved or 'nothing'}{doubt})"
         )
     return lines
 

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flexjax.extents import BLOCK_BYTES
 from flexjax.models.config import (
     OPTConfig,
     parse_config,
@@ -80,14 +81,19 @@ class TensorEntry:
 def plan_entry(shape: tuple[int, ...], dtype: np.dtype) -> TensorEntry:
     """The entry of a tensor that is still to be written, without its checksums.
 
-    Among the chunk sizes that read well, takes the one that pads the least.
+    Among the chunk sizes that read well, takes those that keep every chunk's place in
+    memory fit for direct I/O, and of them the one that pads the least.
     """
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     most = min(shape[0], max(1, MAX_CHUNK_BYTES // row_bytes))
     least = min(most, math.ceil(MIN_CHUNK_BYTES / row_bytes))
-    chunk_rows = min(
-        range(most, least - 1, -1), key=lambda rows: math.ceil(shape[0] / rows) * rows
-    )
+
+    def cost(rows: int) -> tuple[bool, int]:
+        num_chunks = math.ceil(shape[0] / rows)
+        is_crooked = num_chunks > 1 and rows * row_bytes % BLOCK_BYTES != 0
+        return is_crooked, num_chunks * rows
+
+    chunk_rows = min(range(most, least - 1, -1), key=cost)
     return TensorEntry(
         shape=shape, dtype=dtype, chunk_rows=chunk_rows, checksum="", chunk_checksums=()
     )

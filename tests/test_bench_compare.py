@@ -37,7 +37,10 @@ def setting(num_rows: int) -> Setting:
 
 def measured(gen_len: int, step_s: float = 1.0) -> Measured:
     return Measured(
-        prefill_s=1.0, step_s=(step_s,) * (gen_len - 1), peak_rss_bytes=1 << 30
+        prefill_s=1.0,
+        step_s=(step_s,) * (gen_len - 1),
+        peak_rss_bytes=1 << 30,
+        versions={},
     )
 
 
@@ -72,13 +75,17 @@ class FakeSystem:
 
 
 def test_throughput_counts_prefill_and_decode():
-    whole = Measured(prefill_s=3.0, step_s=(1.0, 2.0, 2.0), peak_rss_bytes=1)
+    whole = Measured(
+        prefill_s=3.0, step_s=(1.0, 2.0, 2.0), peak_rss_bytes=1, versions={}
+    )
     assert attempt(16, whole, gen_len=4).tokens_per_s == 16 * 4 / 8
     assert attempt(16, whole, gen_len=4).counts
 
 
 def test_steps_that_were_not_run_go_on_without_the_first():
-    short = Measured(prefill_s=2.0, step_s=(9.0, 1.0, 3.0), peak_rss_bytes=1)
+    short = Measured(
+        prefill_s=2.0, step_s=(9.0, 1.0, 3.0), peak_rss_bytes=1, versions={}
+    )
     projected = attempt(10, short, gen_len=5)
     assert short.decode_s(5) == 2.0 * 4
     assert projected.tokens_per_s == 10 * 5 / 10
@@ -87,7 +94,9 @@ def test_steps_that_were_not_run_go_on_without_the_first():
 
 
 def test_one_token_is_prefill_alone():
-    done = attempt(4, Measured(prefill_s=2.0, step_s=(), peak_rss_bytes=1), gen_len=1)
+    done = attempt(
+        4, Measured(prefill_s=2.0, step_s=(), peak_rss_bytes=1, versions={}), gen_len=1
+    )
     assert done.counts
     assert done.tokens_per_s == 2.0
     assert attempt_to_json(done)["step_s"] == 0.0
@@ -240,6 +249,9 @@ def machine(tmp_path, monkeypatch):
             "prefill": {"seconds": seconds},
             "step_s": steps,
             "peak_rss_bytes": 1 << 30,
+            "dtype": "bfloat16",
+            "versions": {"torch": "1"},
+            "machine": {"versions": {"jax": "1"}},
         }
         path = pathlib.Path(command[command.index("--json") + 1])
         path.write_text(json.dumps(report))

@@ -86,9 +86,10 @@ def test_of_a_large_store_a_part_is_read_from_everywhere(store):
     assert picked == paths[::4]
 
 
-def test_what_was_written_to_measure_is_removed(tmp_path):
-    rate = measure_write(tmp_path, 8 << 20)
-    assert 0 < rate.num_bytes <= 8 << 20
+def test_what_was_written_to_measure_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_limit, "LEAST_WRITE_BYTES", 8 << 20)
+    rate = measure_write(tmp_path, 1)
+    assert rate.num_bytes == len(disk_limit.WAYS) * (8 << 20)
     assert not list(tmp_path.iterdir())
 
 
@@ -102,6 +103,7 @@ def test_limits_are_measured_for_what_a_run_uses(store, tmp_path, kv_cache):
     assert 0 < len(setting.disk_tensors) < len(store.tensors)
     measured = [measure_limits(setting)]
     spills = kv_cache.disk > 0
+    assert ("disk read" in mean_rates(measured)) == store.direct_io
     assert (setting.spill_bytes > 0) == spills
     assert ("disk write" in mean_rates(measured)) == spills
     slots = {compute_limit.read_slots(setting.work, step) for step in range(1, 40)}

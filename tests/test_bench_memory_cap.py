@@ -80,12 +80,26 @@ def test_a_group_goes_when_the_command_cannot_be_run(monkeypatch):
 
 def test_without_a_cap_only_the_child_counts(capsys):
     program = (
-        "import os, sys; print(os.environ['A']); sys.stderr.write('é'); sys.exit(3)"
+        "import sys; print('b'); sys.stderr.buffer.write('é'.encode()); sys.exit(3)"
     )
-    finished = run_capped(python(program), None, env={"A": "b", "PYTHONUTF8": "1"})
+    finished = run_capped(python(program), None)
     assert (finished.returncode, finished.stdout, finished.stderr) == (3, "b\n", "é")
     assert (finished.killed_for_memory, finished.peak_bytes) == (False, None)
     assert capsys.readouterr().err == "é"  # shown as well
+
+
+def test_a_child_goes_on_when_nobody_looks_any_more(monkeypatch):
+    class Gone:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(memory_cap.sys, "stderr", Gone())
+    program = "import sys; sys.stderr.write('e' * 300_000 + 'end')"
+    finished = run_capped(python(program), None, timeout_s=60)
+    assert finished.returncode == 0
+    assert finished.stderr.endswith("end")
 
 
 def test_much_output_is_read_and_the_end_of_stderr_kept():

@@ -159,18 +159,6 @@ def test_no_room_for_random_weights_is_said_before_any_is_made(cache, capsys):
     assert not list((cache / "random-opt-175b").glob("tensors/*"))
 
 
-def test_a_command_is_told_without_paths(tmp_path):
-    from bench.run import _command
-
-    words = "--model /a/b/opt --percent 0 100 0 100 0 100 --overlap false --cold"
-    args = build_parser().parse_args([*words.split(), "--json", str(tmp_path)])
-    args.debug = False
-    assert _command(args) == (
-        "python -m bench.run --model opt --cold --percent 0 100 0 100 0 100 "
-        "--overlap False"
-    )
-
-
 def test_the_list_names_every_case(capsys):
     assert bench_run("--list") == 0
     out = capsys.readouterr().out

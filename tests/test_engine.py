@@ -157,8 +157,8 @@ def test_a_cache_of_many_segments_and_pieces_gives_the_same_answers(
 ):
     monkeypatch.setattr(disk, "MIN_TAIL_SLOTS", 2)
     monkeypatch.setattr(disk, "MAX_TAIL_SLOTS", 2)
-    monkeypatch.setattr(disk, "PIECE_BYTES", 9000)
-    monkeypatch.setattr(disk_queue, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(disk, "PASSING_BYTES", 9000)
+    monkeypatch.setattr(disk_queue, "REQUEST_BYTES", 5000)
     policy = policy_of((HOST, CACHE_ON_DISK, DISK), schedule, (3, 2))
     check_golden(golden("opt-pre-ln"), policy, tmp_path, first_logits)
 

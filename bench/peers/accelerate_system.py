@@ -14,6 +14,7 @@ SCRIPT = pathlib.Path(__file__).with_name("accelerate_offload.py")
 BATCH_SIZES = (8, 16, 32, 40, 48, 64, 96, 128, 192, 256)
 PACKAGES = ("accelerate", "torch", "transformers")
 LAYERS = ("disk", "host")
+DTYPE = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,11 @@ class Accelerate:
         ]
 
     def read(self, report: Mapping[str, Any]) -> Measured:
+        if report["dtype"] != DTYPE:
+            raise ValueError(f"accelerate ran in {report['dtype']}, not in {DTYPE}")
         return Measured(
             prefill_s=report["prefill_s"],
             step_s=tuple(report["step_s"]),
             peak_rss_bytes=report["peak_rss_bytes"],
+            versions=report["versions"],
         )

@@ -48,6 +48,7 @@ class Flexjax:
             prefill_s=report["prefill"]["seconds"],
             step_s=tuple(report["step_s"]),
             peak_rss_bytes=report["peak_rss_bytes"],
+            versions=report["machine"]["versions"],
         )
 
 
@@ -95,8 +96,8 @@ def parse_setting(text: str) -> Setting:
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     add_policy_arguments(parser)
-    words = shlex.split(text)
     try:
+        words = shlex.split(text)
         args, unknown = parser.parse_known_args(words)
         if unknown:
             raise ValueError(f"{unknown[0]} says nothing about a policy")

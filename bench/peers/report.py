@@ -33,7 +33,10 @@ def attempt_to_json(attempt: Attempt) -> dict[str, Any]:
     outcome, gen_len = attempt.outcome, attempt.gen_len
     if isinstance(outcome, Failed):
         figures = dict.fromkeys(
-            ("tokens_per_s", "prefill_s", "decode_s", "step_s", "peak_rss_bytes")
+            (
+                *("tokens_per_s", "prefill_s", "decode_s", "step_s"),
+                *("peak_rss_bytes", "versions"),
+            )
         )
         return (
             values
@@ -51,6 +54,7 @@ def attempt_to_json(attempt: Attempt) -> dict[str, Any]:
         "decode_s": decode_s,
         "step_s": decode_s / (gen_len - 1) if gen_len > 1 else 0.0,
         "peak_rss_bytes": outcome.peak_rss_bytes,
+        "versions": dict(outcome.versions),
         "projected": outcome.is_projected(gen_len),
         "killed_for_memory": False,
         "failure": None,

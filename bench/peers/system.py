@@ -44,11 +44,13 @@ class Measured:
         prefill_s: seconds until the first token of every row.
         step_s: seconds of each step after that.
         peak_rss_bytes: the largest resident size of the process.
+        versions: of the packages that count.
     """
 
     prefill_s: float
     step_s: tuple[float, ...]
     peak_rss_bytes: int
+    versions: Mapping[str, str]
 
     def is_projected(self, gen_len: int) -> bool:
         """Whether a run of `gen_len` tokens is more than was measured."""

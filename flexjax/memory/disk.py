@@ -28,12 +28,12 @@ from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan
 from flexjax.policy import Kind, Tier
 
-# A tail has a power of two of slots in this range: fewer make requests too small for a
-# disk, more make the tails too large.
-MIN_TAIL_SLOTS, MAX_TAIL_SLOTS = 8, 32
-TAIL_BYTES = 8 << 20
+# A tail has a power of two of slots in this range, and about so many bytes: enough for
+# a request at the disk's full speed, and no more, since every layer and batch has two.
+MIN_TAIL_SLOTS, MAX_TAIL_SLOTS = 4, 32
+TAIL_BYTES = 2 << 20
 # What passes through a buffer on its way: rows of one segment, of about this size.
-PIECE_BYTES = 4 << 20
+PASSING_BYTES = 4 << 20
 
 
 def tail_slots(slot_bytes: int) -> int:
@@ -52,12 +52,12 @@ def passing_bytes(rows: int, row_bytes: int, *, segments: int) -> int:
         row_bytes: of a row of the longest segment.
         segments: that the array has at most; pieces of several may be under way.
     """
-    whole, piece = rows * row_bytes, max(PIECE_BYTES, row_bytes)
+    whole, piece = rows * row_bytes, max(PASSING_BYTES, row_bytes)
     return min(segments * whole, DEPTH * piece)
 
 
 def _piece_rows(row_bytes: int) -> int:
-    return max(1, PIECE_BYTES // row_bytes)
+    return max(1, PASSING_BYTES // row_bytes)
 
 
 class _Segment(NamedTuple):
@@ -266,7 +266,7 @@ class DiskStore:
 
         def finish_first() -> None:
             piece, done = under_way[0]
-            done.result()
+            self._disk.wait(done)
             finish(piece)
             self._passing.give(piece.buffer)
             under_way.popleft()

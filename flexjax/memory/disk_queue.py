@@ -15,7 +15,7 @@ from flexjax.memory.lanes import Lane, Span, Timeline
 # Requests under way: on the disk measured (raw reads at 1.5 GB/s), 2 to 8 were equal to
 # within its noise, in pieces of 2 to 8 MiB; smaller ones cost more of the processor.
 DEPTH = 4
-PIECE_BYTES = 4 << 20
+REQUEST_BYTES = 4 << 20
 
 
 class Urgency(enum.IntEnum):
@@ -49,14 +49,17 @@ class _Request:
             self._error = self._error or error
             if self._left:
                 return
-        if isinstance(self._error, OSError):
-            described = self._describe(self._error)
-            described.__cause__ = self._error
-            self.done.set_exception(described)
-        elif self._error is not None:
-            self.done.set_exception(self._error)
-        else:
+        if self._error is None:
             self.done.set_result(None)
+            return
+        raised = self._error
+        if isinstance(raised, OSError):
+            try:
+                raised = self._describe(raised)
+                raised.__cause__ = self._error
+            except Exception as error:  # noqa: BLE001  (whoever waits must hear of it)
+                raised = error
+        self.done.set_exception(raised)
 
 
 class _Piece(NamedTuple):
@@ -84,8 +87,8 @@ class DiskQueue:
         self._timeline = timeline
         self._waiting: queue.PriorityQueue[_Piece | _End] = queue.PriorityQueue()
         self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        self._under_way, self._busy_since_s = 0, 0.0
+        self._lock, self._is_closed = threading.Lock(), False
+        self._under_way, self._changed_s = 0, 0.0
         self._threads = [
             threading.Thread(
                 target=self._work, name=f"flexjax disk {index}", daemon=True
@@ -116,52 +119,58 @@ class DiskQueue:
         Raises:
             RuntimeError: the queue is closed.
         """
-        if not self._threads:
-            raise RuntimeError("the disk's queue is closed")
-        pieces = cut(extents, PIECE_BYTES)
+        pieces = cut(extents, REQUEST_BYTES)
         request = _Request(len(pieces), name, describe)
         if not pieces:
             request.done.set_result(None)
-        for piece in pieces:
-            number = next(self._numbers)
-            self._waiting.put(_Piece(urgency, number, move, piece, request))
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the disk's queue is closed")
+            for piece in pieces:
+                number = next(self._numbers)
+                self._waiting.put(_Piece(urgency, number, move, piece, request))
         return request.done
+
+    def wait(self, done: Future[None]) -> None:
+        """Waits for what `submit` returned, and does not count it as the lane's work.
+
+        Raises:
+            Exception: what the future raises.
+        """
+        with self._timeline.waiting():
+            done.result()
 
     def close(self) -> None:
         """Ends the threads once everything that was submitted is done."""
-        for _ in self._threads:
-            self._waiting.put(_End(Urgency.LAST, next(self._numbers)))
+        with self._lock:
+            if not self._is_closed:
+                for _ in self._threads:
+                    self._waiting.put(_End(Urgency.LAST, next(self._numbers)))
+            self._is_closed = True
         for thread in self._threads:
             thread.join()
-        self._threads.clear()
 
     def _work(self) -> None:
         while isinstance(piece := self._waiting.get(), _Piece):
             request, error = piece.request, None
             if not request.has_failed:
-                begin_s = self._begin()
+                begin_s = self._count(1)
                 try:
                     piece.move(piece.extent)
                 except BaseException as raised:  # noqa: BLE001  (the future raises it)
                     error = raised
                 size = piece.extent.memory.nbytes
-                span = Span(Lane.DISK, request.name, begin_s, self._end(), size)
+                span = Span(Lane.DISK, request.name, begin_s, self._count(-1), size)
                 self._timeline.add(span)
             request.end_piece(error)
             del piece, request, error  # an idle thread must not keep a buffer alive
 
-    def _begin(self) -> float:
-        now_s = time.perf_counter()
+    def _count(self, added: int) -> float:
+        """Counts the time since the last change, if anything was under way; now."""
         with self._lock:
-            if not self._under_way:
-                self._busy_since_s = now_s
-            self._under_way += 1
-        return now_s
-
-    def _end(self) -> float:
-        now_s = time.perf_counter()
-        with self._lock:
-            self._under_way -= 1
-            if not self._under_way:
-                self._timeline.busy_s[Lane.DISK] += now_s - self._busy_since_s
+            now_s = time.perf_counter()
+            if self._under_way:
+                self._timeline.busy_s[Lane.DISK] += now_s - self._changed_s
+            self._under_way += added
+            self._changed_s = now_s
         return now_s

@@ -7,6 +7,7 @@ deadlock.
 
 import contextlib
 import enum
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,7 @@ class Timeline:
         self.busy_s = dict.fromkeys(Lane, 0.0)
         self.spans: list[Span] = []
         self._keeps_spans = keeps_spans
+        self._work = threading.local()  # what a thread counts: lane, name, begin_s
 
     def start(self) -> None:
         """Begins a new run."""
@@ -59,12 +61,35 @@ class Timeline:
         if self._keeps_spans:
             self.spans.append(span)
 
-    def worked(
-        self, lane: Lane, name: str, begin_s: float, end_s: float, nbytes: int = 0
-    ) -> None:
+    @contextlib.contextmanager
+    def working(self, lane: Lane, name: str) -> Iterator[None]:
+        """Counts the time in the block as work of `lane`, but for what is `waiting`."""
+        self._work.lane, self._work.name = lane, name
+        self._work.begin_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stop_working()
+            self._work.lane = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Leaves the time in the block out of the work that this thread counts."""
+        self._stop_working()
+        try:
+            yield
+        finally:
+            self._work.begin_s = time.perf_counter()
+
+    def _stop_working(self) -> None:
+        lane = getattr(self._work, "lane", None)
+        if lane is not None:
+            self.worked(lane, self._work.name, self._work.begin_s, time.perf_counter())
+
+    def worked(self, lane: Lane, name: str, begin_s: float, end_s: float) -> None:
         """Counts what a lane did that does one thing at a time."""
         self.busy_s[lane] += end_s - begin_s
-        self.add(Span(lane, name, begin_s, end_s, nbytes))
+        self.add(Span(lane, name, begin_s, end_s))
 
 
 class Lanes:
@@ -82,14 +107,9 @@ class Lanes:
         """Issues `task(*args)`; returns at once."""
         return self._threads[lane].submit(task, *args)
 
-    @contextlib.contextmanager
-    def working(self, lane: Lane, name: object) -> Iterator[None]:
-        """Counts the time in the block as work of `lane`, in whose thread it runs."""
-        begin_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._timeline.worked(lane, str(name), begin_s, time.perf_counter())
+    def working(self, lane: Lane, name: str) -> contextlib.AbstractContextManager[None]:
+        """Counts the time in a block as work of `lane`, in whose thread it runs."""
+        return self._timeline.working(lane, name)
 
     def drain(self) -> None:
         """Waits until every task that was issued has ended, well or badly."""

@@ -1,5 +1,6 @@
 """The weights on their tiers: resident tensors stay, the others come layer by layer."""
 
+import concurrent.futures
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -188,6 +189,7 @@ class PlacedWeights:
     def _load(
         self, name: str, spans: dict[str, slice], reads: "dict[str, _Read]"
     ) -> Loans:
+        concurrent.futures.wait([read.done for read in reads.values()])
         with self._lanes.working(Lane.WEIGHTS, name):
             return self._bring(spans, reads)
 

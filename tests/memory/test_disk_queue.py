@@ -27,7 +27,7 @@ PIECE_BYTES = 10
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(disk_queue, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(disk_queue, "REQUEST_BYTES", PIECE_BYTES)
 
 
 @pytest.fixture

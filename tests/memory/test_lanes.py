@@ -120,13 +120,13 @@ def test_work_that_fails_is_work_too(lanes, timeline):
 def test_a_timeline_counts_always_and_keeps_spans_if_told_to(keeps_spans):
     timeline = Timeline(keeps_spans=keeps_spans)
     timeline.worked(Lane.COMPUTE, "a", 1.0, 3.0)
-    timeline.worked(Lane.COMPUTE, "b", 4.0, 4.5, nbytes=7)
+    timeline.worked(Lane.COMPUTE, "b", 4.0, 4.5)
     timeline.add(Span(Lane.DISK, "c", 1.0, 2.0))  # counted by the disk's queue
     assert timeline.busy_s[Lane.COMPUTE] == 2.5
     assert timeline.busy_s[Lane.DISK] == 0
     assert timeline.spans == keeps_spans * [
         Span(Lane.COMPUTE, "a", 1.0, 3.0),
-        Span(Lane.COMPUTE, "b", 4.0, 4.5, 7),
+        Span(Lane.COMPUTE, "b", 4.0, 4.5),
         Span(Lane.DISK, "c", 1.0, 2.0),
     ]
     before = timeline.spans
@@ -134,3 +134,22 @@ def test_a_timeline_counts_always_and_keeps_spans_if_told_to(keeps_spans):
     assert timeline.busy_s == dict.fromkeys(Lane, 0.0)
     assert timeline.spans == []
     assert len(before) == 3 * keeps_spans, "who has them keeps them"
+
+
+def test_waiting_is_no_work_and_cuts_the_span():
+    timeline = Timeline(keeps_spans=True)
+    with timeline.waiting():
+        pass  # nobody works: nothing to count
+    with timeline.working(Lane.WEIGHTS, "a"):
+        time.sleep(0.01)
+        with timeline.waiting():
+            begin_s = time.perf_counter()
+            time.sleep(0.03)
+            end_s = time.perf_counter()
+        time.sleep(0.01)
+    first, second = timeline.spans
+    assert first.end_s <= begin_s
+    assert end_s <= second.begin_s
+    assert timeline.busy_s[Lane.WEIGHTS] == pytest.approx(
+        sum(span.end_s - span.begin_s for span in timeline.spans)
+    )

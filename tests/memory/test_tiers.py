@@ -157,7 +157,7 @@ class Model:
             (self.append if isinstance(call, Append) else self.check)(call)
 
 
-@pytest.mark.parametrize("piece_bytes", [disk.PIECE_BYTES, SMALL_BYTES])
+@pytest.mark.parametrize("piece_bytes", [disk.PASSING_BYTES, SMALL_BYTES])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("name", STORES)
 @settings(max_examples=12)
@@ -181,7 +181,7 @@ def test_a_load_brings_exactly_what_was_stored(
 
 
 def cut_small(patch: pytest.MonkeyPatch, nbytes: int) -> None:
-    patch.setattr(disk, "PIECE_BYTES", nbytes)
+    patch.setattr(disk, "PASSING_BYTES", nbytes)
     patch.setattr(disk, "TAIL_BYTES", nbytes)
 
 
@@ -253,7 +253,7 @@ def test_every_segment_begins_at_a_block(queue, tmp_path, written):
     rows=st.integers(1, BATCH),
     seq=st.sampled_from([1, 32, 64, 70]),
     appended=st.sampled_from([0, 1, 32, 96]),
-    piece_bytes=st.sampled_from([100, 700, 1500, 5000, disk.PIECE_BYTES]),
+    piece_bytes=st.sampled_from([100, 700, 1500, 5000, disk.PASSING_BYTES]),
 )
 def test_what_passes_through_buffers_is_never_more_than_was_said(
     queue, tmp_path_factory, rows, seq, appended, piece_bytes
