@@ -145,9 +145,7 @@ def main(args: argparse.Namespace) -> None:
             vocab_size, count = llm.config.vocab_size, policy.block_size
             prompts = _random_prompts(vocab_size, count, args.prompt_len)
         outputs = llm.generate(prompts, params)
-        metrics, placement = llm.metrics, llm.placement
-        if args.trace is not None:
-            write_trace(pathlib.Path(args.trace), llm.trace)
+        metrics, placement, spans = llm.metrics, llm.placement, llm.trace
     if args.json is not None:  # first: a terminal may be closed, or know no Unicode
         report = {
             "outputs": [dataclasses.asdict(output) for output in outputs],
@@ -159,6 +157,8 @@ def main(args: argparse.Namespace) -> None:
         write_atomically(pathlib.Path(args.json), data)
     _print(outputs)
     print(_summary(metrics), file=sys.stderr)
+    if args.trace is not None:
+        write_trace(pathlib.Path(args.trace), spans)
 
 
 def _print(outputs: Sequence[RequestOutput]) -> None:

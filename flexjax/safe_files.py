@@ -42,11 +42,12 @@ def ensure_writable(flag: str, path: pathlib.Path) -> None:
         path: of the file; its folder is made if needed.
 
     Raises:
-        ValueError: it is a folder, or cannot be made.
+        ValueError: it is no ordinary file, or cannot be made.
     """
     path = path.absolute()
     make_folder(path.parent)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    is_other = path.exists() and not path.is_file()
+    if is_other or not os.access(path.parent, os.W_OK):
         raise ValueError(f"{flag} {path} cannot be written; name a file that can")
 
 

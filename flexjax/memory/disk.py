@@ -23,7 +23,7 @@ import numpy as np
 
 from flexjax.extents import BLOCK_BYTES, Extent, as_bytes, read_extent, write_extent
 from flexjax.memory.buffers import BufferPool, typed
-from flexjax.memory.disk_queue import DEPTH, DiskQueue, Urgency
+from flexjax.memory.disk_queue import DiskQueue, Urgency
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan
 from flexjax.policy import Kind, Tier
@@ -34,6 +34,7 @@ MIN_TAIL_SLOTS, MAX_TAIL_SLOTS = 4, 32
 TAIL_BYTES = 2 << 20
 # What passes through a buffer on its way: rows of one segment, of about this size.
 PASSING_BYTES = 4 << 20
+MOST_PASSING = 4  # such buffers, in each direction
 
 
 def tail_slots(slot_bytes: int) -> int:
@@ -53,7 +54,7 @@ def passing_bytes(rows: int, row_bytes: int, *, segments: int) -> int:
         segments: that the array has at most; pieces of several may be under way.
     """
     whole, piece = rows * row_bytes, max(PASSING_BYTES, row_bytes)
-    return min(segments * whole, DEPTH * piece)
+    return min(segments * whole, MOST_PASSING * piece)
 
 
 def _piece_rows(row_bytes: int) -> int:
@@ -274,7 +275,7 @@ class DiskStore:
         try:
             for segment in segments:
                 for rows, nbytes in entry.cut(segment):
-                    if len(under_way) == DEPTH:
+                    if len(under_way) == MOST_PASSING:
                         finish_first()
                     buffer = self._passing.take(nbytes)
                     piece = _Piece(segment, rows, buffer)

@@ -4,8 +4,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from flexjax.memory.disk import MAX_TAIL_SLOTS, passing_bytes, tail_slots
-from flexjax.memory.disk_queue import DEPTH
+from flexjax.memory.disk import (
+    MAX_TAIL_SLOTS,
+    MOST_PASSING,
+    passing_bytes,
+    tail_slots,
+)
 from flexjax.memory.placement import Rows, place_rows
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.models.config import OPTConfig
@@ -89,7 +93,7 @@ class RunFootprint:
             slot_bytes = self._cache_slot_bytes // 2  # keys and values are two arrays
             row_bytes = max(work.prompt_len, MAX_TAIL_SLOTS) * slot_bytes
             # As many segments as can be under way: their number grows with the tokens.
-            yield Kind.KV_CACHE, passing_bytes(rows, row_bytes, segments=DEPTH)
+            yield Kind.KV_CACHE, passing_bytes(rows, row_bytes, segments=MOST_PASSING)
         if policy.activations.disk > 0:
             row_bytes = work.prompt_len * self._hidden_bytes
             yield Kind.ACTIVATIONS, passing_bytes(rows, row_bytes, segments=1)

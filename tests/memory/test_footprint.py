@@ -9,8 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flexjax.memory.disk import MAX_TAIL_SLOTS, passing_bytes, tail_slots
-from flexjax.memory.disk_queue import DEPTH
+from flexjax.memory.disk import MAX_TAIL_SLOTS, MOST_PASSING, passing_bytes, tail_slots
 from flexjax.memory.footprint import (
     RunFootprint,
     cache_rows,
@@ -158,7 +157,7 @@ def test_what_is_on_disk_passes_through_host_memory_in_and_out(work, policy, sha
     none = Policy(kv_cache=CORNERS[0], activations=CORNERS[0])
     without = footprint(work, none, scores=True, shared=shared).resident()
     longest = {
-        Kind.KV_CACHE: (max(work.prompt_len, MAX_TAIL_SLOTS), DEPTH),
+        Kind.KV_CACHE: (max(work.prompt_len, MAX_TAIL_SLOTS), MOST_PASSING),
         Kind.ACTIVATIONS: (work.prompt_len, 1),
     }
     for kind, (slots, segments) in longest.items():

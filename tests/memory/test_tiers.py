@@ -16,7 +16,7 @@ from flexjax.extents import BLOCK_BYTES, Extent, write_extent
 from flexjax.memory import disk
 from flexjax.memory.device import DeviceStore
 from flexjax.memory.disk import DiskStore, passing_bytes, tail_slots
-from flexjax.memory.disk_queue import DEPTH, DiskQueue
+from flexjax.memory.disk_queue import DiskQueue
 from flexjax.memory.host import HostStore
 from flexjax.memory.lanes import Timeline
 from flexjax.memory.ledger import Ledger
@@ -269,7 +269,7 @@ def test_what_passes_through_buffers_is_never_more_than_was_said(
         row_slot_bytes = WIDTH * 4
         tail = tail_slots(rows * row_slot_bytes) * rows * row_slot_bytes
         longest = max(seq, disk.MAX_TAIL_SLOTS) * row_slot_bytes
-        most = DEPTH if appended else 1
+        most = disk.MOST_PASSING if appended else 1
         passing = passing_bytes(rows, longest, segments=most)
         assert ledger.peak(Tier.HOST) <= passing + (tail if appended else 0)
         store.free(0)
