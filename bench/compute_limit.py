@@ -23,11 +23,12 @@ from flexjax.memory.link import Device
 from flexjax.memory.weights import HeadBlocks
 from flexjax.models.config import layer_tensors
 from flexjax.models.opt import Params, unflatten
-from flexjax.policy import Policy
+from flexjax.policy import Policy, Tier
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Cache
 from flexjax.steps import (
+    Past,
     decode_step,
     embed_step,
     final_step,
@@ -228,14 +229,22 @@ class _Steps:
     def _rows(self, seq: int) -> jax.Array:
         return self._zeros((self._work.batch_size, seq, self._config.embed_dim))
 
-    def _past(self, layer: int, step: int) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """A cache in as many segments as the run's has."""
+    def _past(self, layer: int, step: int) -> tuple[Past, ...]:
+        """A cache in as many segments, of as many pieces, as the run's has."""
         rows = cache_rows(self._policy, self._work, Cache(layer, 0))
         config, slots = self._config, read_slots(self._work, step)
-        inner = (config.num_attention_heads, slots, config.head_dim)
+        prompt = self._work.prompt_len
+
+        def pieces(tier: Tier, count: int) -> tuple[jax.Array, ...]:
+            cut = tier is Tier.DISK and slots > prompt
+            return tuple(
+                self._zeros((count, config.num_attention_heads, size, config.head_dim))
+                for size in ((prompt, slots - prompt) if cut else (slots,))
+            )
+
         return tuple(
-            (self._zeros((count, *inner)), self._zeros((count, *inner)))
-            for count in rows
+            (pieces(tier, count), pieces(tier, count))
+            for tier, count in zip(Tier, rows, strict=True)
             if count
         )
 

@@ -88,7 +88,7 @@ def prefill_attention(
 def decode_attention(
     query: Float[Array, "batch heads 1 head_dim"],
     new: tuple[Float[Array, "batch heads 1 head_dim"], ...],
-    past: tuple[Float[Array, "batch heads slots head_dim"], ...],
+    past: tuple[tuple[Float[Array, "batch heads _slots head_dim"], ...], ...],
     start: Int[Array, " batch"],
     length: Int[Array, ""],
 ) -> Float[Array, "batch heads 1 head_dim"]:
@@ -97,22 +97,32 @@ def decode_attention(
     Args:
         query: of the new token.
         new: key and value of the new token, which are not in the cache yet.
-        past: cached keys and values; slots from `length` on hold anything finite.
+        past: cached keys and values, each in pieces along its slots, in their order;
+            slots from `length` on hold anything finite.
         start: first slot of each row that holds a real token.
         length: number of slots that are in use, the same for every row.
     """
-    key, value = past
     new_key, new_value = new
     query = _scale(query)
-    slots = jnp.arange(key.shape[2], dtype=jnp.int32)
-    visible = (slots[None, :] >= start[:, None]) & (slots < length)[None, :]
-    scores = _dot(_padded(query), key, contract=(3, 3))[:, :, :1]
-    scores = jnp.where(visible[:, None, None, :], scores, MASKED)
+    padded, first = _padded(query), 0
+    scores = []
+    for key in past[0]:
+        slots = first + jnp.arange(key.shape[2], dtype=jnp.int32)
+        first += key.shape[2]
+        visible = (slots[None, :] >= start[:, None]) & (slots < length)[None, :]
+        piece = _dot(padded, key, contract=(3, 3))[:, :, :1]
+        scores.append(jnp.where(visible[:, None, None, :], piece, MASKED))
     own = _dot(query, new_key, contract=(3, 3))
-    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), own)
-    weights, own_weight = jnp.exp(scores - peak), jnp.exp(own - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + own_weight
-    shares = _padded((weights / total).astype(value.dtype))
-    seen = _dot(shares, value, contract=(3, 2))[:, :, :1]
-    itself = (own_weight / total) * new_value.astype(jnp.float32)
-    return (seen + itself).astype(query.dtype)
+    peak = own
+    for piece in scores:
+        peak = jnp.maximum(peak, jnp.max(piece, axis=-1, keepdims=True))
+    own_weight = jnp.exp(own - peak)
+    weights = [jnp.exp(piece - peak) for piece in scores]
+    total = own_weight
+    for piece in weights:
+        total = total + jnp.sum(piece, axis=-1, keepdims=True)
+    out = (own_weight / total) * new_value.astype(jnp.float32)
+    for piece, value in zip(weights, past[1], strict=True):
+        shares = _padded((piece / total).astype(value.dtype))
+        out = out + _dot(shares, value, contract=(3, 2))[:, :, :1]
+    return out.astype(query.dtype)

@@ -204,7 +204,7 @@ class LayerStage:
     def _load_token_rows(self, step: int, batch: int) -> PlacedLoan:
         with self._lanes.working(Lane.HIDDEN, f"token rows, batch {batch}"):
             rows = self._weights.token_rows(self._rows.token_ids(step, batch))
-        return PlacedLoan([(rows,)])
+        return PlacedLoan([((rows,),)])
 
     def _dispatch(
         self,
@@ -236,7 +236,7 @@ class LayerStage:
         cell: Cell,
         tensors: dict[str, jax.Array],
         state: jax.Array,
-        segments: tuple[Arrays, ...],
+        segments: tuple[tuple[Arrays, ...], ...],
     ) -> tuple[Any, jax.Array, Arrays]:
         """What to wait for, the hidden state, and the keys and values to store."""
         params = unflatten(tensors)
@@ -288,5 +288,5 @@ def _hidden_of(task: Future[Made]) -> Arrays:
 
 def _joined(loan: PlacedLoan) -> jax.Array:
     """The rows of all tiers as one batch."""
-    arrays = [array for (array,) in loan.segments]
+    arrays = [array for ((array,),) in loan.segments]
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)

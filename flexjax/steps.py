@@ -27,9 +27,10 @@ from flexjax.models.opt import (
 from flexjax.workload import prefill_rows
 
 Hidden = Float[Array, "batch 1 seq hidden"]
-# Segments of a cache differ in their rows, and new tokens from old ones in their slots.
+# Segments of a cache differ in their rows, their pieces in their slots.
 _KeyOrValue = Float[Array, "_rows heads _slots head_dim"]
 KeyValue = tuple[_KeyOrValue, _KeyOrValue]
+Past = tuple[tuple[_KeyOrValue, ...], tuple[_KeyOrValue, ...]]
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
 
 
@@ -85,7 +86,7 @@ def prefill_step(
 def decode_step(
     params: Params,
     hidden: Hidden,
-    past: tuple[KeyValue, ...],
+    past: tuple[Past, ...],
     start: Int[Array, " batch"],
     length: Int[Array, ""],
     *,
@@ -96,8 +97,8 @@ def decode_step(
     Args:
         params: of the layer.
         hidden: of the new tokens.
-        past: cached keys and values; each segment holds some rows of the batch, all
-            segments together hold them all, in order.
+        past: cached keys and values; each segment holds some rows of the batch, in
+            pieces along its slots; all segments together hold them all, in order.
         start: first slot of each row that holds a real token.
         length: slots of the cache that are in use.
         config: of the model.
@@ -106,7 +107,7 @@ def decode_step(
     def attend(query: Array, key: Array, value: Array) -> Array:
         outs, first = [], 0
         for segment in past:
-            rows = slice(first, first + segment[0].shape[0])
+            rows = slice(first, first + segment[0][0].shape[0])
             new = key[rows], value[rows]
             outs.append(
                 decode_attention(query[rows], new, segment, start[rows], length)

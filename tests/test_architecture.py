@@ -50,6 +50,7 @@ STAIRS = [
     "memory.device",
     "memory.host",
     "memory.spill",
+    "memory.spilled",
     "memory.disk",
     "memory.placed",
     "memory.weights",

@@ -97,8 +97,12 @@ def test_decode_is_the_last_row_of_prefill(dtype, data):
     whole = jax.jit(prefill_attention)(query, key, value, start)[:, :, -1:]
     # Slots that are not in use hold anything finite.
     garbage = ((0, 0), (0, 0), (0, 1 + spare), (0, 0))
+    cut = data.draw(st.integers(1, seq + spare))  # into two pieces, or one
     past = tuple(
-        jnp.pad(x[:, :, :-1], garbage, constant_values=1e30) for x in (key, value)
+        tuple(piece for piece in (x[:, :, :cut], x[:, :, cut:]) if piece.shape[2])
+        for x in (
+            jnp.pad(x[:, :, :-1], garbage, constant_values=1e30) for x in (key, value)
+        )
     )
     new = key[:, :, -1:], value[:, :, -1:]
     decode = jax.jit(decode_attention)
@@ -115,7 +119,7 @@ def test_decode_equals_the_plain_attention(dtype):
     found = decode_attention(
         query[:, :, -1:],
         (key[:, :, -1:], value[:, :, -1:]),
-        (key[:, :, :-1], value[:, :, :-1]),
+        ((key[:, :, :-1],), (value[:, :, :-1],)),
         jnp.asarray(start),
         jnp.int32(39),
     )
@@ -129,5 +133,7 @@ def test_a_row_of_padding_alone_stays_finite(dtype):
     start = jnp.full(2, 100, jnp.int32)
     assert_finite(prefill_attention(query, key, value, start))
     new = key[:, :, -1:], value[:, :, -1:]
-    found = decode_attention(query[:, :, -1:], new, (key, value), start, jnp.int32(8))
+    found = decode_attention(
+        query[:, :, -1:], new, ((key,), (value,)), start, jnp.int32(8)
+    )
     check(found, np.asarray(new[1], np.float64), dtype, 1.0)

@@ -1,5 +1,6 @@
 """What `Free` promises: memory that it lets go of is gone, not only counted as gone."""
 
+import itertools
 import time
 import weakref
 
@@ -27,8 +28,8 @@ def arrays_of(stage: LayerStage, buffer: Buffer) -> list[weakref.ref]:
         return [weakref.ref(loan.array) for loan in loans]
     slot, found = stage._slots[buffer], []
     if slot.loaded is not None:
-        for segment in slot.loaded.result().segments:
-            found += map(weakref.ref, segment)
+        for pieces in itertools.chain(*slot.loaded.result().segments):
+            found += map(weakref.ref, pieces)
     if slot.made is not None:
         made = slot.made.result()
         arrays = made.cache if isinstance(buffer, Cache) else [made.hidden]

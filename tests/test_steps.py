@@ -59,11 +59,17 @@ def test_decoding_a_token_is_prefilling_a_longer_prompt(name, segments):
     start = jnp.asarray(np.array([0, 3, 7, 8], np.int32))
     whole, (keys, values) = prefill_step(params, hidden.copy(), start, config=config)
     _, before = prefill_step(params, hidden[:, :, :8], start, config=config)
-    # The rows of the cache lie on several tiers, each with room for more slots.
+
+    # The rows of the cache lie on several tiers, each with room for more slots and in
+    # two pieces.
+    def pad(slots):
+        return ((0, 0), (0, 0), (0, slots), (0, 0))
+
     firsts = np.cumsum([0, *segments])
     past = tuple(
         tuple(
-            jnp.pad(x[first:last], ((0, 0), (0, 0), (0, 5 + i), (0, 0))) for x in before
+            (x[first:last, :, :5], jnp.pad(x[first:last, :, 5:], pad(5 + i)))
+            for x in before
         )
         for i, (first, last) in enumerate(itertools.pairwise(firsts.tolist()))
     )

@@ -39,9 +39,9 @@ class DeviceStore:
         # Waiting here keeps `value` counted until it is copied, as `Free` promises.
         self._replace(key, array.block_until_ready())
 
-    def load(self, key: Hashable) -> Loan:
+    def load(self, key: Hashable) -> tuple[Loan, ...]:
         with self._lock:
-            return Loan(self._arrays[key])
+            return (Loan(self._arrays[key]),)
 
     def free(self, key: Hashable) -> None:
         self._replace(key, None)

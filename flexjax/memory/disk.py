@@ -5,27 +5,27 @@ slots, width]`, and is written once, whole. The slots of a prefill are one segme
 ones, which come one by one, wait in the tail until it is full: so a new token costs a
 copy into host memory, and nothing on disk is ever read to be written again.
 
-Arrays pass through a few small buffers on their way, since the slots of a segment lie
-apart in the array that is loaded.
+The first segment is loaded as it is. What follows is put together in memory, and passes
+through a few small buffers on its way, since the slots of a segment lie apart there.
 """
 
 import collections
-import dataclasses
+import functools
 import itertools
 import pathlib
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from flexjax.extents import BLOCK_BYTES, Extent, as_bytes, read_extent, write_extent
+from flexjax.extents import Extent, as_bytes, read_extent, write_extent
 from flexjax.memory.buffers import BufferPool, typed
 from flexjax.memory.disk_queue import DiskQueue, Urgency
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan
+from flexjax.memory.spilled import Piece, Segment, SpilledArray
 from flexjax.policy import Kind, Tier
 
 # A tail has a power of two of slots in this range, and about so many bytes: enough for
@@ -57,73 +57,6 @@ def passing_bytes(rows: int, row_bytes: int, *, segments: int) -> int:
     return min(segments * whole, MOST_PASSING * piece)
 
 
-def _piece_rows(row_bytes: int) -> int:
-    return max(1, PASSING_BYTES // row_bytes)
-
-
-class _Segment(NamedTuple):
-    """Slots `first` to `first + slots - 1`, at `offset` of the file."""
-
-    first: int
-    slots: int
-    offset: int
-
-
-class _Piece(NamedTuple):
-    """Some rows of a segment, and the buffer through which they pass."""
-
-    segment: _Segment
-    rows: slice
-    buffer: np.ndarray
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Entry:
-    """One array: its file, and the slots that are not in it yet."""
-
-    path: pathlib.Path
-    shape: tuple[int, int, int, int]
-    dtype: np.dtype
-    segments: list[_Segment] = dataclasses.field(default_factory=list)
-    used: int = 0  # slots in all
-    tail: np.ndarray | None = None  # [rows, groups, tail slots, width]
-
-    @property
-    def slot_bytes(self) -> int:
-        rows, groups, _, width = self.shape
-        return rows * groups * width * self.dtype.itemsize
-
-    @property
-    def flushed(self) -> int:
-        """Slots on disk."""
-        return sum(segment.slots for segment in self.segments)
-
-    def next_segment(self, slots: int) -> _Segment:
-        """A segment behind the last one; it begins at a block, for direct I/O."""
-        last = self.segments[-1] if self.segments else _Segment(0, 0, 0)
-        end = last.offset + last.slots * self.slot_bytes
-        offset = -(-end // BLOCK_BYTES) * BLOCK_BYTES
-        return _Segment(last.first + last.slots, slots, offset)
-
-    def row_bytes(self, slots: int) -> int:
-        """Bytes of one row of a segment."""
-        return self.slot_bytes // self.shape[0] * slots
-
-    def cut(self, segment: _Segment) -> Iterator[tuple[slice, int]]:
-        """Rows that pass through one buffer at a time, and its bytes."""
-        row_bytes = self.row_bytes(segment.slots)
-        step = _piece_rows(row_bytes)
-        for first in range(0, self.shape[0], step):
-            rows = slice(first, min(first + step, self.shape[0]))
-            yield rows, (rows.stop - rows.start) * row_bytes
-
-    def view(self, piece: _Piece) -> np.ndarray:
-        """The buffer of a piece as `[rows, groups, slots, width]`."""
-        rows, groups, width = piece.rows, self.shape[1], self.shape[3]
-        shape = (rows.stop - rows.start, groups, piece.segment.slots, width)
-        return typed(piece.buffer, shape, self.dtype)
-
-
 class DiskStore:
     """Holds arrays on disk; a load reads them into a stage buffer."""
 
@@ -142,7 +75,7 @@ class DiskStore:
         self._stage = BufferPool(ledger, link.stage_tier, kind)
         self._tails = BufferPool(ledger, Tier.HOST, kind)
         self._passing = BufferPool(ledger, Tier.HOST, kind)
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[Hashable, SpilledArray] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
 
@@ -159,17 +92,22 @@ class DiskStore:
         for slot in range(part.shape[2]):
             self._add_to_tail(key, entry, part[:, :, slot : slot + 1])
 
-    def load(self, key: Hashable) -> Loan:
+    def load(self, key: Hashable) -> tuple[Loan, ...]:
         with self._lock:
             entry = self._entries[key]
-        buffer = self._stage.take(entry.slot_bytes * entry.shape[2])
-        array = typed(buffer, entry.shape, entry.dtype)
+        first = entry.segments[0].slots
+        sizes = [first, entry.shape[2] - first] if entry.shape[2] > first else [first]
+        buffers: list[np.ndarray] = []
         try:
-            self._fill(key, entry, array)
+            buffers.extend(
+                self._stage.take(entry.slot_bytes * slots) for slots in sizes
+            )
+            self._fill(key, entry, buffers)
         except BaseException:
-            self._stage.give(buffer)
+            for buffer in buffers:
+                self._stage.give(buffer)
             raise
-        return self._link.lend(array, self._kind, lambda: self._stage.give(buffer))
+        return self._lend(entry, sizes, buffers)
 
     def free(self, key: Hashable) -> None:
         with self._lock:
@@ -183,7 +121,9 @@ class DiskStore:
         self._tails.clear()
         self._passing.clear()
 
-    def _entry(self, key: Hashable, part: np.ndarray, at: int, slots: int) -> _Entry:
+    def _entry(
+        self, key: Hashable, part: np.ndarray, at: int, slots: int
+    ) -> SpilledArray:
         """The entry to write into: the one that is there, emptied if `at` is 0, or new.
 
         A file that is there is written over, which saves the disk from finding room.
@@ -198,12 +138,12 @@ class DiskStore:
             entry.shape, entry.dtype = shape, part.dtype
             return entry
         path = self._folder / f"{self._kind.value}-{next(self._numbers)}"
-        entry = _Entry(path=path, shape=shape, dtype=part.dtype)
+        entry = SpilledArray(path=path, shape=shape, dtype=part.dtype)
         with self._lock:
             self._entries[key] = entry
         return entry
 
-    def _empty(self, entry: _Entry) -> None:
+    def _empty(self, entry: SpilledArray) -> None:
         self._ledger.hold(Tier.DISK, self._kind, -entry.flushed * entry.slot_bytes)
         entry.segments.clear()
         entry.used = 0
@@ -211,7 +151,9 @@ class DiskStore:
             self._tails.give(as_bytes(entry.tail))
             entry.tail = None
 
-    def _add_to_tail(self, key: Hashable, entry: _Entry, slot: np.ndarray) -> None:
+    def _add_to_tail(
+        self, key: Hashable, entry: SpilledArray, slot: np.ndarray
+    ) -> None:
         if entry.tail is None:
             rows, groups, _, width = entry.shape
             size = tail_slots(entry.slot_bytes)
@@ -223,11 +165,11 @@ class DiskStore:
         if at + 1 == entry.tail.shape[2]:
             self._write(key, entry, entry.tail)
 
-    def _write(self, key: Hashable, entry: _Entry, part: np.ndarray) -> None:
+    def _write(self, key: Hashable, entry: SpilledArray, part: np.ndarray) -> None:
         """Writes `[rows, groups, slots, width]` as the next segment."""
         segment = entry.next_segment(part.shape[2])
 
-        def start(piece: _Piece) -> Future[None]:
+        def start(piece: Piece) -> Future[None]:
             entry.view(piece)[:] = part[piece.rows]
             return self._move(write_extent, "written", key, entry, piece)
 
@@ -236,34 +178,75 @@ class DiskStore:
         self._ledger.hold(Tier.DISK, self._kind, part.nbytes)
         self._ledger.move(Tier.HOST, Tier.DISK, part.nbytes)
 
-    def _fill(self, key: Hashable, entry: _Entry, array: np.ndarray) -> None:
-        """Reads every slot that is in use into `array`; the others become zero."""
+    def _fill(
+        self, key: Hashable, entry: SpilledArray, buffers: list[np.ndarray]
+    ) -> None:
+        """Reads the first segment into the first buffer, all that follows into another.
 
-        def start(piece: _Piece) -> Future[None]:
+        The first segment needs no way through small buffers: it lies in memory as it
+        does on disk.
+        """
+        segment = entry.segments[0]
+        whole = Extent(entry.path, segment.offset, buffers[0])
+        done = self._submit(read_extent, "read", key, whole)
+        try:
+            if len(buffers) > 1:
+                rows, groups, slots, width = entry.shape
+                shape = (rows, groups, slots - segment.slots, width)
+                self._fill_rest(key, entry, typed(buffers[1], shape, entry.dtype))
+        except BaseException:
+            done.exception()  # the disk may still be busy with the buffer
+            raise
+        self._disk.wait(done)
+        nbytes = entry.flushed * entry.slot_bytes
+        self._ledger.move(Tier.DISK, self._link.stage_tier, nbytes)
+
+    def _fill_rest(self, key: Hashable, entry: SpilledArray, array: np.ndarray) -> None:
+        """Reads the slots behind the first segment; those not in use become zero."""
+        begin = entry.segments[0].slots
+
+        def start(piece: Piece) -> Future[None]:
             return self._move(read_extent, "read", key, entry, piece)
 
-        def finish(piece: _Piece) -> None:
+        def finish(piece: Piece) -> None:
             first, slots, _ = piece.segment
-            into = array[piece.rows, :, first : first + slots]
+            into = array[piece.rows, :, first - begin : first - begin + slots]
             into[:] = entry.view(piece)
 
-        flushed = entry.flushed
+        flushed, used = entry.flushed - begin, entry.used - begin
         if entry.tail is not None:
-            array[:, :, flushed : entry.used] = entry.tail[:, :, : entry.used - flushed]
-        array[:, :, entry.used :] = 0
-        self._pass_through(entry, entry.segments, start, finish)
-        nbytes = flushed * entry.slot_bytes
-        self._ledger.move(Tier.DISK, self._link.stage_tier, nbytes)
+            array[:, :, flushed:used] = entry.tail[:, :, : used - flushed]
+        array[:, :, used:] = 0
+        self._pass_through(entry, entry.segments[1:], start, finish)
+
+    def _lend(
+        self, entry: SpilledArray, sizes: list[int], buffers: list[np.ndarray]
+    ) -> tuple[Loan, ...]:
+        """The filled buffers on the device."""
+        rows, groups, _, width = entry.shape
+        loans: list[Loan] = []
+        for slots, buffer in zip(sizes, buffers, strict=True):
+            array = typed(buffer, (rows, groups, slots, width), entry.dtype)
+            give = functools.partial(self._stage.give, buffer)
+            try:
+                loans.append(self._link.lend(array, self._kind, give))
+            except BaseException:
+                for loan in loans:
+                    loan.release()
+                for later in buffers[len(loans) + 1 :]:
+                    self._stage.give(later)
+                raise
+        return tuple(loans)
 
     def _pass_through(
         self,
-        entry: _Entry,
-        segments: Iterable[_Segment],
-        start: Callable[[_Piece], Future[None]],
-        finish: Callable[[_Piece], None],
+        entry: SpilledArray,
+        segments: Iterable[Segment],
+        start: Callable[[Piece], Future[None]],
+        finish: Callable[[Piece], None],
     ) -> None:
         """Moves segments in pieces, a few of which are under way at the same time."""
-        under_way: collections.deque[tuple[_Piece, Future[None]]] = collections.deque()
+        under_way: collections.deque[tuple[Piece, Future[None]]] = collections.deque()
 
         def finish_first() -> None:
             piece, done = under_way[0]
@@ -274,11 +257,11 @@ class DiskStore:
 
         try:
             for segment in segments:
-                for rows, nbytes in entry.cut(segment):
+                for rows, nbytes in entry.cut(segment, PASSING_BYTES):
                     if len(under_way) == MOST_PASSING:
                         finish_first()
                     buffer = self._passing.take(nbytes)
-                    piece = _Piece(segment, rows, buffer)
+                    piece = Piece(segment, rows, buffer)
                     try:
                         under_way.append((piece, start(piece)))
                     except BaseException:
@@ -296,13 +279,17 @@ class DiskStore:
         move: Callable[[Extent], None],
         verb: str,
         key: Hashable,
-        entry: _Entry,
-        piece: _Piece,
+        entry: SpilledArray,
+        piece: Piece,
     ) -> Future[None]:
         """Starts to read or write a piece."""
         segment, rows, buffer = piece
         offset = segment.offset + rows.start * entry.row_bytes(segment.slots)
+        return self._submit(move, verb, key, Extent(entry.path, offset, buffer))
 
+    def _submit(
+        self, move: Callable[[Extent], None], verb: str, key: Hashable, extent: Extent
+    ) -> Future[None]:
         def describe(error: OSError) -> OSError:
             return OSError(
                 f"{key} could not be {verb} in {self._folder}: {error}; check the disk "
@@ -311,7 +298,7 @@ class DiskStore:
 
         return self._disk.submit(
             move,
-            [Extent(entry.path, offset, buffer)],
+            [extent],
             name=f"{key}",
             urgency=Urgency.NOW,
             describe=describe,

@@ -46,10 +46,10 @@ class HostStore:
         with self._lock:
             self._arrays[key] = array
 
-    def load(self, key: Hashable) -> Loan:
+    def load(self, key: Hashable) -> tuple[Loan, ...]:
         with self._lock:
             array = self._arrays[key]
-        return self._link.lend(array, self._kind)
+        return (self._link.lend(array, self._kind),)
 
     def free(self, key: Hashable) -> None:
         with self._lock:

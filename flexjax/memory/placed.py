@@ -12,23 +12,33 @@ from flexjax.memory.tier import TierStore
 from flexjax.policy import Tier
 
 Arrays = tuple[jax.Array, ...]
+_Loans = tuple[Loan, ...]
 
 
 class PlacedLoan:
-    """What a load brought: the arrays of each tier's rows, as they lie in the batch."""
+    """What a load brought: the arrays of each tier's rows, as they lie in the batch.
 
-    def __init__(self, segments: list[tuple[Loan, ...]]) -> None:
+    Args of the constructor:
+        segments: for each tier that has rows, for each array of the key, the pieces
+            along its slots.
+    """
+
+    def __init__(self, segments: list[tuple[_Loans, ...]]) -> None:
         self._segments = segments
 
     @property
-    def segments(self) -> tuple[Arrays, ...]:
-        return tuple(tuple(loan.array for loan in loans) for loans in self._segments)
+    def segments(self) -> tuple[tuple[Arrays, ...], ...]:
+        return tuple(
+            tuple(tuple(loan.array for loan in pieces) for pieces in arrays)
+            for arrays in self._segments
+        )
 
     def release(self) -> None:
         """Gives the stage buffers back; nothing may use the arrays any more."""
-        for loans in self._segments:
-            for loan in loans:
-                loan.release()
+        for arrays in self._segments:
+            for pieces in arrays:
+                for loan in pieces:
+                    loan.release()
         self._segments = []
 
 
@@ -88,7 +98,7 @@ class PlacedArrays:
 
     def _load(self, key: Hashable, stored: Future[int]) -> PlacedLoan:
         count = stored.result()
-        segments: list[tuple[Loan, ...]] = []
+        segments: list[tuple[_Loans, ...]] = []
         try:
             with self._lanes.working(self._load_lane, f"load {key}"):
                 for tier in self._rows_of(key).spans():

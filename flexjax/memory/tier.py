@@ -33,8 +33,11 @@ class TierStore(Protocol):
         """
         ...
 
-    def load(self, key: Hashable) -> Loan:
-        """Brings an array to the device; slots not written hold finite numbers."""
+    def load(self, key: Hashable) -> tuple[Loan, ...]:
+        """Brings an array to the device, in pieces along its slots, in their order.
+
+        Slots that were not written hold finite numbers.
+        """
         ...
 
     def free(self, key: Hashable) -> None:

@@ -79,7 +79,10 @@ def on_device(arrays):
 def loaded(home: Home, key="key") -> list[np.ndarray]:
     """Key and value, the segments of all tiers put together."""
     loan = in_time(home.arrays.load(key).result)
-    whole = [np.concatenate(parts) for parts in zip(*loan.segments, strict=True)]
+    whole = [
+        np.concatenate([np.concatenate(pieces, axis=2) for pieces in parts])
+        for parts in zip(*loan.segments, strict=True)
+    ]
     loan.release()
     return whole
 
@@ -114,7 +117,7 @@ def test_both_return_at_once_and_a_load_waits_for_the_store_before_it(home):
     go.set()
     loan = in_time(load.result)
     assert stored.done()
-    assert [len(segment[0]) for segment in loan.segments] == [1, 2, 1]
+    assert [len(segment[0][0]) for segment in loan.segments] == [1, 2, 1]
     loan.release()
 
 

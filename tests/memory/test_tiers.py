@@ -135,14 +135,15 @@ class Model:
         self.slots[key] = slots
 
     def check(self, call: Load) -> None:
-        loan, expected = self.store.load(call.key), self.held[call.key]
-        found = np.asarray(loan.array)
+        loans, expected = self.store.load(call.key), self.held[call.key]
+        found = np.concatenate([np.asarray(loan.array) for loan in loans], axis=2)
         used = expected.shape[2]
         assert found.dtype == self.dtype
         assert found.shape == (*expected.shape[:2], self.slots[call.key], WIDTH)
         assert found[:, :, :used].tobytes() == expected.tobytes()
         assert np.isfinite(found[:, :, used:].astype(np.float32)).all()
-        loan.release()
+        for loan in loans:
+            loan.release()
 
     def free(self, call: Free) -> None:
         self.store.free(call.key)
@@ -321,7 +322,7 @@ def test_device_memory_apart_is_counted_while_a_loan_lasts(queue, tmp_path):
     Model(store, FLOAT32, slice(0, BATCH)).begin(Begin(0, 1, 32, 0, whole=True))
     nbytes = ledger.held(Tier.HOST, KIND)
     assert nbytes == BATCH * 32 * WIDTH * 4
-    loan = store.load(0)
+    (loan,) = store.load(0)
     assert ledger.held(Tier.DEVICE, KIND) == nbytes
     loan.release()
     assert ledger.held(Tier.DEVICE, KIND) == 0
