@@ -14,8 +14,9 @@ from flexjax.memory.lanes import Lane, Span, Timeline
 
 # Requests under way. Alone, a disk of 1.5 GB/s is as fast with 2 as with 8; but while
 # layers are computed on all cores, threads wake late: a step that reads all weights
-# took 2.10, 1.98 and 1.85 s with 4, 8 and 16. Below 2 MiB they cost more processor.
-DEPTH = 16
+# took 2.10, 1.98 and 1.85 s with 4, 8 and 16. What is urgent still waits for what is
+# under way: with most of the cache on disk too, a step took 3.0 s with 6, 3.6 with 16.
+DEPTH = 8
 REQUEST_BYTES = 4 << 20
 
 
