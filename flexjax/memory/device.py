@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, Shaped
 
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import Loan
-from flexjax.memory.tier import grown_shape
+from flexjax.memory.tier import Pieces, grown_shape
 from flexjax.policy import Kind, Tier
 
 
@@ -39,9 +39,10 @@ class DeviceStore:
         # Waiting here keeps `value` counted until it is copied, as `Free` promises.
         self._replace(key, array.block_until_ready())
 
-    def load(self, key: Hashable) -> tuple[Loan, ...]:
+    def load(self, key: Hashable) -> Callable[[], Pieces]:
         with self._lock:
-            return (Loan(self._arrays[key]),)
+            array = self._arrays[key]
+        return lambda: (Loan(array),)
 
     def free(self, key: Hashable) -> None:
         self._replace(key, None)

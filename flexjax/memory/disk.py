@@ -26,6 +26,7 @@ from flexjax.memory.disk_queue import DiskQueue, Urgency
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Loan
 from flexjax.memory.spilled import Piece, Segment, SpilledArray
+from flexjax.memory.tier import Pieces
 from flexjax.policy import Kind, Tier
 
 # A tail has a power of two of slots in this range, and about so many bytes: enough for
@@ -92,7 +93,7 @@ class DiskStore:
         for slot in range(part.shape[2]):
             self._add_to_tail(key, entry, part[:, :, slot : slot + 1])
 
-    def load(self, key: Hashable) -> tuple[Loan, ...]:
+    def load(self, key: Hashable) -> Callable[[], Pieces]:
         with self._lock:
             entry = self._entries[key]
         first = entry.segments[0].slots
@@ -102,12 +103,26 @@ class DiskStore:
             buffers.extend(
                 self._stage.take(entry.slot_bytes * slots) for slots in sizes
             )
-            self._fill(key, entry, buffers)
+            # It needs no way through small buffers: it lies in memory as on disk.
+            whole = Extent(entry.path, entry.segments[0].offset, buffers[0])
+            done = self._submit(read_extent, "read", key, whole)
         except BaseException:
-            for buffer in buffers:
-                self._stage.give(buffer)
+            self._give(buffers)
             raise
-        return self._lend(entry, sizes, buffers)
+
+        def finish() -> Pieces:
+            try:
+                self._fill(key, entry, buffers, done)
+            except BaseException:
+                self._give(buffers)
+                raise
+            return self._lend(entry, sizes, buffers)
+
+        return finish
+
+    def _give(self, buffers: list[np.ndarray]) -> None:
+        for buffer in buffers:
+            self._stage.give(buffer)
 
     def free(self, key: Hashable) -> None:
         with self._lock:
@@ -179,25 +194,22 @@ class DiskStore:
         self._ledger.move(Tier.HOST, Tier.DISK, part.nbytes)
 
     def _fill(
-        self, key: Hashable, entry: SpilledArray, buffers: list[np.ndarray]
+        self,
+        key: Hashable,
+        entry: SpilledArray,
+        buffers: list[np.ndarray],
+        first: Future[None],
     ) -> None:
-        """Reads the first segment into the first buffer, all that follows into another.
-
-        The first segment needs no way through small buffers: it lies in memory as it
-        does on disk.
-        """
-        segment = entry.segments[0]
-        whole = Extent(entry.path, segment.offset, buffers[0])
-        done = self._submit(read_extent, "read", key, whole)
+        """Waits for the first segment, and reads what follows into another buffer."""
         try:
             if len(buffers) > 1:
                 rows, groups, slots, width = entry.shape
-                shape = (rows, groups, slots - segment.slots, width)
+                shape = (rows, groups, slots - entry.segments[0].slots, width)
                 self._fill_rest(key, entry, typed(buffers[1], shape, entry.dtype))
         except BaseException:
-            done.exception()  # the disk may still be busy with the buffer
+            first.exception()  # the disk may still be busy with the buffer
             raise
-        self._disk.wait(done)
+        self._disk.wait(first)
         nbytes = entry.flushed * entry.slot_bytes
         self._ledger.move(Tier.DISK, self._link.stage_tier, nbytes)
 
@@ -221,7 +233,7 @@ class DiskStore:
 
     def _lend(
         self, entry: SpilledArray, sizes: list[int], buffers: list[np.ndarray]
-    ) -> tuple[Loan, ...]:
+    ) -> Pieces:
         """The filled buffers on the device."""
         rows, groups, _, width = entry.shape
         loans: list[Loan] = []
@@ -233,8 +245,7 @@ class DiskStore:
             except BaseException:
                 for loan in loans:
                     loan.release()
-                for later in buffers[len(loans) + 1 :]:
-                    self._stage.give(later)
+                self._give(buffers[len(loans) + 1 :])
                 raise
         return tuple(loans)
 

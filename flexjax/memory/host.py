@@ -1,15 +1,15 @@
 """The host tier: arrays in page-aligned host memory."""
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import jax
 import numpy as np
 
 from flexjax.memory.buffers import BufferPool, typed
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink, Loan
-from flexjax.memory.tier import grown_shape
+from flexjax.memory.link import DeviceLink
+from flexjax.memory.tier import Pieces, grown_shape
 from flexjax.policy import Kind, Tier
 
 
@@ -46,10 +46,10 @@ class HostStore:
         with self._lock:
             self._arrays[key] = array
 
-    def load(self, key: Hashable) -> tuple[Loan, ...]:
+    def load(self, key: Hashable) -> Callable[[], Pieces]:
         with self._lock:
             array = self._arrays[key]
-        return (self._link.lend(array, self._kind),)
+        return lambda: (self._link.lend(array, self._kind),)
 
     def free(self, key: Hashable) -> None:
         with self._lock:

@@ -1,18 +1,18 @@
 """Arrays whose rows are spread over the tiers: asynchronous loads and stores."""
 
-from collections.abc import Callable, Hashable, Mapping
+import collections
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 
 import jax
 
 from flexjax.memory.lanes import Lane, Lanes
-from flexjax.memory.link import Loan
 from flexjax.memory.placement import Rows
-from flexjax.memory.tier import TierStore
+from flexjax.memory.tier import Pieces, TierStore
 from flexjax.policy import Tier
 
 Arrays = tuple[jax.Array, ...]
-_Loans = tuple[Loan, ...]
 
 
 class PlacedLoan:
@@ -23,7 +23,7 @@ class PlacedLoan:
             along its slots.
     """
 
-    def __init__(self, segments: list[tuple[_Loans, ...]]) -> None:
+    def __init__(self, segments: list[tuple[Pieces, ...]]) -> None:
         self._segments = segments
 
     @property
@@ -98,18 +98,31 @@ class PlacedArrays:
 
     def _load(self, key: Hashable, stored: Future[int]) -> PlacedLoan:
         count = stored.result()
-        segments: list[tuple[_Loans, ...]] = []
+        started: collections.deque[tuple[Tier, Callable[[], Pieces]]]
+        started = collections.deque()
+        segments: dict[Tier, tuple[Pieces, ...]] = {}
         try:
             with self._lanes.working(self._load_lane, f"load {key}"):
                 for tier in self._rows_of(key).spans():
-                    store = self._stores[tier]
-                    segments.append(())
+                    segments[tier] = ()
                     for index in range(count):
-                        segments[-1] += (store.load((key, index)),)
+                        finish = self._stores[tier].load((key, index))
+                        started.append((tier, finish))
+                while started:
+                    tier, finish = started.popleft()
+                    segments[tier] += (finish(),)
         except BaseException:
-            PlacedLoan(segments).release()
+            self._give_up(started)
+            PlacedLoan([*segments.values()]).release()
             raise
-        return PlacedLoan(segments)
+        return PlacedLoan([*segments.values()])
+
+    def _give_up(self, started: Iterable[tuple[Tier, Callable[[], Pieces]]]) -> None:
+        """Waits for what was started, and lets go of it."""
+        for _, finish in started:
+            with contextlib.suppress(Exception):  # the first failure is the one told
+                for loan in finish():
+                    loan.release()
 
     def _store(
         self, key: Hashable, values: Callable[[], Arrays], at: int, slots: int | None

@@ -4,7 +4,7 @@ They hold arrays `[rows, groups, slots, width]` that grow along their slots: key
 values (`[rows, heads, slots, head_dim]`) and hidden states, which have one group.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import jax
@@ -12,6 +12,8 @@ import numpy as np
 
 from flexjax.memory.link import Loan
 from flexjax.policy import Tier
+
+Pieces = tuple[Loan, ...]  # of one array, along its slots, in their order
 
 
 class TierStore(Protocol):
@@ -33,10 +35,12 @@ class TierStore(Protocol):
         """
         ...
 
-    def load(self, key: Hashable) -> tuple[Loan, ...]:
-        """Brings an array to the device, in pieces along its slots, in their order.
+    def load(self, key: Hashable) -> Callable[[], Pieces]:
+        """Starts to bring an array to the device.
 
-        Slots that were not written hold finite numbers.
+        Returns:
+            What waits for it, to be called once; slots that were not written hold
+            finite numbers.
         """
         ...
 

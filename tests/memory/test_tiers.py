@@ -135,7 +135,7 @@ class Model:
         self.slots[key] = slots
 
     def check(self, call: Load) -> None:
-        loans, expected = self.store.load(call.key), self.held[call.key]
+        loans, expected = self.store.load(call.key)(), self.held[call.key]
         found = np.concatenate([np.asarray(loan.array) for loan in loans], axis=2)
         used = expected.shape[2]
         assert found.dtype == self.dtype
@@ -297,7 +297,7 @@ def test_a_read_that_fails_names_the_array_and_gives_its_buffer_back(
     model.begin(Begin(1, groups=1, seq=40, spare=0, whole=False))
     (tmp_path / f"{KIND.value}-1").unlink()
     with pytest.raises(OSError, match=f"^0 could not be read in {tmp_path}: .*disk"):
-        store.load(0)
+        store.load(0)()
     model.check(Load(1))
     store.free(0)
     store.free(1)
@@ -322,7 +322,7 @@ def test_device_memory_apart_is_counted_while_a_loan_lasts(queue, tmp_path):
     Model(store, FLOAT32, slice(0, BATCH)).begin(Begin(0, 1, 32, 0, whole=True))
     nbytes = ledger.held(Tier.HOST, KIND)
     assert nbytes == BATCH * 32 * WIDTH * 4
-    (loan,) = store.load(0)
+    (loan,) = store.load(0)()
     assert ledger.held(Tier.DEVICE, KIND) == nbytes
     loan.release()
     assert ledger.held(Tier.DEVICE, KIND) == 0
