@@ -33,7 +33,7 @@ def read_params(folder) -> tuple[dict, dict]:
     tensors = {}
     for name, entry in store.tensors.items():
         data = np.empty(entry.shape, entry.dtype)
-        store.read(name, data).result()
+        store.read(name, data)
         tensors[name] = jnp.asarray(data)
     return unflatten(tensors), tensors
 
