@@ -6,6 +6,7 @@ import itertools
 import os
 import pathlib
 import queue
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ class Way(NamedTuple):
 
 
 # The best of these counts.
-WAYS = (Way(1 << 20, 4), Way(4 << 20, 2), Way(4 << 20, 4), Way(8 << 20, 4))
+WAYS = (Way(1 << 20, 4), Way(4 << 20, 2), Way(4 << 20, 4), Way(4 << 20, 8))
 READ_BYTES = 2 << 30  # in all, or the whole store if it is smaller
 LEAST_WRITE_BYTES, MOST_WRITE_BYTES = 64 << 20, 256 << 20  # in each way
 
@@ -68,18 +69,34 @@ def measure_read(
     A file is read once where there are enough of them.
     """
     paths = _spread(list(store_files(store, tensors)), most_bytes)
-    flags = os.O_RDONLY | (os.O_DIRECT if store.direct_io else 0)
 
     def read(turn: int, way: Way) -> tuple[int, float]:
-        with contextlib.ExitStack() as stack:
-            requests: list[_Request] = []
-            for path in paths[turn :: len(WAYS)] or paths:
-                file = os.open(path, flags)
-                stack.callback(os.close, file)
-                requests += _requests(file, path.stat().st_size, way)
-            return _timed(os.preadv, requests, way)
+        some = paths[turn :: len(WAYS)] or paths
+        return _read(some, way, direct=store.direct_io)
 
     return _best(read, direct=store.direct_io)
+
+
+def read_once(
+    store: WeightStore, tensors: Sequence[str], way: Way, num_bytes: int, turn: int
+) -> DiskRate:
+    """Reads about `num_bytes` of the larger chunk files of `tensors` in one way.
+
+    Args:
+        store, tensors: what to read from.
+        way: how.
+        num_bytes: how much.
+        turn: each reads other files, until all were read.
+    """
+    sizes = {path: path.stat().st_size for path in store_files(store, tensors)}
+    large = [path for path in sizes if sizes[path] >= way.request_bytes] or [*sizes]
+    mean_bytes = statistics.mean(sizes[path] for path in large)
+    many = min(len(large), max(1, round(num_bytes / mean_bytes)))
+    some = [large[(turn * many + index) % len(large)] for index in range(many)]
+    moved, seconds = _read(some, way, direct=store.direct_io)
+    return DiskRate(
+        bytes_per_s=moved / seconds, way=way, direct=store.direct_io, num_bytes=moved
+    )
 
 
 def store_files(store: WeightStore, tensors: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -119,6 +136,20 @@ def measure_write(folder: pathlib.Path, num_bytes: int) -> DiskRate:
             return _best(write, direct=direct)
         finally:
             os.close(file)
+
+
+def _read(
+    paths: Sequence[pathlib.Path], way: Way, *, direct: bool
+) -> tuple[int, float]:
+    """Bytes of whole files, and the seconds that they took."""
+    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
+    with contextlib.ExitStack() as stack:
+        requests: list[_Request] = []
+        for path in paths:
+            file = os.open(path, flags)
+            stack.callback(os.close, file)
+            requests += _requests(file, path.stat().st_size, way)
+        return _timed(os.preadv, requests, way)
 
 
 def _best(move: Callable[[int, Way], tuple[int, float]], *, direct: bool) -> DiskRate:

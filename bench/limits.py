@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from bench.bounds import DISK_READ, DISK_WRITE, FROM_DEVICE, TO_DEVICE
 from bench.cases import Case
 from bench.compute_limit import ComputeLimit, mean_limit, measure_compute
 from bench.copy_routes import compare_routes
-from bench.disk_limit import DiskRate, measure_read, measure_write
+from bench.disk_limit import DiskRate, Way, measure_read, measure_write
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import head_blocks
 from flexjax.memory.link import Device
@@ -23,7 +24,8 @@ _COPY_BYTES = 256 << 20  # of one copy between host and device
 _HOW = {
     "disk": "raw O_DIRECT requests from several threads, the best of a few sizes and "
     "depths; reads are of the weight store's own files; the mean of a measurement "
-    "before the run and one after it, since a shared disk changes; writes go over a "
+    "before the run and one after it; in the decode, that of several in pauses of the "
+    "run that do not count, since a shared disk changes; writes go over a "
     "file that is there, and do not wait for the disk's own cache; reads and writes "
     "bound a phase apart",
     "compute": "the run's own jitted steps in the run's own shapes with everything in "
@@ -148,15 +150,36 @@ def mean_rates(limits: Sequence[Limits]) -> dict[str, float]:
     return rates
 
 
+def decode_rates(
+    rates: Mapping[str, float], in_pauses: Sequence[DiskRate]
+) -> dict[str, float]:
+    """The rates of a decode that was paused to measure the disk.
+
+    The disk's is the mean over the pauses, in whichever way was quicker on the whole:
+    the quickest of all pauses would be that of the quietest moment.
+    """
+    by_way: dict[Way, list[float]] = defaultdict(list)
+    for rate in in_pauses:
+        by_way[rate.way].append(rate.bytes_per_s)
+    if DISK_READ not in rates or not by_way:
+        return dict(rates)
+    return {**rates, DISK_READ: max(map(statistics.mean, by_way.values()))}
+
+
 def mean_compute(limits: Sequence[Limits]) -> ComputeLimit:
     """Seconds of the steps."""
     return mean_limit([one.compute for one in limits])
 
 
-def limits_report(limits: Sequence[Limits]) -> dict[str, Any]:
+def limits_report(
+    limits: Sequence[Limits], in_pauses: Sequence[DiskRate]
+) -> dict[str, Any]:
     """What counted, each measurement that it came from, and how they were made."""
+    rates = mean_rates(limits)
     return {
-        "bytes_per_s": mean_rates(limits),
+        "bytes_per_s": rates,
+        "decode_bytes_per_s": decode_rates(rates, in_pauses),
+        "in_pauses": [dataclasses.asdict(rate) for rate in in_pauses],
         "compute": dataclasses.asdict(mean_compute(limits)),
         "measured": [dataclasses.asdict(one) for one in limits],
         "how": _HOW,

@@ -14,7 +14,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,10 @@ import numpy as np
 
 from bench.bounds import fraction, phase_report
 from bench.cases import Case, case_from_json, case_to_json
-from bench.disk_limit import store_files
+from bench.disk_limit import DiskRate, store_files
 from bench.limits import (
     Limits,
+    decode_rates,
     limits_report,
     mean_compute,
     mean_rates,
@@ -33,6 +34,7 @@ from bench.limits import (
 )
 from bench.machine import describe_machine
 from bench.page_cache import drop_page_cache
+from bench.pauses import DiskPauses
 from checkpoints_tools.resolve import default_cache, resolve_model
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
@@ -96,7 +98,8 @@ def measure(job: Job) -> dict[str, Any]:
     make_folder(offload_dir)
     setting = setting_of(job.case, store, device, offload_dir)
     before = measure_limits(setting)
-    run = _run(job, store, offload_dir)
+    pauses = DiskPauses(store, setting.disk_tensors, setting.work.num_batches)
+    run = _run(job, store, offload_dir, pauses)
     limits = [before, measure_limits(setting)]
     return {
         "case": job.case.name or None,
@@ -121,6 +124,7 @@ class Run:
     placement: Mapping[str, Any]
     page_cache: str
     peak_rss_bytes: int
+    in_pauses: Sequence[DiskRate]
 
 
 def run_report(run: Run, work: Workload, limits: list[Limits]) -> dict[str, Any]:
@@ -128,7 +132,11 @@ def run_report(run: Run, work: Workload, limits: list[Limits]) -> dict[str, Any]
     metrics, rates, compute = run.metrics, mean_rates(limits), mean_compute(limits)
     phases = {
         "prefill": phase_report(metrics["prefill"], rates, compute.prefill_s(work)),
-        "decode": phase_report(metrics["decode"], rates, compute.decode_s(work)),
+        "decode": phase_report(
+            metrics["decode"],
+            decode_rates(rates, run.in_pauses),
+            compute.decode_s(work),
+        ),
     }
     bound_s = sum(phase["bound_s"][phase["bound_by"]] for phase in phases.values())
     return {
@@ -141,14 +149,16 @@ def run_report(run: Run, work: Workload, limits: list[Limits]) -> dict[str, Any]
         **phases,
         "step_s": metrics["step_s"],
         "bytes_moved": metrics["bytes_moved"],
-        "limits": limits_report(limits),
+        "limits": limits_report(limits, run.in_pauses),
         "peak_rss_bytes": run.peak_rss_bytes,
         "peak_bytes": metrics["peak_bytes"],
         "predicted_peak_bytes": metrics["predicted_peak_bytes"],
     }
 
 
-def _run(job: Job, store: WeightStore, offload_dir: pathlib.Path) -> Run:
+def _run(
+    job: Job, store: WeightStore, offload_dir: pathlib.Path, pauses: DiskPauses
+) -> Run:
     case = job.case
     params = SamplingParams(max_tokens=case.gen_len, temperature=0.0, ignore_eos=True)
     with contextlib.suppress(OSError):  # else the peak is that of the whole process
@@ -163,14 +173,15 @@ def _run(job: Job, store: WeightStore, offload_dir: pathlib.Path) -> Run:
         state = "warm"
         if case.cold:
             state = drop_page_cache(store_files(store, list(store.tensors)))
-        llm.generate(prompts, params)
+        llm.generate(prompts, params, on_tokens=pauses)
         if job.trace is not None:
             write_trace(pathlib.Path(job.trace), llm.trace)
         return Run(
-            metrics=llm.metrics,
+            metrics=pauses.without(llm.metrics),
             placement=llm.placement,
             page_cache=f"{state}, {'direct' if store.direct_io else 'buffered'}",
             peak_rss_bytes=_peak_rss_bytes() or llm.metrics["peak_rss_bytes"],
+            in_pauses=pauses.rates,
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bench.bounds import DISK_READ
 from flexjax.sizes import format_bytes
 
 
@@ -22,7 +23,7 @@ def summary(report: Mapping[str, Any]) -> str:
         "",
         *_phase_table(report),
         "",
-        f"limits: {rates}",
+        f"limits: {rates}{_in_pauses(limits)}",
         f"memory: {_memory(report)}",
     ]
     return "\n".join(lines)
@@ -46,6 +47,18 @@ def _phase_table(report: Mapping[str, Any]) -> list[str]:
             f"{phase['bound_by']} (moved: {moved or 'nothing'}{doubt})"
         )
     return lines
+
+
+def _in_pauses(limits: Mapping[str, Any]) -> str:
+    """What the disk gave while the run paused."""
+    rates = [rate["bytes_per_s"] / 1e9 for rate in limits["in_pauses"]]
+    if not rates:
+        return ""
+    counted = limits["decode_bytes_per_s"].get(DISK_READ, 0.0) / 1e9
+    return (
+        f"; in {len(rates)} pauses of the decode {counted:.2f} GB/s "
+        f"({min(rates):.2f} to {max(rates):.2f})"
+    )
 
 
 def _memory(report: Mapping[str, Any]) -> str:

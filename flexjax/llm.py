@@ -121,12 +121,16 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_tokens: Callable[[int], object] | None = None,
     ) -> list[RequestOutput]:
         """Continues every prompt; the outputs stand in the order of the prompts.
 
         Args:
             prompts: texts or lists of token ids, any number of them, of any lengths.
             sampling_params: for all prompts, or one for each.
+            on_tokens: called in this thread whenever a batch has its tokens of a step,
+                with their number; what it raises ends the call.
 
         Raises:
             ValueError: a prompt cannot be used; the message counts prompts from 0.
@@ -142,7 +146,7 @@ class LLM:
         ]
         most = sum(row.params.max_tokens for row in rows)
         with self._bar(most, "generating", "token") as bar:
-            self._engine.generate(rows, self._on_tokens(bar))
+            self._engine.generate(rows, self._on_tokens(bar, on_tokens))
         self.metrics = metrics_report(self._engine.times, self._engine.ledger)
         return [
             self._output(row, prompt)
@@ -260,11 +264,15 @@ class LLM:
             file=sys.stderr,
         )
 
-    def _on_tokens(self, bar: tqdm) -> Callable[[int], None]:
+    def _on_tokens(
+        self, bar: tqdm, then: Callable[[int], object] | None = None
+    ) -> Callable[[int], None]:
         def update(count: int) -> None:
             slowest = self._engine.times.slowest.value
             bar.set_postfix_str(f"slowest: {slowest}", refresh=False)
             bar.update(count)
+            if then is not None:
+                then(count)
 
         return update
 

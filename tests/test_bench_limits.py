@@ -111,7 +111,7 @@ def test_limits_are_measured_for_what_a_run_uses(store, tmp_path, kv_cache):
     assert compute.decode_layer_s.keys() == slots
     seconds = np.array(jax.tree.leaves(dataclasses.asdict(compute)))
     assert (seconds > 0).all()
-    report = limits_report(measured * 2)
+    report = limits_report(measured * 2, [])
     assert report["bytes_per_s"] == mean_rates(measured)
     assert report["compute"] == dataclasses.asdict(compute)
 

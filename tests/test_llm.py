@@ -196,6 +196,22 @@ def test_a_trace_holds_the_last_run_and_is_empty_unless_asked_for(llm, tmp_path)
     assert sum(event["ph"] == "X" for event in events) == len(traced.trace)
 
 
+def test_tokens_are_told_as_they_come_and_the_caller_may_end_the_call(llm, golden):
+    prompts = golden("opt-pre-ln").prompts[:3]
+    params, told = dataclasses.replace(GREEDY, max_tokens=4), []
+    outputs = llm.generate(prompts, params, on_tokens=told.append)
+    assert sum(told) == sum(len(o.outputs[0].token_ids) for o in outputs) == 12
+    assert len(told) > 1
+
+    def enough(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, params, on_tokens=enough)
+    again = llm.generate(prompts, params)
+    assert [o.outputs for o in again] == [o.outputs for o in outputs]
+
+
 def test_an_empty_list_of_prompts_gives_an_empty_list(llm):
     assert llm.generate([]) == []
     assert llm.score([]) == []
