@@ -1,12 +1,10 @@
 """What the disk can do: raw reads and writes past the page cache, several at a time."""
 
-import contextlib
 import dataclasses
 import itertools
 import os
 import pathlib
 import queue
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +52,7 @@ class DiskRate:
 class _Request(NamedTuple):
     """A request of a way's size, or of what the file has left."""
 
-    file: int
+    path: pathlib.Path
     offset: int
 
 
@@ -70,33 +68,21 @@ def measure_read(
     """
     paths = _spread(list(store_files(store, tensors)), most_bytes)
 
-    def read(turn: int, way: Way) -> tuple[int, float]:
+    def read(turn: int, way: Way) -> DiskRate:
         some = paths[turn :: len(WAYS)] or paths
-        return _read(some, way, direct=store.direct_io)
+        return read_files(some, way, direct=store.direct_io)
 
-    return _best(read, direct=store.direct_io)
+    return _best(read)
 
 
-def read_once(
-    store: WeightStore, tensors: Sequence[str], way: Way, num_bytes: int, turn: int
-) -> DiskRate:
-    """Reads about `num_bytes` of the larger chunk files of `tensors` in one way.
-
-    Args:
-        store, tensors: what to read from.
-        way: how.
-        num_bytes: how much.
-        turn: each reads other files, until all were read.
-    """
-    sizes = {path: path.stat().st_size for path in store_files(store, tensors)}
-    large = [path for path in sizes if sizes[path] >= way.request_bytes] or [*sizes]
-    mean_bytes = statistics.mean(sizes[path] for path in large)
-    many = min(len(large), max(1, round(num_bytes / mean_bytes)))
-    some = [large[(turn * many + index) % len(large)] for index in range(many)]
-    moved, seconds = _read(some, way, direct=store.direct_io)
-    return DiskRate(
-        bytes_per_s=moved / seconds, way=way, direct=store.direct_io, num_bytes=moved
-    )
+def read_files(paths: Sequence[pathlib.Path], way: Way, *, direct: bool) -> DiskRate:
+    """Reads whole files, one after the other, in one way."""
+    requests = [
+        request
+        for path in paths
+        for request in _requests(path, path.stat().st_size, way)
+    ]
+    return _timed(os.preadv, os.O_RDONLY, requests, way, direct=direct)
 
 
 def store_files(store: WeightStore, tensors: Sequence[str]) -> Iterator[pathlib.Path]:
@@ -123,44 +109,22 @@ def measure_write(folder: pathlib.Path, num_bytes: int) -> DiskRate:
         path = pathlib.Path(scratch, "data")
         path.write_bytes(bytes(1 << 20))
         direct = reads_direct(path)
-        flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
-        file = os.open(path, flags)
 
-        def write(turn: int, way: Way) -> tuple[int, float]:
-            requests = list(_requests(file, share_bytes, way))
-            if turn == 0:
-                _timed(os.pwritev, requests, way)  # the disk finds room
-            return _timed(os.pwritev, requests, way)
+        def write(turn: int, way: Way) -> DiskRate:
+            requests = list(_requests(path, share_bytes, way))
+            if turn == 0:  # the disk finds room
+                _timed(os.pwritev, os.O_WRONLY, requests, way, direct=direct)
+            return _timed(os.pwritev, os.O_WRONLY, requests, way, direct=direct)
 
-        try:
-            return _best(write, direct=direct)
-        finally:
-            os.close(file)
+        return _best(write)
 
 
-def _read(
-    paths: Sequence[pathlib.Path], way: Way, *, direct: bool
-) -> tuple[int, float]:
-    """Bytes of whole files, and the seconds that they took."""
-    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
-    with contextlib.ExitStack() as stack:
-        requests: list[_Request] = []
-        for path in paths:
-            file = os.open(path, flags)
-            stack.callback(os.close, file)
-            requests += _requests(file, path.stat().st_size, way)
-        return _timed(os.preadv, requests, way)
-
-
-def _best(move: Callable[[int, Way], tuple[int, float]], *, direct: bool) -> DiskRate:
-    """Runs `move` in each way; it returns the bytes that it moved, and the seconds."""
-    rates, num_bytes = {}, 0
-    for turn, way in enumerate(WAYS):
-        moved, seconds = move(turn, way)
-        rates[way] = moved / seconds
-        num_bytes += moved
-    way = max(rates, key=lambda way: rates[way])
-    return DiskRate(bytes_per_s=rates[way], way=way, direct=direct, num_bytes=num_bytes)
+def _best(move: Callable[[int, Way], DiskRate]) -> DiskRate:
+    """The best of what `move` measures in each way; its bytes are those of all."""
+    rates = [move(turn, way) for turn, way in enumerate(WAYS)]
+    best = max(rates, key=lambda rate: rate.bytes_per_s)
+    num_bytes = sum(rate.num_bytes for rate in rates)
+    return dataclasses.replace(best, num_bytes=num_bytes)
 
 
 def _spread(paths: list[pathlib.Path], most_bytes: int) -> list[pathlib.Path]:
@@ -169,13 +133,15 @@ def _spread(paths: list[pathlib.Path], most_bytes: int) -> list[pathlib.Path]:
     return paths[:: max(1, total_bytes // most_bytes)]
 
 
-def _requests(file: int, nbytes: int, way: Way) -> Iterator[_Request]:
+def _requests(path: pathlib.Path, nbytes: int, way: Way) -> Iterator[_Request]:
     for offset in range(0, nbytes, way.request_bytes):
-        yield _Request(file, offset)
+        yield _Request(path, offset)
 
 
-def _timed(call: _Call, requests: Sequence[_Request], way: Way) -> tuple[int, float]:
-    """Bytes that the requests moved, and the seconds; buffers are ready by then."""
+def _timed(
+    call: _Call, flags: int, requests: Sequence[_Request], way: Way, *, direct: bool
+) -> DiskRate:
+    """Moves the requests; buffers are ready by the time that counts."""
     buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     random = np.random.default_rng(0)  # some disks are quick with zeros
     for _ in range(way.depth):
@@ -185,13 +151,18 @@ def _timed(call: _Call, requests: Sequence[_Request], way: Way) -> tuple[int, fl
 
     def move(request: _Request) -> int:
         buffer = buffers.get()
+        file = os.open(request.path, flags | (os.O_DIRECT if direct else 0))
         try:
-            return call(request.file, [buffer], request.offset)
+            return call(file, [buffer], request.offset)
         finally:
+            os.close(file)
             buffers.put(buffer)
 
     with ThreadPoolExecutor(way.depth) as pool:
         list(pool.map(lambda _: None, itertools.repeat(None, way.depth)))
         begun_s = time.perf_counter()
         moved = sum(pool.map(move, requests))
-        return moved, time.perf_counter() - begun_s
+        seconds = time.perf_counter() - begun_s
+    return DiskRate(
+        bytes_per_s=moved / seconds, way=way, direct=direct, num_bytes=moved
+    )

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from bench.bounds import DISK_READ, DISK_WRITE, FROM_DEVICE, TO_DEVICE
 from bench.cases import Case
 from bench.compute_limit import ComputeLimit, mean_limit, measure_compute
 from bench.copy_routes import compare_routes
-from bench.disk_limit import DiskRate, Way, measure_read, measure_write
+from bench.disk_limit import DiskRate, measure_read, measure_write
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import head_blocks
 from flexjax.memory.link import Device
@@ -25,9 +24,9 @@ _HOW = {
     "disk": "raw O_DIRECT requests from several threads, the best of a few sizes and "
     "depths; reads are of the weight store's own files; the mean of a measurement "
     "before the run and one after it; in the decode, that of several in pauses of the "
-    "run that do not count, since a shared disk changes; writes go over a "
-    "file that is there, and do not wait for the disk's own cache; reads and writes "
-    "bound a phase apart",
+    "run that do not count and read what a step reads, since a disk changes; writes "
+    "go over a file that is there, and do not wait for the disk's own cache; reads and "
+    "writes bound a phase apart",
     "compute": "the run's own jitted steps in the run's own shapes with everything in "
     "memory, two layers taking turns, the median of some repetitions, the mean of a "
     "measurement before the run and one after it; a phase's bound is the sum over its "
@@ -155,15 +154,12 @@ def decode_rates(
 ) -> dict[str, float]:
     """The rates of a decode that was paused to measure the disk.
 
-    The disk's is the mean over the pauses, in whichever way was quicker on the whole:
-    the quickest of all pauses would be that of the quietest moment.
+    The disk's is the mean over the pauses: the quickest one shows the quietest moment.
     """
-    by_way: dict[Way, list[float]] = defaultdict(list)
-    for rate in in_pauses:
-        by_way[rate.way].append(rate.bytes_per_s)
-    if DISK_READ not in rates or not by_way:
+    if DISK_READ not in rates or not in_pauses:
         return dict(rates)
-    return {**rates, DISK_READ: max(map(statistics.mean, by_way.values()))}
+    mean = statistics.mean(rate.bytes_per_s for rate in in_pauses)
+    return {**rates, DISK_READ: mean}
 
 
 def mean_compute(limits: Sequence[Limits]) -> ComputeLimit:

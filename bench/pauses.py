@@ -1,7 +1,8 @@
 """The disk's limit while a run goes on: raw reads in pauses that do not count.
 
-A shared disk gives now more and now less, so that a limit from before a run and one
-from after it may both be wrong for the run itself.
+What a shared or virtual disk gives changes within seconds, and what was read a moment
+ago it may give twice as fast. So a pause reads what a step reads, in a step's order,
+from where the run stopped until the same place: the run finds the disk as it was.
 """
 
 import dataclasses
@@ -11,12 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.disk_limit import DiskRate, Way, read_once
+from bench.disk_limit import DiskRate, Way, read_files, store_files
 from flexjax.checkpoint import WeightStore
 
-EVERY_S = 4.0  # of the run, between two pauses
-WAYS = (Way(4 << 20, 4), Way(4 << 20, 8))  # pauses take turns
-READ_BYTES = 512 << 20  # in a pause
+LEAST_S = 4.0  # of the run, between two pauses
+MOST_SHARE = 0.25  # of the time that pauses may take
+WAY = Way(4 << 20, 8)  # as a run does
+_SMALL_BYTES = 1 << 20  # files below, which a run reads too, would only cost time
+_AHEAD = "layers.2."  # what a run has asked for already when a step ends is before it
 _LOOK_S = 0.001  # between two looks at the disk
 _QUIET_LOOKS = 3  # in a row; requests follow each other more quickly
 _MOST_WAIT_S = 2.0  # for a disk that others use
@@ -37,17 +40,20 @@ class DiskPauses:
     still computes then is a fraction of a step.
 
     Args of the constructor:
-        store, tensors: what to read; a pause goes on where the one before it ended.
+        store, tensors: what the run reads in every step, in the model's order.
         num_batches: of the run.
     """
 
     def __init__(
         self, store: WeightStore, tensors: Sequence[str], num_batches: int
     ) -> None:
-        self._store, self._tensors = store, tensors
+        first = [n for n, name in enumerate(tensors) if name.startswith(_AHEAD)]
+        start = min(first, default=0)
+        files = store_files(store, [*tensors[start:], *tensors[:start]])
+        self._files = [path for path in files if path.stat().st_size >= _SMALL_BYTES]
         self._num_batches, self._num_calls = num_batches, 0
         self._inflight = _inflight_file(store.folder) if store.direct_io else None
-        self._ready_s = time.perf_counter()
+        self._ready_s = time.perf_counter() + LEAST_S
         self._pauses: list[_Pause] = []
 
     @property
@@ -59,20 +65,16 @@ class DiskPauses:
         del num_tokens
         ended, batch = divmod(self._num_calls, self._num_batches)
         self._num_calls += 1
-        if ended == 0 or batch > 0 or time.perf_counter() < self._ready_s + EVERY_S:
-            return  # the prefill is not the disk's
-        if not self._is_quiet():
+        # The prefill is not the disk's.
+        if ended == 0 or batch > 0 or time.perf_counter() < self._ready_s:
+            return
+        if not self._files or not self._is_quiet():
             return
         begun_s = time.perf_counter()
-        rate = read_once(
-            self._store,
-            self._tensors,
-            WAYS[len(self._pauses) % len(WAYS)],
-            READ_BYTES,
-            turn=len(self._pauses),
-        )
-        self._ready_s = time.perf_counter()
-        seconds = self._ready_s - begun_s
+        rate = read_files(self._files, WAY, direct=True)
+        now_s = time.perf_counter()
+        seconds = now_s - begun_s
+        self._ready_s = now_s + max(LEAST_S, seconds * (1 - MOST_SHARE) / MOST_SHARE)
         self._pauses.append(_Pause(step=ended - 1, seconds=seconds, rate=rate))
 
     def without(self, metrics: Mapping[str, Any]) -> dict[str, Any]:

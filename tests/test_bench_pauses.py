@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 from bench import pauses as pauses_module
-from bench.disk_limit import DiskRate, Way, read_once, store_files
+from bench.disk_limit import DiskRate, Way, read_files, store_files
 from bench.limits import decode_rates
 from bench.pauses import DiskPauses
 from flexjax.checkpoint import open_store
@@ -12,7 +12,7 @@ from tests.common import random_tensors, write_store
 CONFIG = OPTConfig(
     vocab_size=96,
     hidden_size=32,
-    num_hidden_layers=2,
+    num_hidden_layers=3,
     num_attention_heads=2,
     ffn_dim=64,
     max_position_embeddings=128,
@@ -33,13 +33,11 @@ def quiet(tmp_path, monkeypatch):
     path = tmp_path / "inflight"
     path.write_text("       0        0\n")
     monkeypatch.setattr(pauses_module, "_inflight_file", lambda folder: path)
-    monkeypatch.setattr(pauses_module, "EVERY_S", 0.0)
-    monkeypatch.setattr(pauses_module, "WAYS", (WAY,))
+    monkeypatch.setattr(pauses_module, "LEAST_S", 0.0)
+    monkeypatch.setattr(pauses_module, "MOST_SHARE", 1.0)
+    monkeypatch.setattr(pauses_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(pauses_module, "WAY", WAY)
     return path
-
-
-def rate(way, bytes_per_s):
-    return DiskRate(bytes_per_s=bytes_per_s, way=way, direct=True, num_bytes=1)
 
 
 def run(pauses, num_batches, gen_len):
@@ -47,14 +45,17 @@ def run(pauses, num_batches, gen_len):
         pauses(1)
 
 
-def test_turns_read_other_files_until_all_were_read(store):
+def test_a_pause_reads_all_that_a_step_reads_in_its_order(store, quiet):
     tensors = list(store.tensors)
-    paths = list(store_files(store, tensors))
-    total = sum(path.stat().st_size for path in paths)
-    read = [read_once(store, tensors, WAY, total // 4, turn) for turn in range(4)]
-    assert all(found.direct == store.direct_io for found in read)
-    assert all(0 < found.num_bytes < total for found in read)
-    assert read_once(store, tensors, WAY, 9 * total, 0).num_bytes == total
+    order = list(store_files(store, tensors))
+    found = DiskPauses(store, tensors, num_batches=1)._files
+    assert sorted(found) == sorted(order)
+    start = order.index(found[0])
+    assert start > 0
+    assert "layers.2." in found[0].parent.name
+    assert found == [*order[start:], *order[:start]]
+    rate = read_files(found, WAY, direct=store.direct_io)
+    assert rate.num_bytes == sum(path.stat().st_size for path in found)
 
 
 def test_pauses_come_after_steps_of_the_decode_and_do_not_count(store, quiet):
@@ -92,10 +93,12 @@ def test_a_disk_that_is_never_quiet_is_not_measured(store, quiet, monkeypatch):
     assert pauses.rates == []
 
 
-def test_the_decode_is_bounded_by_the_way_that_was_quicker_on_the_whole():
-    one, other = Way(1, 1), Way(2, 2)
+def test_the_decode_is_bounded_by_the_mean_of_its_pauses():
     rates = {"disk read": 9.0, "disk write": 4.0}
-    found = [rate(one, 1.0), rate(other, 2.0), rate(one, 5.0), rate(other, 2.0)]
+    found = [
+        DiskRate(bytes_per_s=rate, way=WAY, direct=True, num_bytes=1)
+        for rate in (1.0, 5.0)
+    ]
     assert decode_rates(rates, found) == {"disk read": 3.0, "disk write": 4.0}
     assert decode_rates(rates, []) == rates
     assert decode_rates({}, found) == {}  # reads may come from the page cache
