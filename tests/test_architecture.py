@@ -43,6 +43,7 @@ STAIRS = [
     "trace",
     "memory.disk_queue",
     "memory.placement",
+    "memory.pool",
     "memory.buffers",
     "memory.link",
     "memory.transport",
