@@ -24,6 +24,7 @@ from flexjax.memory.weights import HeadBlocks
 from flexjax.models.config import layer_tensors
 from flexjax.models.opt import Params, unflatten
 from flexjax.policy import Policy, Tier
+from flexjax.quant import cache_quantization, dequantize, dequantize_into
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Cache
@@ -35,6 +36,7 @@ from flexjax.steps import (
     head_step,
     prefill_step,
 )
+from flexjax.store_format import BYTES
 from flexjax.workload import Workload
 
 LEAST_S, MOST_REPEATS = 1.0, 20  # a step is repeated until one of them is reached
@@ -50,6 +52,7 @@ class ComputeLimit:
         decode_layer_s: of a decoder layer on one token, by the slots of its cache.
         decode_ends_s: of the embedding and the final norm on one token.
         head_s: of all logits, and of choosing a token.
+        widen_s: of making all quantized weights wide, which serves all batches.
     """
 
     prefill_layer_s: float
@@ -57,20 +60,23 @@ class ComputeLimit:
     decode_layer_s: Mapping[int, float]
     decode_ends_s: float
     head_s: float
+    widen_s: float
 
     def prefill_s(self, work: Workload) -> float:
         """Seconds of all steps of a prefill."""
         layers_s = work.num_decoder_layers * self.prefill_layer_s
-        return work.num_batches * (layers_s + self.prefill_ends_s + self.head_s)
+        batch_s = layers_s + self.prefill_ends_s + self.head_s
+        return work.num_batches * batch_s + self.widen_s
 
     def decode_s(self, work: Workload) -> float:
         """Seconds of all steps after the prefill."""
-        return work.num_batches * sum(
+        batch_s = sum(
             work.num_decoder_layers * self.decode_layer_s[read_slots(work, step)]
             + self.decode_ends_s
             + self.head_s
             for step in range(1, work.gen_len)
         )
+        return work.num_batches * batch_s + (work.gen_len - 1) * self.widen_s
 
 
 def mean_limit(limits: Sequence[ComputeLimit]) -> ComputeLimit:
@@ -88,6 +94,7 @@ def mean_limit(limits: Sequence[ComputeLimit]) -> ComputeLimit:
         },
         decode_ends_s=mean(lambda limit: limit.decode_ends_s),
         head_s=mean(lambda limit: limit.head_s),
+        widen_s=mean(lambda limit: limit.widen_s),
     )
 
 
@@ -118,6 +125,7 @@ def measure_compute(
         },
         decode_ends_s=steps.ends_s(1),
         head_s=steps.head_s(),
+        widen_s=steps.widen_s(),
     )
 
 
@@ -136,6 +144,7 @@ class _Steps:
         self._store, self._policy, self._work = store, policy, work
         self._head, self._device = head, device
         self._config = store.config
+        self._cache_as = cache_quantization(policy, store.config, store.dtype)
         # With the embedding and the final norm, which come with these two.
         self._layers = {
             layer: self._read_layer(layer)
@@ -152,6 +161,7 @@ class _Steps:
                     hidden,
                     self._start,
                     config=self._config,
+                    cache_as=self._cache_as,
                 )
             return hidden, made
 
@@ -172,6 +182,7 @@ class _Steps:
                     self._start,
                     length,
                     config=self._config,
+                    cache_as=self._cache_as,
                 )
             return hidden, made
 
@@ -194,6 +205,22 @@ class _Steps:
         blocks = self._head.num_blocks
         seconds = self._block_s(blocks - 1) + self._choose_s()
         return seconds + (blocks - 1) * self._block_s(0) if blocks > 1 else seconds
+
+    def widen_s(self) -> float:
+        """Of one layer's matrices for every layer, and of the table of logits."""
+        names = layer_tensors(self._config, 0)
+        layer_s = sum(map(self._widened_s, names))
+        table_s = self._widened_s(self._config.head_table)
+        return self._work.num_decoder_layers * layer_s + table_s
+
+    def _widened_s(self, name: str) -> float:
+        entry = self._store.tensors[name]
+        how = entry.quantization
+        if how is None:
+            return 0.0
+        data = self._zeros(entry.shape, BYTES)
+        state = self._zeros(entry.used_shape)
+        return median_s(lambda out: dequantize_into(out, data, quantization=how), state)
 
     def _block_s(self, block: int) -> float:
         name, vocab_size = self._config.head_table, self._config.vocab_size
@@ -233,12 +260,15 @@ class _Steps:
         """A cache in as many segments, of as many pieces, as the run's has."""
         rows = cache_rows(self._policy, self._work, Cache(layer, 0))
         config, slots = self._config, read_slots(self._work, step)
-        prompt = self._work.prompt_len
+        prompt, how = self._work.prompt_len, self._cache_as
+        width, dtype = config.head_dim, self._store.dtype
+        if how is not None:
+            width, dtype = how.width(width), BYTES
 
         def pieces(tier: Tier, count: int) -> tuple[jax.Array, ...]:
             cut = tier is Tier.DISK and slots > prompt
             return tuple(
-                self._zeros((count, config.num_attention_heads, size, config.head_dim))
+                self._zeros((count, config.num_attention_heads, size, width), dtype)
                 for size in ((prompt, slots - prompt) if cut else (slots,))
             )
 
@@ -248,8 +278,11 @@ class _Steps:
             if count
         )
 
-    def _zeros(self, shape: tuple[int, ...]) -> jax.Array:
-        return jax.device_put(np.zeros(shape, self._store.dtype), self._device)
+    def _zeros(
+        self, shape: tuple[int, ...], dtype: np.dtype | None = None
+    ) -> jax.Array:
+        zeros = np.zeros(shape, dtype or self._store.dtype)
+        return jax.device_put(zeros, self._device)
 
     def _read_layer(self, layer: int) -> Params:
         entries = self._store.tensors
@@ -265,7 +298,9 @@ class _Steps:
         buffer = page_aligned(count * entry.row_bytes)
         array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
         self._store.read_rows(name, rows.start, rows.stop, array)
-        return jax.device_put(array, self._device)
+        read = jax.device_put(array, self._device)
+        how = entry.quantization
+        return read if how is None else dequantize(read, how)
 
 
 def _outside(params: Params) -> Params:

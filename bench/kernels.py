@@ -3,7 +3,8 @@
     python -m bench.kernels opt-6.7b --json bench/results/kernels.json
 
 Everything is in memory. Rates of products count the multiplications with weights alone,
-two operations each; rates of attention count the bytes of keys and values.
+two operations each; rates of attention count the bytes of keys and values, and those of
+dequantization the bytes of what comes out.
 """
 
 import argparse
@@ -24,6 +25,13 @@ from flexjax.attention import decode_attention
 from flexjax.cli import run_command
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
 from flexjax.models.opt import contract_last, unflatten
+from flexjax.policy import BITS, Policy
+from flexjax.quant import (
+    Quantization,
+    dequantize_into,
+    fitting_group,
+    quantize,
+)
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.steps import prefill_step
 
@@ -48,6 +56,8 @@ def measure_kernels(
     yield _prefill_layer(config, batch_size)
     for dtype in DTYPES:
         yield _decode_attention(config, batch_size, dtype)
+    for bits in BITS:
+        yield _dequantization(config, bits)
 
 
 def _product(config: OPTConfig, rows: int) -> dict[str, Any]:
@@ -106,6 +116,26 @@ def _decode_attention(config: OPTConfig, batch_size: int, dtype: Any) -> dict[st
         "shape": f"{batch_size} rows, {PAST_SLOTS} slots",
         "seconds": seconds,
         "bytes_per_s": (key.nbytes + value.nbytes) / seconds,
+    }
+
+
+def _dequantization(config: OPTConfig, bits: int) -> dict[str, Any]:
+    """The MLP's first matrix made wide, in memory that is used again."""
+    group = fitting_group(config.hidden_size, Policy().group_size)
+    how = Quantization(bits=bits, group_size=group, dtype="bfloat16")
+    weight = _random((config.ffn_dim, config.hidden_size), jnp.bfloat16)
+    data = jax.jit(quantize, static_argnums=1)(weight, how)
+    nbytes = weight.nbytes
+
+    def step(out: jax.Array) -> jax.Array:
+        return dequantize_into(out, data, quantization=how)
+
+    seconds = median_s(step, weight)
+    return {
+        "kernel": f"dequantization, {bits} bits",
+        "shape": f"{config.ffn_dim} x {config.hidden_size}, groups of {group}",
+        "seconds": seconds,
+        "bytes_per_s": nbytes / seconds,  # of the result
     }
 
 

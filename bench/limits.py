@@ -17,6 +17,7 @@ from flexjax.memory.link import Device
 from flexjax.memory.placement import place_tensors
 from flexjax.memory.weights import HeadBlocks
 from flexjax.policy import Policy, Tier
+from flexjax.quant import cache_quantization
 from flexjax.workload import Workload, bucket
 
 _COPY_BYTES = 256 << 20  # of one copy between host and device
@@ -52,10 +53,16 @@ class Setting:
         """About what the run has on disk in the end, beside the store."""
         config, work = self.store.config, self.work
         layers_slots = 2 * config.num_hidden_layers * work.cache_slots(work.gen_len - 1)
-        vectors = self.policy.kv_cache.disk * layers_slots
-        vectors += self.policy.activations.disk * work.prompt_len
+        how = cache_quantization(self.policy, config, self.store.dtype)
         vector_bytes = config.hidden_size * self.store.dtype.itemsize
-        return round(self.policy.block_size * vectors * vector_bytes)
+        cached_bytes = (
+            vector_bytes
+            if how is None
+            else config.num_attention_heads * how.width(config.head_dim)
+        )
+        row_bytes = self.policy.kv_cache.disk * layers_slots * cached_bytes
+        row_bytes += self.policy.activations.disk * work.prompt_len * vector_bytes
+        return round(self.policy.block_size * row_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

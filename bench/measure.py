@@ -92,13 +92,22 @@ def measure(job: Job) -> dict[str, Any]:
     """
     device: Device = jax.devices()[0]
     weights = EMBEDDED_MODEL if job.weights is None else job.weights
-    store = open_store(resolve_model(weights, platform=device.platform))
+    policy = job.case.policy
+    folder = resolve_model(
+        weights,
+        platform=device.platform,
+        weight_bits=policy.weight_bits,
+        group_size=policy.group_size,
+    )
+    store = open_store(folder)
     job.case.ensure_fits(store.config)
     offload_dir = pathlib.Path(job.offload_dir or default_cache())
     make_folder(offload_dir)
     setting = setting_of(job.case, store, device, offload_dir)
     before = measure_limits(setting)
-    pauses = DiskPauses(store, setting.disk_tensors, setting.work.num_batches)
+    pauses = DiskPauses(
+        store, setting.disk_tensors, setting.work.num_batches, offload_dir
+    )
     run = _run(job, store, offload_dir, pauses)
     limits = [before, measure_limits(setting)]
     return {

@@ -9,11 +9,12 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.disk_limit import DiskRate, Way, read_files, store_files
 from flexjax.checkpoint import WeightStore
+from flexjax.memory.spill import PREFIX
 
 LEAST_S = 4.0  # of the run, between two pauses
 MOST_SHARE = 0.25  # of the time that pauses may take
@@ -42,15 +43,21 @@ class DiskPauses:
     Args of the constructor:
         store, tensors: what the run reads in every step, in the model's order.
         num_batches: of the run.
+        offload_dir: where it spills to; what lies there is read too.
     """
 
     def __init__(
-        self, store: WeightStore, tensors: Sequence[str], num_batches: int
+        self,
+        store: WeightStore,
+        tensors: Sequence[str],
+        num_batches: int,
+        offload_dir: pathlib.Path,
     ) -> None:
         first = [n for n, name in enumerate(tensors) if name.startswith(_AHEAD)]
         start = min(first, default=0)
         files = store_files(store, [*tensors[start:], *tensors[:start]])
-        self._files = [path for path in files if path.stat().st_size >= _SMALL_BYTES]
+        self._files = [*_large(files)]
+        self._offload_dir = offload_dir
         self._num_batches, self._num_calls = num_batches, 0
         self._inflight = _inflight_file(store.folder) if store.direct_io else None
         self._ready_s = time.perf_counter() + LEAST_S
@@ -71,7 +78,8 @@ class DiskPauses:
         if not self._files or not self._is_quiet():
             return
         begun_s = time.perf_counter()
-        rate = read_files(self._files, WAY, direct=True)
+        spilled = sorted(self._offload_dir.glob(f"{PREFIX}*/*"))
+        rate = read_files([*self._files, *_large(spilled)], WAY, direct=True)
         now_s = time.perf_counter()
         seconds = now_s - begun_s
         self._ready_s = now_s + max(LEAST_S, seconds * (1 - MOST_SHARE) / MOST_SHARE)
@@ -105,6 +113,10 @@ class DiskPauses:
             quiet = 0 if busy else quiet + 1
             time.sleep(_LOOK_S)
         return True
+
+
+def _large(paths: Iterable[pathlib.Path]) -> Iterator[pathlib.Path]:
+    return (path for path in paths if path.stat().st_size >= _SMALL_BYTES)
 
 
 def _inflight_file(folder: pathlib.Path) -> pathlib.Path | None:

@@ -12,16 +12,18 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from bench.report_files import (
+from bench.report_files import read_results
+from bench.report_values import (
     PHASES,
     Comparison,
     Kernels,
     Phase,
+    Precision,
+    Quality,
     Rate,
     Result,
     Run,
     Trace,
-    read_results,
 )
 from flexjax.cli import run_command
 from flexjax.safe_files import make_folder, write_atomically
@@ -112,12 +114,26 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
             yield f"With everything in memory, shapes of {result.model}:\n"
             columns = ("kernel", "shape", "TFLOP/s", "GB/s")
             yield _table(columns, map(_rate_row, result.rates))
+        if isinstance(result, Quality):
+            yield f"Perplexity on held-out text, `{result.command}`:\n"
+            columns = ("weights", "KV cache", "perplexity", "change", "same top 1")
+            yield _table(columns, map(_precision_row, result.precisions))
 
 
 def _rate_row(rate: Rate) -> list[str]:
     flops = "" if rate.flops_per_s is None else f"{rate.flops_per_s / 1e12:.2f}"
     nbytes = "" if rate.bytes_per_s is None else f"{rate.bytes_per_s / 1e9:.1f}"
     return [rate.kernel, rate.shape, flops, nbytes]
+
+
+def _precision_row(row: Precision) -> list[str]:
+    return [
+        f"{row.weight_bits} bits",
+        f"{row.kv_cache_bits} bits",
+        f"{row.perplexity:.3f}",
+        f"{row.increase:+.2%}",
+        f"{row.top_1_agreement:.1%}",
+    ]
 
 
 def _run_row(run: Run) -> list[str]:

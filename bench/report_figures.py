@@ -17,7 +17,7 @@ from bench.plots import (
     draw_lines,
     draw_timeline,
 )
-from bench.report_files import (
+from bench.report_values import (
     PHASES,
     Comparison,
     Copies,

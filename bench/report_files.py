@@ -1,134 +1,31 @@
 """Reads the JSON files that benchmarks write, as values that a report can show."""
 
-import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from bench.report_values import (
+    PHASES,
+    Comparison,
+    Copies,
+    Kernels,
+    Phase,
+    Precision,
+    Quality,
+    Rate,
+    Result,
+    Route,
+    Run,
+    System,
+    Trace,
+    Tried,
+    Work,
+)
 
 Values = Mapping[str, Any]
-PHASES = ("prefill", "decode")
 _ROWS = re.compile(r"--(batch-size|num-batches) \d+")  # told apart from the rest
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One phase of a run: what it took, and what each resource alone would take."""
-
-    seconds: float
-    bound_s: Mapping[str, float]
-    bound_by: str
-    fraction_of_bound: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A result of `bench.run`."""
-
-    path: pathlib.Path
-    machine: str
-    case: str
-    model: str
-    lengths: str
-    placement: str
-    num_rows: int
-    memory_cap_bytes: int | None
-    tokens_per_s: float
-    phases: Mapping[str, Phase]
-    step_s: Sequence[float]
-    peak_rss_bytes: int
-    command: str
-    note: str
-
-
-class Tried(NamedTuple):
-    """A setting of a system in a comparison, and its throughput."""
-
-    placement: str
-    num_rows: int
-    tokens_per_s: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class System:
-    """One system of a comparison at its best setting, and what it tried."""
-
-    name: str
-    setting: str
-    tokens_per_s: float
-    tried: Sequence[Tried]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A result of `bench.compare`."""
-
-    path: pathlib.Path
-    machine: str
-    model: str
-    lengths: str
-    memory_cap_bytes: int | None
-    ratio: float | None
-    systems: Sequence[System]
-    command: str
-
-
-class Route(NamedTuple):
-    """A way to copy, and how fast it is at one size."""
-
-    direction: str
-    name: str
-    nbytes: int
-    bytes_per_s: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Copies:
-    """A result of `bench.copy_routes`, without the routes that were refused."""
-
-    path: pathlib.Path
-    machine: str
-    routes: Sequence[Route]
-
-
-class Rate(NamedTuple):
-    """A kernel, and how fast it is; None where the rate says nothing of it."""
-
-    kernel: str
-    shape: str
-    flops_per_s: float | None
-    bytes_per_s: float | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernels:
-    """A result of `bench.kernels`."""
-
-    path: pathlib.Path
-    machine: str
-    model: str
-    rates: Sequence[Rate]
-    command: str
-
-
-class Work(NamedTuple):
-    """A span of a trace."""
-
-    name: str
-    begin_s: float
-    end_s: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trace:
-    """A trace of a run: each lane's work in the order of its beginning."""
-
-    path: pathlib.Path
-    lanes: Mapping[str, Sequence[Work]]
-
-
-Result = Run | Comparison | Copies | Kernels | Trace
 
 
 def read_results(paths: Iterable[pathlib.Path]) -> list[Result]:
@@ -162,8 +59,8 @@ def _read(path: pathlib.Path) -> Result:
     if not kinds:
         raise ValueError(
             f"{path} is neither a trace nor a result of bench.run, bench.compare, "
-            "bench.kernels or bench.copy_routes; remove it, or name the files that the "
-            "report is of"
+            "bench.kernels, bench.quality or bench.copy_routes; remove it, or name the "
+            "files that the report is of"
         )
     try:
         return kinds[0](path, values)
@@ -290,6 +187,25 @@ def _read_kernels(path: pathlib.Path, values: Values) -> Kernels:
     )
 
 
+def _read_quality(path: pathlib.Path, values: Values) -> Quality:
+    return Quality(
+        path=path,
+        machine=machine_name(values["machine"]),
+        precisions=[
+            Precision(
+                row["weight_bits"] or 16,
+                row["kv_cache_bits"] or 16,
+                *(
+                    float(row[name])
+                    for name in ("perplexity", "increase", "top_1_agreement")
+                ),
+            )
+            for row in values["quality"]
+        ],
+        command=str(values["command"]),
+    )
+
+
 def _read_trace(path: pathlib.Path, values: Values) -> Trace:
     lanes: dict[str, list[Work]] = {}
     for event in sorted(
@@ -309,6 +225,7 @@ _KINDS: Mapping[str, Callable[[pathlib.Path, Values], Result]] = {
     "systems": _read_comparison,
     "routes": _read_copies,
     "kernels": _read_kernels,
+    "quality": _read_quality,
     "tokens_per_s": _read_run,
 }
 

@@ -1,20 +1,20 @@
 """Makes a weight store or an Orbax checkpoint of an OPT checkpoint.
 
-python -m checkpoints_tools.convert SRC OUT [--dtype bfloat16] [--to orbax]
+python -m checkpoints_tools.convert SRC OUT [--dtype bfloat16] [--weight-bits 4]
 """
 
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable
 
 import numpy as np
 
 from checkpoints_tools.open_source import open_source
 from checkpoints_tools.orbax_checkpoint import write_orbax
-from checkpoints_tools.source import Source
 from checkpoints_tools.store_conversion import convert_to_store
 from flexjax.cli import run_command
+from flexjax.policy import BITS
+from flexjax.quant import Quantization
 from flexjax.store_format import DTYPES
 
 
@@ -24,14 +24,28 @@ def _convert(args: argparse.Namespace) -> None:
         raise ValueError(f"{out} is the source itself; choose another folder")
     checkpoint = open_source(source)
     dtype = checkpoint.dtype if args.dtype is None else DTYPES[args.dtype]
-    WRITERS[args.to](checkpoint, out, dtype, f"converting {source.resolve().name}")
-    print(f"{out}: {args.to}, {dtype.name}")
+    label = f"converting {source.resolve().name}"
+    if args.to == "orbax":
+        if args.weight_bits is not None:
+            raise ValueError(
+                "--weight-bits quantizes a store, not an Orbax checkpoint; leave out "
+                "--to orbax or --weight-bits"
+            )
+        write_orbax(checkpoint, out, dtype, label)
+    else:
+        convert_to_store(checkpoint, out, dtype, label, _quantization(args, dtype))
+    bits = "" if args.weight_bits is None else f", {args.weight_bits} bits"
+    print(f"{out}: {args.to}, {dtype.name}{bits}")
 
 
-WRITERS: dict[str, Callable[[Source, pathlib.Path, np.dtype, str], None]] = {
-    "store": convert_to_store,
-    "orbax": write_orbax,
-}
+def _quantization(args: argparse.Namespace, dtype: np.dtype) -> Quantization | None:
+    if args.weight_bits is None:
+        return None
+    if args.group_size < 1:
+        raise ValueError(f"--group-size is {args.group_size}, expected at least 1")
+    return Quantization(
+        bits=args.weight_bits, group_size=args.group_size, dtype=dtype.name
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,9 +70,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--to",
-        choices=WRITERS,
+        choices=("store", "orbax"),
         default="store",
         help="what to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weight-bits",
+        type=int,
+        choices=BITS,
+        help="quantize the decoder layers' matrices to so many bits, and the tables of "
+        "tokens to 8",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        default=64,
+        help="elements that share a scale and a minimum (default: %(default)s)",
     )
     return run_command(_convert, parser, argv)
 

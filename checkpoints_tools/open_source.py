@@ -22,7 +22,13 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one with a checkpoint")
     if is_store(folder):
-        return _store_source(open_store(folder))
+        store = open_store(folder)
+        if store.quantization is not None:
+            raise ValueError(
+                f"{folder} holds weights of {store.quantization.bits} bits, from which "
+                "nothing else can be made; give what it was converted from"
+            )
+        return _store_source(store)
     if find_orbax(folder) is not None:
         return open_orbax(folder)
     return open_hugging_face(folder)

@@ -15,6 +15,7 @@ from checkpoints_tools.open_source import open_source
 from checkpoints_tools.source import Source
 from checkpoints_tools.store_conversion import convert_to_store
 from flexjax.checkpoint import is_store, read_manifest
+from flexjax.quant import Quantization
 from flexjax.safe_files import make_folder
 from flexjax.store_format import DTYPES
 
@@ -31,6 +32,8 @@ def resolve_model(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     platform: str = "cpu",
+    weight_bits: int | None = None,
+    group_size: int = 64,
 ) -> pathlib.Path:
     """The folder of a weight store of `model` in `dtype`, converted if need be.
 
@@ -40,9 +43,12 @@ def resolve_model(
             computes float16 slowly.
         cache_dir: where conversions are kept (`default_cache` if not given).
         platform: JAX's name of what will compute, such as "cpu" or "gpu".
+        weight_bits: 4 or 8: the decoder layers' matrices quantized so; None: as stored.
+        group_size: elements that share a scale and a minimum, where they are.
 
     Raises:
-        ValueError: no such model, not an OPT model, or a damaged one.
+        ValueError: no such model, not an OPT model, a damaged one, or one that is
+            quantized in another way.
         OSError: the conversion could not be written.
     """
     if dtype != AUTO and dtype not in DTYPES:
@@ -51,18 +57,25 @@ def resolve_model(
         )
     folder = _find(model)
     if is_store(folder):
-        stored = read_manifest(folder).dtype
+        manifest = read_manifest(folder)
+        stored, how = manifest.dtype, manifest.quantization
         wanted = _choose(dtype, stored, platform)
-        if wanted == stored:
+        if how is not None:
+            asked = wanted.name, weight_bits or how.bits, group_size
+            _ensure_stored_so(folder, how, *asked)
             return folder
-        logger.warning(
-            "%s holds %s: making a %s copy", folder, stored.name, wanted.name
-        )
+        if wanted == stored and weight_bits is None:
+            return folder
+        into = wanted.name if weight_bits is None else f"{weight_bits}-bit"
+        logger.warning("%s holds %s: making a %s copy", folder, stored.name, into)
     source = open_source(folder)
     wanted = _choose(dtype, source.dtype, platform)
     name = folder.resolve().name if pathlib.Path(model).is_dir() else str(model)
     cache = default_cache() if cache_dir is None else pathlib.Path(cache_dir)
-    return _cached(source, wanted, name, cache)
+    how = None
+    if weight_bits is not None:
+        how = Quantization(bits=weight_bits, group_size=group_size, dtype=wanted.name)
+    return _cached(source, wanted, how, name, cache)
 
 
 def default_cache() -> pathlib.Path:
@@ -86,6 +99,20 @@ def _find(model: str | os.PathLike[str]) -> pathlib.Path:
     return download(str(model))
 
 
+def _ensure_stored_so(
+    folder: pathlib.Path, how: Quantization, dtype: str, bits: int, group_size: int
+) -> None:
+    asked = {"weight_bits": bits, "group_size": group_size, "dtype": dtype}
+    there = {"weight_bits": how.bits, "group_size": how.group_size, "dtype": how.dtype}
+    for name, value in asked.items():
+        if value != there[name]:
+            raise ValueError(
+                f"{folder} was quantized with {name}={there[name]}, but {name}={value} "
+                f"is asked for; ask for {name}={there[name]}, or give the checkpoint "
+                "that it was made from"
+            )
+
+
 def _choose(dtype: str, own: np.dtype, platform: str) -> np.dtype:
     if dtype != AUTO:
         return DTYPES[dtype]
@@ -95,17 +122,23 @@ def _choose(dtype: str, own: np.dtype, platform: str) -> np.dtype:
 
 
 def _cached(
-    source: Source, dtype: np.dtype, name: str, cache: pathlib.Path
+    source: Source,
+    dtype: np.dtype,
+    how: Quantization | None,
+    name: str,
+    cache: pathlib.Path,
 ) -> pathlib.Path:
     """The store of `source` in the cache; another state of the source is another."""
-    key = hashlib.sha256(f"{source.fingerprint}/{dtype.name}".encode()).hexdigest()[:12]
-    store = cache / f"{name.replace('/', '--')}-{dtype.name}-{key}"
+    kind = dtype.name
+    if how is not None:
+        kind += f"-{how.bits}bit-{how.group_size}"
+    key = hashlib.sha256(f"{source.fingerprint}/{kind}".encode()).hexdigest()[:12]
+    store = cache / f"{name.replace('/', '--')}-{kind}-{key}"
     # Looked at without the writer's lock: two programs may start from one store.
     if not _is_made(store, source):
         with _turn(store, name):
             if not _is_made(store, source):
-                label = f"converting {name} to {dtype.name}"
-                convert_to_store(source, store, dtype, label)
+                convert_to_store(source, store, dtype, f"making {store.name}", how)
     return store
 
 

@@ -10,6 +10,7 @@ import xxhash
 
 from flexjax.extents import Extent, as_bytes, read_extent, reads_direct
 from flexjax.models.config import OPTConfig
+from flexjax.quant import Quantization
 from flexjax.store_format import (
     MANIFEST,
     Manifest,
@@ -81,6 +82,7 @@ class WeightStore:
         self.config: OPTConfig = manifest.config
         self.dtype: np.dtype = manifest.dtype
         self.source: str = manifest.source
+        self.quantization: Quantization | None = manifest.quantization
         self.tensors: Mapping[str, TensorEntry] = manifest.tensors
         name, entry = next(iter(self.tensors.items()))
         self.direct_io = reads_direct(chunk_path(folder, name, entry, 0))

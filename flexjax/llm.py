@@ -67,7 +67,11 @@ class LLM:
         self._progress = sys.stderr.isatty() if progress is None else progress
         device = jax.devices()[0]
         folder = resolve_model(
-            EMBEDDED_MODEL if model is None else model, dtype, platform=device.platform
+            EMBEDDED_MODEL if model is None else model,
+            dtype,
+            platform=device.platform,
+            weight_bits=self.policy.weight_bits,
+            group_size=self.policy.group_size,
         )
         store = open_store(folder)
         self.config = store.config

@@ -55,6 +55,7 @@ class Placement:
         return getattr(self, tier.value)
 
 
+BITS = (4, 8)  # of an element of what is quantized
 static = functools.partial(dataclasses.field, metadata={"static": True})
 ALL_ON_DEVICE = Placement(device=1.0)
 
@@ -93,9 +94,6 @@ class Policy:
 _ONLY: dict[str, Any] = {
     "host_attention": False,
     "attention_sparsity": 1.0,
-    "weight_bits": None,
-    "kv_cache_bits": None,
-    "group_size": 64,
 }
 
 
@@ -108,10 +106,16 @@ def validate(policy: Policy) -> Policy:
     """
     for kind in Kind:
         _validate_placement(kind.value, policy.placement(kind))
-    for name in ("batch_size", "num_batches"):
+    for name in ("batch_size", "num_batches", "group_size"):
         count = getattr(policy, name)
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {count!r}, expected an integer of at least 1")
+    for name in ("weight_bits", "kv_cache_bits"):
+        bits = getattr(policy, name)
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            raise ValueError(
+                f"{name} is {bits!r}, expected 4, 8 or None, which is as stored"
+            )
     for name, only in _ONLY.items():
         if getattr(policy, name) != only:
             raise ValueError(

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 
 from flexjax.policy import (
+    BITS,
     Kind,
     Placement,
     Policy,
@@ -14,6 +15,11 @@ from flexjax.policy import (
     validate,
 )
 
+# Arguments that stand for the policy's field of the same name.
+_PLAIN = (
+    *("batch_size", "num_batches", "schedule"),
+    *("weight_bits", "kv_cache_bits", "group_size"),
+)
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -49,6 +55,19 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[schedule.value for schedule in Schedule],
         metavar="NAME",
         help=f"one of {', '.join(schedule.value for schedule in Schedule)}",
+    )
+    for name, what in (("weight", "weights"), ("kv-cache", "KV cache")):
+        group.add_argument(
+            f"--{name}-bits",
+            type=int,
+            choices=BITS,
+            help=f"quantize the {what} in groups (default: as stored)",
+        )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help=f"elements of a group at most (default {Policy().group_size})",
     )
     group.add_argument("--offload-dir", metavar="DIR", help="where to spill to")
     _add_flexgen_arguments(parser)
@@ -91,7 +110,7 @@ def policy_from_args(args: argparse.Namespace) -> Policy:
         text = getattr(args, kind.value)
         if text is not None:
             changes[kind.value] = parse_placement(_flag(kind), text)
-    for name in ("batch_size", "num_batches", "schedule"):
+    for name in _PLAIN:
         if getattr(args, name) is not None:
             changes[name] = getattr(args, name)
     for name, value in _flexgen_changes(args).items():

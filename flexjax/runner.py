@@ -19,6 +19,7 @@ from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
+from flexjax.quant import cache_quantization
 from flexjax.schedule.emit import EMITTERS
 from flexjax.stage import LayerStage, Rows
 from flexjax.workload import Workload
@@ -86,6 +87,7 @@ class BlockRunner:
             cache=cache,
             hidden=hidden,
             transport=self._transport,
+            cache_as=cache_quantization(policy, weights.config, weights.dtype),
         )
         steps = _Steps(rows, stage, times, work.num_batches)
         try:

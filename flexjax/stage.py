@@ -15,6 +15,7 @@ from flexjax.memory.transport import Transport
 from flexjax.memory.weights import Loans, PlacedWeights
 from flexjax.models.opt import unflatten
 from flexjax.policy import Kind, Tier
+from flexjax.quant import Quantization
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
 from flexjax.steps import decode_step, embed_step, final_step, prefill_step
 from flexjax.workload import Workload
@@ -76,6 +77,7 @@ class LayerStage:
         rows: its token ids, and what reads its logits.
         weights, cache, hidden: where everything is.
         transport: where everything happens.
+        cache_as: how the cache is quantized.
     """
 
     def __init__(
@@ -87,12 +89,13 @@ class LayerStage:
         cache: PlacedArrays,
         hidden: PlacedArrays,
         transport: Transport,
+        cache_as: Quantization | None = None,
     ) -> None:
         self._work, self._rows = work, rows
         self._weights, self._cache, self._hidden = weights, cache, hidden
         self._lanes, self._ledger = transport.lanes, transport.ledger
         self._timeline = transport.timeline
-        self._config = weights.config
+        self._config, self._cache_as = weights.config, cache_as
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
         # Calls that end:
@@ -246,10 +249,18 @@ class LayerStage:
         if cell.layer == 0:
             state = embed_step(params, state, start, length, config=config)
         if cell.step == 0:
-            state, cache = prefill_step(layer, state, start, config=config)
+            state, cache = prefill_step(
+                layer, state, start, config=config, cache_as=self._cache_as
+            )
         else:
             state, cache = decode_step(
-                layer, state, segments, start, length, config=config
+                layer,
+                state,
+                segments,
+                start,
+                length,
+                config=config,
+                cache_as=self._cache_as,
             )
         if cell.layer < self._work.num_decoder_layers - 1:
             return cache, state, cache  # the next layer's call donates `state`

@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from flexjax.attention import decode_attention, prefill_attention
 from flexjax.logprobs import ScoreState, fold_block
@@ -24,11 +24,13 @@ from flexjax.models.opt import (
     contract_last,
     token_positions,
 )
-from flexjax.workload import prefill_rows
+from flexjax.quant import Quantization, dequantize, passed_through, quantize
+from flexjax.workload import prefill_rows, wide_rows
 
 Hidden = Float[Array, "batch 1 seq hidden"]
-# Segments of a cache differ in their rows, their pieces in their slots.
-_KeyOrValue = Float[Array, "_rows heads _slots head_dim"]
+# Segments of a cache differ in their rows, their pieces in their slots. A head's
+# elements are bytes where the cache is quantized.
+_KeyOrValue = Shaped[Array, "_rows heads _slots _width"]
 KeyValue = tuple[_KeyOrValue, _KeyOrValue]
 Past = tuple[tuple[_KeyOrValue, ...], tuple[_KeyOrValue, ...]]
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
@@ -49,11 +51,21 @@ def embed_step(
     return apply(Embedding(config), params, rows, positions)[:, None]
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
+@functools.partial(
+    jax.jit, static_argnames=("config", "cache_as"), donate_argnames="hidden"
+)
 def prefill_step(
-    params: Params, hidden: Hidden, start: Int[Array, " batch"], *, config: OPTConfig
+    params: Params,
+    hidden: Hidden,
+    start: Int[Array, " batch"],
+    *,
+    config: OPTConfig,
+    cache_as: Quantization | None = None,
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on whole prompts; also returns the keys and values to cache.
+
+    Where the cache is quantized, a prompt attends to what a later token will find
+    there: so a prefill computes what decoding the same tokens would.
 
     Works on some rows of the batch at a time, so that what lies between the layer's
     matrices, four times as wide as its hidden state, is never there for all of them.
@@ -65,10 +77,11 @@ def prefill_step(
         hidden, start = inputs
 
         def attend(query: Array, key: Array, value: Array) -> Array:
+            key, value = (passed_through(new, cache_as) for new in (key, value))
             return prefill_attention(query, key, value, start)
 
         out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
-        return out[:, None], cache
+        return out[:, None], _kept(cache, cache_as)
 
     if rows == batch:
         return run((hidden, start))
@@ -82,7 +95,9 @@ def prefill_step(
     )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
+@functools.partial(
+    jax.jit, static_argnames=("config", "cache_as"), donate_argnames="hidden"
+)
 def decode_step(
     params: Params,
     hidden: Hidden,
@@ -91,6 +106,7 @@ def decode_step(
     length: Int[Array, ""],
     *,
     config: OPTConfig,
+    cache_as: Quantization | None = None,
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on one new token a row.
 
@@ -102,21 +118,61 @@ def decode_step(
         start: first slot of each row that holds a real token.
         length: slots of the cache that are in use.
         config: of the model.
+        cache_as: how the cache is quantized.
     """
 
     def attend(query: Array, key: Array, value: Array) -> Array:
+        key, value = (passed_through(new, cache_as) for new in (key, value))
         outs, first = [], 0
         for segment in past:
             rows = slice(first, first + segment[0][0].shape[0])
             new = key[rows], value[rows]
             outs.append(
-                decode_attention(query[rows], new, segment, start[rows], length)
+                _attend(query[rows], new, segment, start[rows], length, cache_as)
             )
             first = rows.stop
         return jnp.concatenate(outs)
 
     out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
-    return out[:, None], cache
+    return out[:, None], _kept(cache, cache_as)
+
+
+def _kept(cache: KeyValue, cache_as: Quantization | None) -> KeyValue:
+    """What the cache keeps of new keys and values."""
+    if cache_as is None:
+        return cache
+    key, value = cache
+    return quantize(key, cache_as), quantize(value, cache_as)
+
+
+def _attend(
+    query: Array,
+    new: KeyValue,
+    past: Past,
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    cache_as: Quantization | None,
+) -> Array:
+    """`decode_attention` over a cache as it is kept.
+
+    A quantized one is made wide a few rows at a time, so that what becomes of it stays
+    in the processor's caches.
+    """
+    if cache_as is None:
+        return decode_attention(query, new, past, start, length)
+    batch = query.shape[0]
+    rows = wide_rows(batch)
+
+    def grouped(array: Array) -> Array:
+        return array.reshape(batch // rows, rows, *array.shape[1:])
+
+    def attend(inputs: tuple[Array, KeyValue, Past, Array]) -> Array:
+        query, new, past, start = inputs
+        wide = jax.tree.map(lambda piece: dequantize(piece, cache_as), past)
+        return decode_attention(query, new, wide, start, length)
+
+    inputs = jax.tree.map(grouped, (query, new, past, start))
+    return jax.lax.map(attend, inputs).reshape(query.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "last_only"))

@@ -3,7 +3,8 @@
 A store is a folder with `manifest.json` and one zarr3 array a tensor in
 `tensors/<name>/`. Arrays are uncompressed and cut along their first axis only, so a
 chunk file holds consecutive rows as they lie in memory: row `i` of a tensor is at a
-known offset of a known file.
+known offset of a known file. A quantized tensor is an array of bytes whose rows hold
+their own scales and minima (`flexjax.quant`), so the same is true of it.
 """
 
 import dataclasses
@@ -22,6 +23,8 @@ from flexjax.models.config import (
     tensor_shapes,
     to_hugging_face,
 )
+from flexjax.policy import BITS
+from flexjax.quant import Quantization, wide_shape
 
 FORMAT = "flexjax-store"
 VERSION = 1
@@ -32,6 +35,8 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
 }
+BYTES = np.dtype(np.uint8)  # of what is quantized
+TABLE_BITS = 8  # of the tables of tokens, where weights are quantized
 MIN_CHUNK_BYTES = 4 << 20  # below this a disk is slower (measured)
 MAX_CHUNK_BYTES = 8 << 20  # above this a read of a few rows moves too much
 
@@ -40,11 +45,12 @@ MAX_CHUNK_BYTES = 8 << 20  # above this a read of a few rows moves too much
 class TensorEntry:
     """One row of the manifest's table of tensors."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    shape: tuple[int, ...]  # as it is stored
+    dtype: np.dtype  # likewise: uint8 where it is quantized
     chunk_rows: int
     checksum: str  # xxh3_64 of the bytes in C order, in hexadecimal
     chunk_checksums: tuple[str, ...]  # the same of each chunk's rows, without padding
+    quantization: Quantization | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -53,8 +59,22 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in memory."""
+        """Bytes of the tensor as it is stored."""
         return self.shape[0] * self.row_bytes
+
+    @property
+    def used_shape(self) -> tuple[int, ...]:
+        """The shape in which a layer uses it."""
+        if self.quantization is None:
+            return self.shape
+        return wide_shape(self.shape, self.quantization)
+
+    @property
+    def used_row_bytes(self) -> int:
+        """Bytes of one row as a layer uses it."""
+        how = self.quantization
+        itemsize = self.dtype.itemsize if how is None else how.itemsize
+        return math.prod(self.used_shape[1:]) * itemsize
 
     @property
     def num_chunks(self) -> int:
@@ -78,12 +98,18 @@ class TensorEntry:
             yield index, first, min(first + self.chunk_rows, self.shape[0])
 
 
-def plan_entry(shape: tuple[int, ...], dtype: np.dtype) -> TensorEntry:
+def plan_entry(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    quantization: Quantization | None = None,
+) -> TensorEntry:
     """The entry of a tensor that is still to be written, without its checksums.
 
     Among the chunk sizes that read well, takes those that keep every chunk's place in
     memory fit for direct I/O, and of them the one that pads the least.
     """
+    if quantization is not None:
+        shape, dtype = (*shape[:-1], quantization.width(shape[-1])), BYTES
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     most = min(shape[0], max(1, MAX_CHUNK_BYTES // row_bytes))
     least = min(most, math.ceil(MIN_CHUNK_BYTES / row_bytes))
@@ -95,7 +121,12 @@ def plan_entry(shape: tuple[int, ...], dtype: np.dtype) -> TensorEntry:
 
     chunk_rows = min(range(most, least - 1, -1), key=cost)
     return TensorEntry(
-        shape=shape, dtype=dtype, chunk_rows=chunk_rows, checksum="", chunk_checksums=()
+        shape=shape,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        checksum="",
+        chunk_checksums=(),
+        quantization=quantization,
     )
 
 
@@ -127,7 +158,7 @@ def array_spec(folder: pathlib.Path, name: str, entry: TensorEntry) -> dict[str,
                 "configuration": {"separator": "."},
             },
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-            "fill_value": 0.0,
+            "fill_value": entry.dtype.type(0).item(),
         },
     }
 
@@ -140,11 +171,49 @@ class Manifest:
     dtype: np.dtype
     source: str  # fingerprint of what the store was made from
     tensors: Mapping[str, TensorEntry]
+    quantization: Quantization | None = None  # of the decoder layers' matrices
+
+
+def quantization_of(
+    name: str, shape: tuple[int, ...], matrices: Quantization | None
+) -> Quantization | None:
+    """How a tensor of a store is quantized whose matrices are quantized in this way.
+
+    The tables of tokens are kept at `TABLE_BITS`; vectors, positions and the narrow
+    projections of 350m, which are small, stay as they are.
+    """
+    if matrices is None or len(shape) < 2:
+        return None
+    if name.startswith("layers."):
+        return matrices
+    if name in ("embed_tokens.weight", "lm_head.weight"):
+        return dataclasses.replace(matrices, bits=TABLE_BITS)
+    return None
+
+
+def planned_entries(
+    config: OPTConfig, dtype: np.dtype, quantization: Quantization | None
+) -> dict[str, TensorEntry]:
+    """The entries of all tensors of a store that is still to be written.
+
+    Raises:
+        ValueError: groups do not divide the rows of a tensor, which is named.
+    """
+    planned: dict[str, TensorEntry] = {}
+    for name, shape in tensor_shapes(config).items():
+        try:
+            how = quantization_of(name, shape, quantization)
+            planned[name] = plan_entry(shape, dtype, how)
+        except ValueError as error:
+            raise ValueError(f"tensor {name!r} cannot be quantized: {error}") from error
+    return planned
 
 
 def entry_to_json(entry: TensorEntry) -> dict[str, Any]:
     """An entry as the manifest and the journal write it."""
+    how = entry.quantization
     return {
+        **({} if how is None else {"quantization": dataclasses.asdict(how)}),
         "shape": list(entry.shape),
         "dtype": entry.dtype.name,
         "bytes": entry.nbytes,
@@ -163,10 +232,11 @@ def entry_from_json(values: Any, origin: str) -> TensorEntry:
     try:
         entry = TensorEntry(
             shape=tuple(int(size) for size in values["shape"]),
-            dtype=DTYPES[values["dtype"]],
+            dtype=(DTYPES | {BYTES.name: BYTES})[values["dtype"]],
             chunk_rows=int(values["chunk_rows"]),
             checksum=str(values["checksum"]),
             chunk_checksums=tuple(values["chunk_checksums"]),
+            quantization=_quantization_from_json(values),
         )
         consistent = (values["bytes"], len(entry.chunk_checksums)) == (
             entry.nbytes,
@@ -181,13 +251,26 @@ def entry_from_json(values: Any, origin: str) -> TensorEntry:
     return entry
 
 
+def _quantization_from_json(values: Any) -> Quantization | None:
+    """Raises KeyError, TypeError or ValueError where it is none."""
+    found = values.get("quantization")
+    if found is None:
+        return None
+    how = Quantization(**found)
+    if how.bits not in BITS or how.group_size < 1 or how.dtype not in DTYPES:
+        raise ValueError(f"quantization {found}")
+    return how
+
+
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The content of `manifest.json`."""
+    how = manifest.quantization
     return {
         "format": FORMAT,
         "version": VERSION,
         "dtype": manifest.dtype.name,
         "source": manifest.source,
+        **({} if how is None else {"quantization": dataclasses.asdict(how)}),
         "config": to_hugging_face(manifest.config, manifest.dtype.name),
         "tensors": {
             name: entry_to_json(entry) for name, entry in manifest.tensors.items()
@@ -217,7 +300,12 @@ def manifest_from_json(values: Any, origin: str) -> Manifest:
             f"{origin} has dtype {values.get('dtype')!r}, expected one of "
             f"{', '.join(DTYPES)}; convert again"
         )
+    try:
+        how = _quantization_from_json(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{origin} is damaged ({error!r}); convert again") from error
     manifest = Manifest(
+        quantization=how,
         config=parse_config(config, origin),
         dtype=DTYPES[values["dtype"]],
         source=str(values.get("source")),
@@ -230,19 +318,23 @@ def manifest_from_json(values: Any, origin: str) -> Manifest:
     return manifest
 
 
+def _kind(entry: TensorEntry) -> tuple[object, ...]:
+    return entry.shape, entry.dtype, entry.quantization
+
+
 def _check_table(manifest: Manifest, origin: str) -> None:
-    shapes = tensor_shapes(manifest.config)
-    for name, shape in shapes.items():
+    planned = planned_entries(manifest.config, manifest.dtype, manifest.quantization)
+    for name, plan in planned.items():
         entry = manifest.tensors.get(name)
         if entry is None:
             raise ValueError(f"{origin} lacks tensor {name!r}; convert again")
-        if entry.shape != shape or entry.dtype != manifest.dtype:
+        if _kind(entry) != _kind(plan):
             raise ValueError(
                 f"{origin}: tensor {name!r} is {entry.dtype.name}{list(entry.shape)}, "
-                f"but its config asks for {manifest.dtype.name}{list(shape)}; convert "
+                f"but its config asks for {plan.dtype.name}{list(plan.shape)}; convert "
                 "again"
             )
-    if unknown := manifest.tensors.keys() - shapes.keys():
+    if unknown := manifest.tensors.keys() - planned.keys():
         raise ValueError(
             f"{origin} has tensors that its config does not know: "
             f"{', '.join(sorted(unknown))}; convert again"

@@ -19,7 +19,8 @@ import tensorstore as ts
 import xxhash
 
 from flexjax.checkpoint import is_store, read_manifest
-from flexjax.models.config import OPTConfig, tensor_shapes, to_hugging_face
+from flexjax.models.config import OPTConfig
+from flexjax.quant import Quantization
 from flexjax.safe_files import (
     ensure_space,
     lock_folder,
@@ -28,10 +29,8 @@ from flexjax.safe_files import (
     write_atomically,
 )
 from flexjax.store_format import (
-    FORMAT,
     MANIFEST,
     TENSORS,
-    VERSION,
     Manifest,
     TensorEntry,
     array_spec,
@@ -39,7 +38,7 @@ from flexjax.store_format import (
     entry_from_json,
     entry_to_json,
     manifest_to_json,
-    plan_entry,
+    planned_entries,
     tensor_folder,
 )
 
@@ -65,13 +64,17 @@ class StoreWriter:
         config: OPTConfig,
         dtype: np.dtype,
         source: str,
+        quantization: Quantization | None = None,
     ):
         self.folder = pathlib.Path(folder)
-        self._manifest = Manifest(config=config, dtype=dtype, source=source, tensors={})
-        self.planned = {
-            name: plan_entry(shape, dtype)
-            for name, shape in tensor_shapes(config).items()
-        }
+        self._manifest = Manifest(
+            config=config,
+            dtype=dtype,
+            source=source,
+            tensors={},
+            quantization=quantization,
+        )
+        self.planned = planned_entries(config, dtype, quantization)
         self._done: dict[str, TensorEntry] = {}
         self._checked: set[str] = set()
         self._journal: int | None = None
@@ -114,7 +117,7 @@ class StoreWriter:
         return name in self._done
 
     def write(self, name: str, blocks: Iterable[np.ndarray]) -> None:
-        """Writes one tensor, given as consecutive blocks of rows in the store's dtype.
+        """Writes one tensor, given as consecutive blocks of rows as they are stored.
 
         Raises:
             OSError: the disk is full or fails; the store stays unfinished.
@@ -180,13 +183,9 @@ class StoreWriter:
             self._append(self._identity())
 
     def _identity(self) -> dict[str, Any]:
-        dtype = self._manifest.dtype.name
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "source": self._manifest.source,
-            "config": to_hugging_face(self._manifest.config, dtype),
-        }
+        values = manifest_to_json(self._manifest)
+        del values["tensors"]
+        return values
 
     def _append(self, values: dict[str, Any]) -> None:
         assert self._journal is not None, "the writer is closed or was complete"

@@ -11,6 +11,10 @@ import dataclasses
 # Tokens that a prefill works on at a time; matrix products are at full speed from a few
 # hundred rows on, so this costs nothing but bounds the workspace.
 PREFILL_TOKENS = 1024
+# Rows of a quantized cache that are made wide at a time, so that they stay in the
+# processor's own memory: attending to 64 rows of OPT-1.3B took 15, 12, 10 and 12 ms
+# with 1, 2, 4 and 8, and 70 ms with all at once (2 cores).
+WIDE_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,5 +85,15 @@ def prefill_rows(batch_size: int, seq_len: int) -> int:
 
     As many as stay within `PREFILL_TOKENS`, but at least one.
     """
-    most = max(1, PREFILL_TOKENS // seq_len)
-    return max(n for n in range(1, batch_size + 1) if not batch_size % n and n <= most)
+    return _divisor(batch_size, PREFILL_TOKENS // seq_len)
+
+
+def wide_rows(num_rows: int) -> int:
+    """Rows of a quantized cache that are wide at a time: a divisor of all."""
+    return _divisor(num_rows, WIDE_ROWS)
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of `count` up to `most`, but at least 1."""
+    most = max(1, min(count, most))
+    return max(n for n in range(1, most + 1) if not count % n)

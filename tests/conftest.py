@@ -31,6 +31,7 @@ CHECKED = [
     "flexjax.logprobs",
     "flexjax.memory",
     "flexjax.models",
+    "flexjax.quant",
     "flexjax.sampling",
     "flexjax.steps",
 ]

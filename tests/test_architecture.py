@@ -27,6 +27,7 @@ STAIRS = [
     "schedule.check",
     "schedule.footprint",
     # numbers
+    "quant",
     "attention",
     "logprobs",
     "sampling",
@@ -46,6 +47,7 @@ STAIRS = [
     "memory.pool",
     "memory.buffers",
     "memory.link",
+    "memory.widened",
     "memory.transport",
     "memory.tier",
     "memory.device",

@@ -11,7 +11,7 @@ from flexjax.policy import validate
 from flexjax.policy_args import add_policy_arguments, policy_from_args
 
 CASES = all_cases()
-NOT_YET = r"(host_attention|attention_sparsity|weight_bits|kv_cache_bits)=.*version"
+NOT_YET = r"(host_attention|attention_sparsity)=.*version"
 
 
 def test_names_are_unique():

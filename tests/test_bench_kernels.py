@@ -4,7 +4,8 @@ import pytest
 
 from bench import kernels
 from bench.kernels import measure_kernels
-from bench.report_files import Kernels, read_results
+from bench.report_files import read_results
+from bench.report_values import Kernels
 from flexjax.cli import run_command
 from flexjax.models.config import OPTConfig
 
@@ -33,9 +34,13 @@ def test_rates_are_work_over_time():
     weights = 4 * 8 * 8 + 2 * 8 * 16
     flops = 2 * 2 * kernels.PROMPT_LEN * weights
     assert layer["flops_per_s"] * layer["seconds"] == pytest.approx(flops)
-    for itemsize, row in zip((2, 4), rows[len(products) + 1 :], strict=True):
+    attention, widening = rows[len(products) + 1 :][:2], rows[len(products) + 3 :]
+    for itemsize, row in zip((2, 4), attention, strict=True):
         nbytes = 2 * itemsize * 2 * kernels.PAST_SLOTS * 8
         assert row["bytes_per_s"] * row["seconds"] == pytest.approx(nbytes)
+    for bits, row in zip((4, 8), widening, strict=True):
+        assert row["kernel"] == f"dequantization, {bits} bits"
+        assert row["bytes_per_s"] * row["seconds"] == pytest.approx(2 * 8 * 16)
 
 
 def test_what_is_written_is_what_the_report_reads(tmp_path, monkeypatch, capsys):

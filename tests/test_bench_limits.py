@@ -52,6 +52,7 @@ def a_second_each() -> ComputeLimit:
         decode_layer_s=dict.fromkeys(slots, 1.0),
         decode_ends_s=1.0,
         head_s=1.0,
+        widen_s=0.0,
     )
 
 
@@ -109,8 +110,9 @@ def test_limits_are_measured_for_what_a_run_uses(store, tmp_path, kv_cache):
     slots = {compute_limit.read_slots(setting.work, step) for step in range(1, 40)}
     compute = measured[0].compute
     assert compute.decode_layer_s.keys() == slots
-    seconds = np.array(jax.tree.leaves(dataclasses.asdict(compute)))
-    assert (seconds > 0).all()
+    assert compute.widen_s == 0  # nothing is quantized
+    steps = dataclasses.replace(compute, widen_s=1.0)
+    assert (np.array(jax.tree.leaves(dataclasses.asdict(steps))) > 0).all()
     report = limits_report(measured * 2, [])
     assert report["bytes_per_s"] == mean_rates(measured)
     assert report["compute"] == dataclasses.asdict(compute)

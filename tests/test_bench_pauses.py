@@ -40,6 +40,10 @@ def quiet(tmp_path, monkeypatch):
     return path
 
 
+def make_pauses(store, quiet, num_batches):
+    return DiskPauses(store, list(store.tensors), num_batches, quiet.parent)
+
+
 def run(pauses, num_batches, gen_len):
     for _ in range(num_batches * gen_len):
         pauses(1)
@@ -48,7 +52,7 @@ def run(pauses, num_batches, gen_len):
 def test_a_pause_reads_all_that_a_step_reads_in_its_order(store, quiet):
     tensors = list(store.tensors)
     order = list(store_files(store, tensors))
-    found = DiskPauses(store, tensors, num_batches=1)._files
+    found = make_pauses(store, quiet, num_batches=1)._files
     assert sorted(found) == sorted(order)
     start = order.index(found[0])
     assert start > 0
@@ -61,7 +65,9 @@ def test_a_pause_reads_all_that_a_step_reads_in_its_order(store, quiet):
 def test_pauses_come_after_steps_of_the_decode_and_do_not_count(store, quiet):
     if not store.direct_io:
         pytest.skip("no direct I/O here")
-    pauses = DiskPauses(store, list(store.tensors), num_batches=2)
+    pauses = DiskPauses(
+        store, list(store.tensors), num_batches=2, offload_dir=quiet.parent
+    )
     run(pauses, num_batches=2, gen_len=4)
     assert len(pauses.rates) == 3  # of four tokens, the first is the prefill's
     metrics = {
@@ -88,7 +94,9 @@ def test_pauses_come_after_steps_of_the_decode_and_do_not_count(store, quiet):
 def test_a_disk_that_is_never_quiet_is_not_measured(store, quiet, monkeypatch):
     monkeypatch.setattr(pauses_module, "_MOST_WAIT_S", 0.01)
     quiet.write_text("       1        0\n")
-    pauses = DiskPauses(store, list(store.tensors), num_batches=1)
+    pauses = DiskPauses(
+        store, list(store.tensors), num_batches=1, offload_dir=quiet.parent
+    )
     run(pauses, num_batches=1, gen_len=3)
     assert pauses.rates == []
 

@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from bench import report
 from bench.report_figures import lines_by_rows, machine_figures, middle_window, timeline
-from bench.report_files import Comparison, Run, machine_name, read_results
+from bench.report_files import machine_name, read_results
+from bench.report_values import Comparison, Run
 from flexjax.cli import BAD_INPUT, run_command
 from flexjax.memory.lanes import Lane, Span
 from flexjax.trace import write_trace

@@ -96,7 +96,11 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         (["--prompt", "a", "--model", "nowhere"], "'nowhere' is neither a folder"),
         (["--prompt", "a", "--weights", "device=2"], "--weights: .* 2.0"),
         (["--prompt", "a", "--weights", "disk=0.5"], "--weights: disk=0.5"),
-        (["--prompt", "a", "--compress-weight"], "weight_bits=4 is not supported"),
+        (["--prompt", "a", "--group-size", "0"], "group_size is 0, expected"),
+        (
+            ["--prompt", "a", "--weight-bits", "4", "--group-size", "60"],
+            "'embed_tokens.weight' .* group_size of 60 does not divide",
+        ),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
         (["--prompt", "a", "--policy", "nowhere.json"], "policy nowhere.json"),
         (["--prompt", "a", "--policy", "auto"], "policy 'auto' is not supported"),

@@ -254,7 +254,7 @@ def test_bad_parameters_are_refused_by_name(llm):
         ({"policy": "auto"}, "policy 'auto' is not supported"),
         ({"policy": "nowhere.json"}, r"policy nowhere.json cannot be read"),
         ({"policy": Policy(weights=Placement(device=1.5))}, "weights.*1.5"),
-        ({"policy": Policy(weight_bits=4)}, "weight_bits=4 is not supported"),
+        ({"policy": Policy(weight_bits=3)}, "weight_bits is 3, expected 4, 8"),
         ({"max_model_len": 161}, "max_model_len is 161, expected 1 to 160"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
     ],

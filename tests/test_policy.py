@@ -137,7 +137,7 @@ def test_a_rounding_error_past_one_is_no_error():
     assert validate(Policy(weights=placement)).weights.disk == 0.0
 
 
-@pytest.mark.parametrize("name", ["batch_size", "num_batches"])
+@pytest.mark.parametrize("name", ["batch_size", "num_batches", "group_size"])
 @pytest.mark.parametrize("count", [0, -1, 1.5, 2.0, "3", None, True])
 def test_what_is_no_count_is_refused(name, count):
     message = f"^{name} is {count!r}, expected an integer of at least 1$"
@@ -150,9 +150,6 @@ def test_what_is_no_count_is_refused(name, count):
     [
         ({"host_attention": True}, False),
         ({"attention_sparsity": 0.1}, 1.0),
-        ({"weight_bits": 4}, None),
-        ({"kv_cache_bits": 8}, None),
-        ({"group_size": 32}, 64),
     ],
 )
 def test_a_setting_that_cannot_act_is_refused_with_what_can(setting, allowed):
@@ -164,6 +161,16 @@ def test_a_setting_that_cannot_act_is_refused_with_what_can(setting, allowed):
         validate(Policy(**setting))
     with pytest.raises(ValueError, match=message):
         from_json(setting)
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "kv_cache_bits"])
+@pytest.mark.parametrize("bits", [0, 2, 3, 5, 16, 4.0, "4", True])
+def test_bits_other_than_4_and_8_are_refused(name, bits):
+    message = f"^{name} is {bits!r}, expected 4, 8 or None, which is as stored$"
+    with pytest.raises(ValueError, match=message):
+        validate(Policy(**{name: bits}))
+    for known in (4, 8, None):
+        assert getattr(validate(Policy(**{name: known})), name) == known
 
 
 @pytest.mark.parametrize("schedule", ["fastest", "ZIGZAG", "", None, 3, []])

@@ -37,6 +37,9 @@ def test_every_word_of_ours():
         *("--batch-size", 48),
         *("--num-batches", 3),
         *("--schedule", "row_by_row"),
+        *("--weight-bits", 8),
+        *("--kv-cache-bits", 4),
+        *("--group-size", 32),
     ) == Policy(
         weights=Placement(device=0.2, host=0.8),
         kv_cache=Placement(),
@@ -44,11 +47,15 @@ def test_every_word_of_ours():
         batch_size=48,
         num_batches=3,
         schedule=Schedule.ROW_BY_ROW,
+        weight_bits=8,
+        kv_cache_bits=4,
+        group_size=32,
     )
 
 
 def test_every_word_of_flexgen_s():
     assert read(
+        *("--compress-weight", "--compress-cache"),
         *("--percent", 20, 80, 0, 50, 100, 0),
         *("--gpu-batch-size", 48),
         *("--num-gpu-batches", 3),
@@ -61,6 +68,8 @@ def test_every_word_of_flexgen_s():
         batch_size=48,
         num_batches=3,
         schedule=Schedule.SERIAL,
+        weight_bits=4,
+        kv_cache_bits=4,
     )
 
 
@@ -97,8 +106,8 @@ def test_arguments_change_what_the_file_says(policy_file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--compress-weight", "weight_bits=4 is not supported by this version"),
-        ("--compress-cache", "kv_cache_bits=4 is not supported by this version"),
+        ("--group-size 0", "group_size is 0, expected an integer of at least 1"),
+        ("--compress-weight --weight-bits 8", "weight_bits is given twice, once by"),
         ("--cpu-cache-compute", "host_attention=True is not supported by this"),
         ("--attn-sparsity 0.1", "attention_sparsity=0.1 is not supported by"),
         ("--percent 120 0 0 0 0 0", "weights: the fraction on device is"),

@@ -14,9 +14,10 @@ from flexjax.memory.placement import Rows, place_rows
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Policy, Tier
+from flexjax.quant import Quantization, cache_quantization
 from flexjax.schedule.footprint import Bytes
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
-from flexjax.workload import Workload, prefill_rows
+from flexjax.workload import WIDE_ROWS, Workload, prefill_rows
 
 
 def cache_rows(policy: Policy, work: Workload, buffer: Cache) -> Rows:
@@ -137,6 +138,10 @@ class RunFootprint:
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
         nbytes = rows * seq * config.ffn_dim * (5 + factor * self._itemsize)
+        if cell.step > 0 and self._cache_as is not None:
+            slots = work.cache_slots(self._true(cell.step) - 1)
+            vector_bytes = config.hidden_size * self._itemsize
+            nbytes += 2 * min(WIDE_ROWS, work.batch_size) * slots * vector_bytes
         return {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
 
     def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
@@ -169,13 +174,21 @@ class RunFootprint:
 
     @property
     def _cache_slot_bytes(self) -> int:
-        """Key and value of one token of one row in one layer."""
-        return 2 * self.config.hidden_size * self._itemsize
+        """Key and value of one token of one row in one layer, as they are kept."""
+        config, how = self.config, self._cache_as
+        if how is None:
+            return 2 * config.hidden_size * self._itemsize
+        return 2 * config.num_attention_heads * how.width(config.head_dim)
+
+    @property
+    def _cache_as(self) -> Quantization | None:
+        return cache_quantization(self.policy, self.config, self.weights.dtype)
 
     @property
     def _hidden_bytes(self) -> int:
-        """The widest that a token's hidden state gets."""
-        return max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
+        """The widest that a token's hidden state gets, its row of the table too."""
+        widest = max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
+        return max(widest, self.weights.token_row_bytes)
 
     def _staged(self, kind: Kind, rows: Rows, row_bytes: int) -> Bytes:
         """Bytes of a load: rows that are not on the device need room there."""

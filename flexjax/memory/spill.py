@@ -10,7 +10,7 @@ import weakref
 
 from flexjax.safe_files import make_folder, unwritable
 
-_PREFIX = "flexjax-spill-"
+PREFIX = "flexjax-spill-"
 _LOCK = "lock"
 _GETS_ITS_LOCK_WITHIN_S = 60.0
 
@@ -49,7 +49,7 @@ def _make_locked(parent: pathlib.Path) -> tuple[pathlib.Path, int]:
     Another process may sweep the folder before it is locked: then a next one is made.
     """
     while True:
-        path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        path = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +66,7 @@ def _make_locked(parent: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 def sweep(parent: pathlib.Path) -> None:
     """Removes the spill folders below `parent` whose processes are gone."""
-    for folder in parent.glob(f"{_PREFIX}*"):
+    for folder in parent.glob(f"{PREFIX}*"):
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR)
         except OSError:

@@ -17,8 +17,10 @@ from flexjax.memory.lanes import Lane
 from flexjax.memory.link import Loan
 from flexjax.memory.placement import effective, partition
 from flexjax.memory.transport import Transport
+from flexjax.memory.widened import WidenedArrays
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Tier
+from flexjax.quant import Quantization
 
 
 class HeadBlocks(NamedTuple):
@@ -32,6 +34,7 @@ class HeadBlocks(NamedTuple):
 
 
 Loans = dict[str, Loan]  # by the tensor's name
+_TOKEN_TABLE = "embed_tokens.weight"
 
 
 class PlacedWeights:
@@ -58,6 +61,9 @@ class PlacedWeights:
         stage_tier = self._link.stage_tier
         self._stage = BufferPool(self._ledger, stage_tier, Kind.WEIGHTS)
         self._rows_stage = BufferPool(self._ledger, stage_tier, Kind.ACTIVATIONS)
+        device = self._link.device
+        self._widened = WidenedArrays(device, self._ledger, Kind.WEIGHTS)
+        self._widened_rows = WidenedArrays(device, self._ledger, Kind.ACTIVATIONS)
         self._verified: set[tuple[str, int]] = set()  # (tensor, first row of a piece)
         self._homes: list[str] = []  # tensors that are counted
         self._on_device: dict[str, jax.Array] = {}
@@ -75,7 +81,7 @@ class PlacedWeights:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of every tensor."""
+        """Of every tensor, as layers use it."""
         return self._store.dtype
 
     def home_bytes(self) -> dict[Tier, int]:
@@ -84,18 +90,28 @@ class PlacedWeights:
         return effective({n: entry.nbytes for n, entry in tensors.items()}, self._tiers)
 
     def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
-        """Bytes that a load needs for the tensors that are not on the device."""
-        staged = {Tier.HOST: 0, Tier.DISK: 0}
+        """Bytes that a load needs: for what is not on the device, or not wide there."""
+        staged, wide = {Tier.HOST: 0, Tier.DISK: 0}, 0
         for name, rows in self._spans(layer, part).items():
             tier, entry = self._tiers[name], self._store.tensors[name]
+            count = rows.stop - rows.start
             if tier is not Tier.DEVICE:
-                staged[tier] += (rows.stop - rows.start) * entry.row_bytes
+                staged[tier] += count * entry.row_bytes
+            if entry.quantization is not None:
+                wide += count * entry.used_row_bytes
         if self._link.is_shared:
-            return {(Tier.DEVICE, Kind.WEIGHTS): staged[Tier.DISK]}
+            return {(Tier.DEVICE, Kind.WEIGHTS): staged[Tier.DISK] + wide}
         return {
-            (Tier.DEVICE, Kind.WEIGHTS): sum(staged.values()),
+            (Tier.DEVICE, Kind.WEIGHTS): sum(staged.values()) + wide,
             (Tier.HOST, Kind.WEIGHTS): staged[Tier.DISK],
         }
+
+    @property
+    def token_row_bytes(self) -> int:
+        """Bytes that a row of the token table needs on the device."""
+        entry = self._store.tensors[_TOKEN_TABLE]
+        wide = entry.used_row_bytes if entry.quantization is not None else 0
+        return entry.row_bytes + wide
 
     def load(self, layer: int, part: int) -> Future[Loans]:
         """Starts to bring a part of a layer's tensors to the device.
@@ -110,7 +126,13 @@ class PlacedWeights:
 
     def token_rows(self, ids: np.ndarray) -> Loan:
         """Rows of the token table, `[*ids.shape, embed]`, wherever the table is."""
-        name = "embed_tokens.weight"
+        loan = self._token_rows(ids)
+        how = self._store.tensors[_TOKEN_TABLE].quantization
+        return loan if how is None else self._wide(self._widened_rows, loan, how)
+
+    def _token_rows(self, ids: np.ndarray) -> Loan:
+        """The same as they are stored."""
+        name = _TOKEN_TABLE
         if self._tiers[name] is Tier.DEVICE:
             return Loan(jnp.take(self._on_device[name], jnp.asarray(ids), axis=0))
         entry = self._store.tensors[name]
@@ -130,6 +152,8 @@ class PlacedWeights:
         """Gives back the stage buffers that are not lent."""
         self._stage.clear()
         self._rows_stage.clear()
+        self._widened.clear()
+        self._widened_rows.clear()
 
     def close(self) -> None:
         """Lets go of every tensor."""
@@ -199,9 +223,13 @@ class PlacedWeights:
             for name, rows in spans.items():
                 if name in reads:
                     self._finish_reading(name, rows, reads[name])
-                    loans[name] = self._lend(reads.pop(name))
+                    loan = self._lend(reads.pop(name))
                 else:
-                    loans[name] = self._resident(name, rows)
+                    loan = self._resident(name, rows)
+                how = self._store.tensors[name].quantization
+                if how is not None:
+                    loan = self._wide(self._widened, loan, how)
+                loans[name] = loan
         except BaseException:
             self._give_up(reads)
             for loan in loans.values():
@@ -256,6 +284,21 @@ class PlacedWeights:
         return self._link.lend(
             read.array, Kind.WEIGHTS, lambda: self._stage.give(read.buffer)
         )
+
+    def _wide(self, arrays: WidenedArrays, loan: Loan, how: Quantization) -> Loan:
+        """What layers use of a quantized loan.
+
+        Waits for it where the processor that waits is the one that works: so its time
+        is this lane's. Elsewhere the device does it when its turn comes.
+        """
+        try:
+            wide = arrays.lend(loan, how)
+        except BaseException:
+            loan.release()
+            raise
+        if self._link.is_shared:
+            jax.block_until_ready(wide.array)
+        return wide
 
     def _resident(self, name: str, rows: slice) -> Loan:
         if self._tiers[name] is Tier.HOST:

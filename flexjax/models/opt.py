@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from flexjax.attention import MIN_ROWS, prefill_attention
 from flexjax.models.config import LAYER_NORM_EPSILON, POSITION_OFFSET, OPTConfig
+from flexjax.quant import Quantization, passed_through
 
 Params = Mapping[str, Any]
 # (query, key, value), each [batch, heads, seq, head_dim] -> the same shape
@@ -217,6 +218,7 @@ def forward(
     token_ids: Int[Array, "batch seq"],
     start: Int[Array, " batch"],
     config: OPTConfig,
+    cache_as: Quantization | None = None,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of the whole model at once, every weight at hand.
 
@@ -226,9 +228,13 @@ def forward(
         params: `unflatten` of a checkpoint's tensors.
         token_ids: left-padded rows.
         start: first slot of each row that holds a real token.
+        config: of the model.
+        cache_as: how a run keeps keys and values, which are attended to as it finds
+            them again.
     """
 
     def attend(query: Array, key: Array, value: Array) -> Array:
+        key, value = (passed_through(new, cache_as) for new in (key, value))
         return prefill_attention(query, key, value, start)
 
     rows = jnp.take(params["embed_tokens"]["weight"], token_ids, axis=0)

@@ -10,6 +10,8 @@ import pytest
 
 from checkpoints_tools import convert
 from checkpoints_tools.resolve import default_cache, resolve_model
+from flexjax.checkpoint import open_store
+from flexjax.quant import Quantization
 from tests.checkpoints_tools.conftest import (
     GOLDEN,
     assert_same,
@@ -75,6 +77,88 @@ def test_a_store_is_used_as_it_is(checkpoint, tmp_path, cache, caplog):
     assert "holds float32: making a bfloat16 copy" in caplog.text
     assert copy.parent == cache
     assert_same(read_store(copy), in_dtype(ml_dtypes.bfloat16))
+
+
+def test_weights_are_quantized_once_and_that_is_said(
+    checkpoint, tmp_path, cache, caplog
+):
+    store = tmp_path / "store"
+    assert convert.main([str(checkpoint), str(store)]) == 0
+    with caplog.at_level(logging.WARNING):
+        made = resolve_model(store, cache_dir=cache, weight_bits=4, group_size=8)
+    assert "holds float32: making a 4-bit copy" in caplog.text
+    assert open_store(made).quantization == Quantization(
+        bits=4, group_size=8, dtype="float32"
+    )
+    before = (made / "manifest.json").stat().st_mtime_ns
+    assert resolve_model(store, cache_dir=cache, weight_bits=4, group_size=8) == made
+    assert (made / "manifest.json").stat().st_mtime_ns == before
+    others = {
+        resolve_model(checkpoint, cache_dir=cache, weight_bits=bits, group_size=size)
+        for bits, size in ((4, 8), (8, 8), (4, 16))
+    }
+    assert len(others | {made}) == 4
+    # What asks for nothing takes it as it is stored.
+    assert resolve_model(made, cache_dir=cache, group_size=8) == made
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"weight_bits": 8, "group_size": 8}, "weight_bits=4, but weight_bits=8"),
+        ({"weight_bits": 4, "group_size": 16}, "group_size=8, but group_size=16"),
+        ({"dtype": "bfloat16", "group_size": 8}, "dtype=float32, but dtype=bfloat16"),
+    ],
+)
+def test_a_store_that_is_quantized_in_another_way_is_refused(
+    asked, message, checkpoint, tmp_path
+):
+    store = tmp_path / "store"
+    arguments = [str(checkpoint), str(store), "--weight-bits", "4", "--group-size", "8"]
+    assert convert.main(arguments) == 0
+    with pytest.raises(ValueError, match=f"was quantized with {message} is asked for"):
+        resolve_model(store, **asked)
+
+
+def test_nothing_else_is_made_of_a_quantized_store(checkpoint, tmp_path, capsys):
+    store = tmp_path / "store"
+    arguments = [str(checkpoint), str(store), "--weight-bits", "4", "--group-size", "8"]
+    assert convert.main(arguments) == 0
+    assert "store, float32, 4 bits" in capsys.readouterr().out
+    assert convert.main([str(store), str(tmp_path / "other")]) != 0
+    assert "holds weights of 4 bits, from which nothing else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weight-bits", "4", "--group-size", "0"], "--group-size is 0, expected at"),
+        (
+            ["--weight-bits", "4"],
+            "embed_tokens.weight' cannot be quantized: a group_size",
+        ),
+        (["--weight-bits", "4", "--to", "orbax"], "quantizes a store, not an Orbax"),
+    ],
+)
+def test_what_cannot_be_quantized_is_said_before_anything_is_written(
+    arguments, message, checkpoint, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert convert.main([str(checkpoint), str(out), *arguments]) != 0
+    assert message in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
+    assert not (out / "tensors").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
+    tensors = prefixed(make_tensors())
+    tensors["model.decoder.layers.1.fc1.weight"][3, 2] = np.inf
+    source = write_checkpoint(tmp_path / "checkpoint", tensors)
+    out = tmp_path / "out"
+    arguments = [str(source), str(out), "--weight-bits", "8", "--group-size", "8"]
+    assert convert.main(arguments) != 0
+    assert "tensor 'layers.1.fc1.weight' holds infinities" in capsys.readouterr().err
+    assert not (out / "manifest.json").exists()
 
 
 def test_the_cache_is_where_the_environment_says(checkpoint, cache, monkeypatch):

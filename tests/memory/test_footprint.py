@@ -35,6 +35,7 @@ def weights(work, *, home_bytes=1000, part_bytes=10):
         config=dataclasses.replace(CONFIG, num_hidden_layers=work.num_decoder_layers),
         head=HeadBlocks(num_blocks=work.num_head_blocks, rows=10),
         dtype=np.dtype(np.float16),
+        token_row_bytes=2 * CONFIG.hidden_size,
         home_bytes=lambda: dict.fromkeys(Tier, home_bytes),
         staged_bytes=lambda layer, part: {
             (Tier.DEVICE, Kind.WEIGHTS): part_bytes * (1 + layer)
@@ -68,6 +69,7 @@ policies = st.builds(
     kv_cache=placements,
     activations=placements,
     schedule=st.sampled_from(Schedule),
+    kv_cache_bits=st.sampled_from([None, 4, 8]),
 )
 # A cache that gets new slots with the step before the last that stores one.
 GROWING = Workload(num_decoder_layers=1, prompt_len=29, gen_len=6)

@@ -1,0 +1,167 @@
+"""What quantization costs: perplexity on held-out text, and how often the answer stays.
+
+    python -m bench.quality --json bench/results/quality.json
+
+Takes the embedded model, which comes with text that it was not trained on, and looks at
+each token with everything before it in its window, weights and cache being quantized as
+a run would quantize them. The tests hold runs to the same arithmetic.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.machine import describe_machine
+from checkpoints_tools.resolve import resolve_model
+from flexjax.checkpoint import WeightStore, open_store
+from flexjax.cli import run_command
+from flexjax.llm import EMBEDDED_MODEL
+from flexjax.models.opt import forward, unflatten
+from flexjax.policy import Policy
+from flexjax.quant import cache_quantization, dequantize
+from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.tokenizer import load_tokenizer
+
+# Bits of weights and of the KV cache; the first is what the others are compared with.
+SETTINGS = ((None, None), (8, None), (None, 8), (8, 8), (4, None), (None, 4), (4, 4))
+HELD_OUT = pathlib.Path(EMBEDDED_MODEL) / "heldout.txt"
+_ROWS_A_CALL = 8
+
+
+class _Said(NamedTuple):
+    """What a model says of every token: how surprised it is, and what it would say."""
+
+    nats: np.ndarray  # float64 [tokens]
+    best: np.ndarray  # int [tokens]
+
+
+def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]:
+    """One row of results a setting, as JSON values.
+
+    Args:
+        most_windows: windows of text to look at; all, if None.
+    """
+    plain: _Said | None = None
+    for weight_bits, kv_cache_bits in SETTINGS:
+        policy = Policy(weight_bits=weight_bits, kv_cache_bits=kv_cache_bits)
+        store = open_store(resolve_model(EMBEDDED_MODEL, weight_bits=weight_bits))
+        said = _listen(store, policy, most_windows)
+        plain = plain or said
+        perplexity = math.exp(said.nats.mean())
+        yield {
+            "weight_bits": weight_bits,
+            "kv_cache_bits": kv_cache_bits,
+            "perplexity": perplexity,
+            "increase": perplexity / math.exp(plain.nats.mean()) - 1,
+            "top_1_agreement": float((said.best == plain.best).mean()),
+            "tokens": len(said.nats),
+            "bits_per_matrix_element": _matrix_bits(store),
+        }
+
+
+def _listen(store: WeightStore, policy: Policy, most_windows: int | None) -> _Said:
+    config = store.config
+    how = cache_quantization(policy, config, store.dtype)
+    params = unflatten({name: _wide(store, name) for name in store.tensors})
+
+    @jax.jit
+    def say(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = jnp.zeros(len(ids), jnp.int32)
+        logits = forward(params, ids[:, :-1], start, config, how)
+        logprobs = jax.nn.log_softmax(logits)
+        found = jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=-1)[..., 0]
+        return -found, jnp.argmax(logits, axis=-1)
+
+    nats, best = [], []
+    windows = _windows(store)[:most_windows]
+    for first in range(0, len(windows), _ROWS_A_CALL):
+        rows = np.stack(windows[first : first + _ROWS_A_CALL])
+        surprise, choice = say(rows)
+        nats.append(np.asarray(surprise, np.float64).reshape(-1))
+        best.append(np.asarray(choice).reshape(-1))
+    return _Said(np.concatenate(nats), np.concatenate(best))
+
+
+def _windows(store: WeightStore) -> list[np.ndarray]:
+    """Windows of the held-out text, as long as the model sees, each after a bos."""
+    ids = load_tokenizer(pathlib.Path(EMBEDDED_MODEL)).encode(HELD_OUT.read_text())
+    length, bos = store.config.max_position_embeddings - 1, store.config.bos_token_id
+    return [
+        np.array([bos, *ids[first : first + length]], np.int32)
+        for first in range(0, len(ids) - length + 1, length)
+    ]
+
+
+def _wide(store: WeightStore, name: str) -> jax.Array:
+    entry = store.tensors[name]
+    array = np.empty(entry.shape, entry.dtype)
+    store.read(name, array)
+    how = entry.quantization
+    return jnp.asarray(array) if how is None else dequantize(jnp.asarray(array), how)
+
+
+def _matrix_bits(store: WeightStore) -> float:
+    """Bits on disk of an element of the decoder layers' matrices."""
+    matrices = [
+        entry
+        for name, entry in store.tensors.items()
+        if name.startswith("layers.") and len(entry.shape) == 2
+    ]
+    elements = sum(math.prod(entry.used_shape) for entry in matrices)
+    return 8 * sum(entry.stored_bytes for entry in matrices) / elements
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows for a person."""
+    lines = [
+        f"{'weights':>8} {'cache':>6} {'perplexity':>11} {'change':>8}  same top 1"
+    ]
+    for row in rows:
+        weights, cache = row["weight_bits"] or 16, row["kv_cache_bits"] or 16
+        lines.append(
+            f"{weights:7} {cache:6} {row['perplexity']:11.3f} "
+            f"{row['increase']:+8.2%} {row['top_1_agreement']:11.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _main(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        ensure_writable("--json", args.json)
+    rows = [*measure_quality()]
+    print(table(rows))
+    if args.json is not None:
+        report = {
+            "quality": rows,
+            "model": "embedded",
+            "machine": describe_machine(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": "python -m bench.quality",
+        }
+        write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality",
+        description="Perplexity of the embedded model on held-out text, with weights "
+        "and KV cache at several precisions.",
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the figures here"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_main, build_parser()))

@@ -1,0 +1,147 @@
+"""What a report shows: the results of benchmarks, as values."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+PHASES = ("prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a run: what it took, and what each resource alone would take."""
+
+    seconds: float
+    bound_s: Mapping[str, float]
+    bound_by: str
+    fraction_of_bound: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A result of `bench.run`."""
+
+    path: pathlib.Path
+    machine: str
+    case: str
+    model: str
+    lengths: str
+    placement: str
+    num_rows: int
+    memory_cap_bytes: int | None
+    tokens_per_s: float
+    phases: Mapping[str, Phase]
+    step_s: Sequence[float]
+    peak_rss_bytes: int
+    command: str
+    note: str
+
+
+class Tried(NamedTuple):
+    """A setting of a system in a comparison, and its throughput."""
+
+    placement: str
+    num_rows: int
+    tokens_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """One system of a comparison at its best setting, and what it tried."""
+
+    name: str
+    setting: str
+    tokens_per_s: float
+    tried: Sequence[Tried]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A result of `bench.compare`."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    lengths: str
+    memory_cap_bytes: int | None
+    ratio: float | None
+    systems: Sequence[System]
+    command: str
+
+
+class Route(NamedTuple):
+    """A way to copy, and how fast it is at one size."""
+
+    direction: str
+    name: str
+    nbytes: int
+    bytes_per_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copies:
+    """A result of `bench.copy_routes`, without the routes that were refused."""
+
+    path: pathlib.Path
+    machine: str
+    routes: Sequence[Route]
+
+
+class Rate(NamedTuple):
+    """A kernel, and how fast it is; None where the rate says nothing of it."""
+
+    kernel: str
+    shape: str
+    flops_per_s: float | None
+    bytes_per_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """A result of `bench.kernels`."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    rates: Sequence[Rate]
+    command: str
+
+
+class Precision(NamedTuple):
+    """Bits of weights and cache, and what they cost."""
+
+    weight_bits: int
+    kv_cache_bits: int
+    perplexity: float
+    increase: float
+    top_1_agreement: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+    """A result of `bench.quality`."""
+
+    path: pathlib.Path
+    machine: str
+    precisions: Sequence[Precision]
+    command: str
+
+
+class Work(NamedTuple):
+    """A span of a trace."""
+
+    name: str
+    begin_s: float
+    end_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A trace of a run: each lane's work in the order of its beginning."""
+
+    path: pathlib.Path
+    lanes: Mapping[str, Sequence[Work]]
+
+
+Result = Run | Comparison | Copies | Kernels | Quality | Trace
