@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -61,8 +61,10 @@ def resolve_model(
         stored, how = manifest.dtype, manifest.quantization
         wanted = _choose(dtype, stored, platform)
         if how is not None:
-            asked = wanted.name, weight_bits or how.bits, group_size
-            _ensure_stored_so(folder, how, *asked)
+            asked: dict[str, str | int] = {} if dtype == AUTO else {"dtype": dtype}
+            if weight_bits is not None:
+                asked |= {"weight_bits": weight_bits, "group_size": group_size}
+            _ensure_stored_so(folder, how, asked)
             return folder
         if wanted == stored and weight_bits is None:
             return folder
@@ -100,9 +102,9 @@ def _find(model: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _ensure_stored_so(
-    folder: pathlib.Path, how: Quantization, dtype: str, bits: int, group_size: int
+    folder: pathlib.Path, how: Quantization, asked: Mapping[str, str | int]
 ) -> None:
-    asked = {"weight_bits": bits, "group_size": group_size, "dtype": dtype}
+    """Refuses a quantized store that is not as asked: nothing can be made of it."""
     there = {"weight_bits": how.bits, "group_size": how.group_size, "dtype": how.dtype}
     for name, value in asked.items():
         if value != there[name]:

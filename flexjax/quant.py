@@ -3,8 +3,8 @@
 Groups lie along the last axis, so that every other axis may be cut anywhere. What was
 quantized is an array of bytes that has the same axes but for the last one, which holds
 the codes, then the scales of the groups, then their minima. Of 4-bit codes a byte holds
-two, one of the first half of the axis and one of the second: halves become one array
-again by a shift, without a copy.
+two, one of the first half of the axis and one of the second: so long runs of neighbours
+come out of long runs of bytes.
 
 This is FlexGen's format (arXiv 2303.06865, section 4.2: asymmetric, groups of 64), with
 scales and minima in the type of what was quantized. So a minimum is exact, and with it
@@ -58,12 +58,13 @@ class Quantization:
         """Bytes that `size` elements of the last axis become.
 
         Raises:
-            ValueError: groups do not divide them.
+            ValueError: they are not so many groups, each of whole bytes.
         """
-        if size % self.group_size or self.code_bytes(size) * 8 != size * self.bits:
+        if size % self.group_size or self.group_size * self.bits % 8:
             raise ValueError(
-                f"a group_size of {self.group_size} does not divide {size} elements; "
-                f"give one that does, such as {fitting_group(size, self.group_size)}"
+                f"a group_size of {self.group_size} does not divide {size} elements "
+                "into groups of whole bytes; give one that does, such as "
+                f"{fitting_group(size, self.group_size)}"
             )
         return self.code_bytes(size) + 2 * size // self.group_size * self.itemsize
 
@@ -102,7 +103,7 @@ def quantize(
     is rounded to its type.
 
     Raises:
-        ValueError: groups do not divide the last axis.
+        ValueError: see `Quantization.width`.
     """
     size, group = array.shape[-1], quantization.group_size
     quantization.width(size)

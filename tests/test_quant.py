@@ -149,7 +149,9 @@ def test_a_head_has_whole_groups_of_its_own():
     assert plain is None
 
 
-@pytest.mark.parametrize(("bits", "group", "size"), [(4, 64, 96), (8, 24, 64)])
+@pytest.mark.parametrize(
+    ("bits", "group", "size"), [(4, 64, 96), (8, 24, 64), (4, 5, 10)]
+)
 def test_groups_that_do_not_divide_are_refused_with_one_that_does(bits, group, size):
     how = Quantization(bits=bits, group_size=group, dtype="float32")
     with pytest.raises(ValueError, match=f"group_size of {group} .* {size} elements"):
