@@ -314,7 +314,7 @@ def write_zeros(folder: pathlib.Path, config: OPTConfig) -> None:
 
 @pytest.mark.parametrize("options", [["--to", "orbax"], ["--dtype", "float16"]])
 def test_memory_is_bounded(options, tmp_path):
-    """300 MB of a tensor are converted in 430 MB, much of which is Python and JAX."""
+    """300 MB of a tensor are converted in 450 MB, much of which is Python and JAX."""
     config = dataclasses.replace(
         CONFIG, vocab_size=150_000, hidden_size=1024, word_embed_proj_dim=1024
     )
@@ -329,4 +329,4 @@ def test_memory_is_bounded(options, tmp_path):
     done = subprocess.run(
         [*command, *options], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout.split()[-1]) < 430e6
+    assert int(done.stdout.split()[-1]) < 450e6

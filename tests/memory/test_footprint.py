@@ -134,6 +134,8 @@ def test_rows_of_a_cache_are_rounded_over_all_layers_and_batches():
 SHAPE = Workload(num_decoder_layers=1, batch_size=4, prompt_len=32, gen_len=3)
 HIDDEN_SLOT = 8 * 2  # hidden_size, float16
 CACHE_SLOT = 2 * HIDDEN_SLOT  # key and value
+# Bytes of a key by its bits: two heads of 4 elements, each with a scale and a minimum.
+KEY_SLOT = {None: HIDDEN_SLOT, 8: 2 * (4 + 4), 4: 2 * (2 + 4)}
 
 
 def test_a_home_has_room_for_whole_buckets_of_slots():
@@ -158,13 +160,13 @@ def test_what_is_on_disk_passes_through_host_memory_in_and_out(work, policy, sha
     with_disk = footprint(work, policy, scores=True, shared=shared).resident()
     none = Policy(kv_cache=CORNERS[0], activations=CORNERS[0])
     without = footprint(work, none, scores=True, shared=shared).resident()
+    slots = max(work.prompt_len, MAX_TAIL_SLOTS)
     longest = {
-        Kind.KV_CACHE: (max(work.prompt_len, MAX_TAIL_SLOTS), MOST_PASSING),
-        Kind.ACTIVATIONS: (work.prompt_len, 1),
+        Kind.KV_CACHE: (slots * KEY_SLOT[policy.kv_cache_bits], MOST_PASSING),
+        Kind.ACTIVATIONS: (work.prompt_len * HIDDEN_SLOT, 1),
     }
-    for kind, (slots, segments) in longest.items():
+    for kind, (row_bytes, segments) in longest.items():
         is_spilled = policy.placement(kind).disk > 0
-        row_bytes = slots * HIDDEN_SLOT
         passing = passing_bytes(work.batch_size, row_bytes, segments=segments)
         more = Counter(with_disk)[Tier.HOST, kind] - Counter(without)[Tier.HOST, kind]
         assert more == (2 * passing if is_spilled else 0)
