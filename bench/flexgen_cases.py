@@ -2,8 +2,7 @@
 
 A suite's plain name is its case with 512 prompt tokens, or its first; a suffix names
 the others. Where FlexGen ran fewer tokens or batches and projected the rest, these run
-whole. What this version cannot do yet is in the policies all the same, and refused by
-`validate`.
+whole.
 """
 
 import dataclasses

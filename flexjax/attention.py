@@ -85,6 +85,38 @@ def prefill_attention(
     return jax.lax.map(attend_row, (query, key, value, start))
 
 
+def decode_scores(
+    query: Float[Array, "batch heads 1 head_dim"],
+    new_key: Float[Array, "batch heads 1 head_dim"],
+    keys: tuple[Float[Array, "batch heads _slots head_dim"], ...],
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+) -> tuple[Float[Array, "batch heads 1 1"], list[Float[Array, "batch heads 1 _slots"]]]:
+    """A new token's scores for itself, and for the slots of each piece of the cache.
+
+    Slots that it may not see are `MASKED`. Arguments as of `decode_attention`.
+    """
+    query = _scale(query)
+    padded, first = _padded(query), 0
+    scores = []
+    for key in keys:
+        slots = first + jnp.arange(key.shape[2], dtype=jnp.int32)
+        first += key.shape[2]
+        visible = (slots[None, :] >= start[:, None]) & (slots < length)[None, :]
+        piece = _dot(padded, key, contract=(3, 3))[:, :, :1]
+        scores.append(jnp.where(visible[:, None, None, :], piece, MASKED))
+    return _dot(query, new_key, contract=(3, 3)), scores
+
+
+def weigh(
+    shares: Float[Array, "batch heads 1 slots"],
+    values: Float[Array, "batch heads slots head_dim"],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """The sum of `values`, each times its share; in float32."""
+    padded = _padded(shares.astype(values.dtype))
+    return _dot(padded, values, contract=(3, 2))[:, :, :1]
+
+
 def decode_attention(
     query: Float[Array, "batch heads 1 head_dim"],
     new: tuple[Float[Array, "batch heads 1 head_dim"], ...],
@@ -103,16 +135,7 @@ def decode_attention(
         length: number of slots that are in use, the same for every row.
     """
     new_key, new_value = new
-    query = _scale(query)
-    padded, first = _padded(query), 0
-    scores = []
-    for key in past[0]:
-        slots = first + jnp.arange(key.shape[2], dtype=jnp.int32)
-        first += key.shape[2]
-        visible = (slots[None, :] >= start[:, None]) & (slots < length)[None, :]
-        piece = _dot(padded, key, contract=(3, 3))[:, :, :1]
-        scores.append(jnp.where(visible[:, None, None, :], piece, MASKED))
-    own = _dot(query, new_key, contract=(3, 3))
+    own, scores = decode_scores(query, new_key, past[0], start, length)
     peak = own
     for piece in scores:
         peak = jnp.maximum(peak, jnp.max(piece, axis=-1, keepdims=True))
@@ -123,6 +146,5 @@ def decode_attention(
         total = total + jnp.sum(piece, axis=-1, keepdims=True)
     out = (own_weight / total) * new_value.astype(jnp.float32)
     for piece, value in zip(weights, past[1], strict=True):
-        shares = _padded((piece / total).astype(value.dtype))
-        out = out + _dot(shares, value, contract=(3, 2))[:, :, :1]
+        out = out + weigh(piece / total, value)
     return out.astype(query.dtype)

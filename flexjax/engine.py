@@ -139,8 +139,15 @@ class Engine:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`.
 
         Raises:
-            ValueError, OSError: as `generate`.
+            ValueError: as `generate`; or attention is sparse.
+            OSError: as `generate`.
         """
+        if self.policy.attention_sparsity < 1:
+            raise ValueError(
+                f"attention_sparsity={self.policy.attention_sparsity!r} acts on new "
+                "tokens alone, so scores would not say what generating would: score "
+                "with attention_sparsity=1.0"
+            )
         lengths = [len(sequence) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda i: lengths[i], reverse=True)
         blocks = _blocks(order, self.policy)

@@ -67,6 +67,19 @@ class Policy:
 
     A block of `batch_size * num_batches` prompts runs together: one load of a layer's
     weights serves all `num_batches` calls of `batch_size` rows.
+
+    Attributes:
+        weights, kv_cache, activations: fractions on each tier.
+        batch_size: rows of one compute call.
+        num_batches: calls that share one load of a layer's weights.
+        schedule: the order of the calls.
+        host_attention: attend to what is cached on host and disk on the host's own
+            processor, instead of bringing it to the device. Where these two are one, it
+            changes nothing.
+        attention_sparsity: fraction of its past that a new token attends to, by row and
+            head; prompts are attended to whole.
+        weight_bits, kv_cache_bits: 4 or 8 to quantize in groups; None is as stored.
+        group_size: elements of a group at most.
     """
 
     weights: Placement = ALL_ON_DEVICE
@@ -90,19 +103,12 @@ class Policy:
         return self.batch_size * self.num_batches
 
 
-# What the engine can do today; a policy that asks for more is refused, not ignored.
-_ONLY: dict[str, Any] = {
-    "host_attention": False,
-    "attention_sparsity": 1.0,
-}
-
-
 def validate(policy: Policy) -> Policy:
     """Returns `policy` with its schedule as an enum.
 
     Raises:
         ValueError: a fraction is outside [0, 1], fractions sum past 1, a count is not
-            positive, or the policy asks for something that this version cannot do.
+            positive, or a setting is none that there is.
     """
     for kind in Kind:
         _validate_placement(kind.value, policy.placement(kind))
@@ -116,12 +122,16 @@ def validate(policy: Policy) -> Policy:
             raise ValueError(
                 f"{name} is {bits!r}, expected 4, 8 or None, which is as stored"
             )
-    for name, only in _ONLY.items():
-        if getattr(policy, name) != only:
-            raise ValueError(
-                f"{name}={getattr(policy, name)!r} is not supported by this version; "
-                f"leave it at {only!r}"
-            )
+    if type(policy.host_attention) is not bool:
+        raise ValueError(
+            f"host_attention is {policy.host_attention!r}, expected True or False"
+        )
+    sparsity = policy.attention_sparsity
+    if not _is_number(sparsity) or not 0.0 < sparsity <= 1.0:
+        raise ValueError(
+            f"attention_sparsity is {sparsity!r}, expected the fraction of the past "
+            "that is attended to: more than 0, and 1.0 for all of it"
+        )
     try:
         schedule = Schedule(policy.schedule)
     except ValueError:
@@ -146,12 +156,15 @@ def _validate_placement(name: str, placement: Placement) -> None:
 
 
 def _validate_fraction(name: str, tier: Tier, fraction: Any) -> None:
-    number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-    if not number or not 0.0 <= fraction <= 1.0:  # NaN neither
+    if not _is_number(fraction) or not 0.0 <= fraction <= 1.0:  # NaN neither
         raise ValueError(
             f"{name}: the fraction on {tier.value} is {fraction!r}, "
             "expected a number between 0 and 1"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def to_json(policy: Policy) -> dict[str, Any]:

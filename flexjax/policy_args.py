@@ -19,6 +19,7 @@ from flexjax.policy import (
 _PLAIN = (
     *("batch_size", "num_batches", "schedule"),
     *("weight_bits", "kv_cache_bits", "group_size"),
+    *("host_attention", "attention_sparsity"),
 )
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
@@ -56,6 +57,13 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"one of {', '.join(schedule.value for schedule in Schedule)}",
     )
+    group.add_argument("--offload-dir", metavar="DIR", help="where to spill to")
+    _add_saving_arguments(parser)
+    _add_flexgen_arguments(parser)
+
+
+def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fewer bytes", "what moves less than all of it")
     for name, what in (("weight", "weights"), ("kv-cache", "KV cache")):
         group.add_argument(
             f"--{name}-bits",
@@ -69,8 +77,20 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"elements of a group at most (default {Policy().group_size})",
     )
-    group.add_argument("--offload-dir", metavar="DIR", help="where to spill to")
-    _add_flexgen_arguments(parser)
+    group.add_argument(
+        "--host-attention",
+        "--cpu-cache-compute",
+        action="store_const",
+        const=True,
+        help="attend to what is cached on host and disk on the host's processor",
+    )
+    group.add_argument(
+        "--attention-sparsity",
+        "--attn-sparsity",
+        type=float,
+        metavar="F",
+        help="fraction of its past that a new token attends to (default 1.0)",
+    )
 
 
 def _add_flexgen_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,10 +108,6 @@ def _add_flexgen_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BOOL",
         help="false: --schedule serial",
     )
-    group.add_argument(
-        "--cpu-cache-compute", action="store_true", help="host_attention"
-    )
-    group.add_argument("--attn-sparsity", type=float, metavar="F")
     group.add_argument("--compress-weight", action="store_true", help="weight_bits=4")
     group.add_argument("--compress-cache", action="store_true", help="kv_cache_bits=4")
 
@@ -140,10 +156,6 @@ def _flexgen_changes(args: argparse.Namespace) -> dict[str, object]:
             changes[kind.value] = Placement(device=device, host=host)
     if args.overlap is False:
         changes["schedule"] = Schedule.SERIAL
-    if args.cpu_cache_compute:
-        changes["host_attention"] = True
-    if args.attn_sparsity is not None:
-        changes["attention_sparsity"] = args.attn_sparsity
     if args.compress_weight:
         changes["weight_bits"] = 4
     if args.compress_cache:

@@ -5,23 +5,27 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from flexjax.attention_apart import AttentionApart
 from flexjax.executor import execute
+from flexjax.layer_calls import LayerCalls, Rows
 from flexjax.memory.device import DeviceStore
 from flexjax.memory.disk import DiskStore
 from flexjax.memory.footprint import cache_rows, hidden_rows
 from flexjax.memory.host import HostStore
 from flexjax.memory.lanes import Lane
+from flexjax.memory.link import HostLink, Lender
 from flexjax.memory.placed import PlacedArrays
 from flexjax.memory.placement import Rows as PlacedRows
+from flexjax.memory.routes import DIRECT, cache_routes
 from flexjax.memory.spill import SpillFolder
-from flexjax.memory.tier import TierStore
+from flexjax.memory.tier import GatherStore, TierStore
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.quant import cache_quantization
 from flexjax.schedule.emit import EMITTERS
-from flexjax.stage import LayerStage, Rows
+from flexjax.stage import LayerStage
 from flexjax.workload import Workload
 
 
@@ -48,6 +52,9 @@ class BlockRunner:
         policy: that places the cache and the hidden states.
         transport: what everything goes through.
         offload_dir: where to make the spill folder, if anything is on disk.
+
+    Raises:
+        ValueError: attention on the host needs a processor that is not to be had.
     """
 
     def __init__(
@@ -57,9 +64,13 @@ class BlockRunner:
         offload_dir: pathlib.Path,
     ) -> None:
         self._policy, self._transport = policy, transport
+        self._routes = cache_routes(policy, device_is_host=transport.link.is_shared)
+        on_host = any(route.on_host for route in self._routes.values())
+        self._host = HostLink() if on_host else None
         spills = max(policy.kv_cache.disk, policy.activations.disk) > 0
         self._spill = SpillFolder(offload_dir) if spills else None
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}
+        self._gathered: dict[Tier, GatherStore] = {}
 
     def run(
         self, work: Workload, rows: BlockRows, weights: PlacedWeights, times: RunTimes
@@ -80,14 +91,22 @@ class BlockRunner:
             (Lane.HIDDEN, Lane.HIDDEN),
             functools.partial(hidden_rows, policy, work),
         )
+        calls = LayerCalls(
+            work,
+            rows,
+            weights.config,
+            cache_as=cache_quantization(policy, weights.config, weights.dtype),
+            sparsity=policy.attention_sparsity,
+            apart=self._attention_apart(cache, weights),
+        )
         stage = LayerStage(
             work,
             rows,
+            calls,
             weights=weights,
             cache=cache,
             hidden=hidden,
             transport=self._transport,
-            cache_as=cache_quantization(policy, weights.config, weights.dtype),
         )
         steps = _Steps(rows, stage, times, work.num_batches)
         try:
@@ -111,6 +130,24 @@ class BlockRunner:
             self._spill.close()
             self._spill = None
 
+    def _attention_apart(
+        self, cache: PlacedArrays, weights: PlacedWeights
+    ) -> AttentionApart | None:
+        """What attends apart from the layers' steps, if anything does."""
+        policy, placement = self._policy, self._policy.kv_cache
+        used = (tier for tier in Tier if placement.fraction(tier) > 0)
+        if all(self._routes[tier] == DIRECT for tier in used):
+            return None
+        return AttentionApart(
+            cache,
+            self._transport.link,
+            self._routes,
+            host=self._host,
+            config=weights.config,
+            sparsity=policy.attention_sparsity,
+            cache_as=cache_quantization(policy, weights.config, weights.dtype),
+        )
+
     def _placed(
         self,
         kind: Kind,
@@ -126,17 +163,31 @@ class BlockRunner:
             load_lane=load_lane,
             store_lane=store_lane,
             rows_of=rows_of,
+            gathered=self._gathered if kind is Kind.KV_CACHE else {},
         )
 
     def _tier_stores(self, kind: Kind) -> dict[Tier, TierStore]:
         ledger, link = self._transport.ledger, self._transport.link
+
+        def lender(tier: Tier) -> Lender:
+            is_attended = kind is Kind.KV_CACHE and self._routes[tier].on_host
+            return self._host if is_attended and self._host is not None else link
+
+        host = HostStore(ledger, kind, link, lender(Tier.HOST))
+        if kind is Kind.KV_CACHE and self._routes[Tier.HOST].gathers:
+            self._gathered = {Tier.HOST: host}
         stores: dict[Tier, TierStore] = {
             Tier.DEVICE: DeviceStore(ledger, kind),
-            Tier.HOST: HostStore(ledger, kind, link),
+            Tier.HOST: host,
         }
         if self._spill is not None:
             stores[Tier.DISK] = DiskStore(
-                ledger, kind, link, self._transport.disk, self._spill.path
+                ledger,
+                kind,
+                link,
+                self._transport.disk,
+                self._spill.path,
+                lender(Tier.DISK),
             )
         return stores
 

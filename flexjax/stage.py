@@ -3,60 +3,20 @@
 import dataclasses
 import time
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from flexjax.attention_apart import Attended, Projected
+from flexjax.layer_calls import LayerCalls, Made, Rows
 from flexjax.memory.lanes import Lane
 from flexjax.memory.placed import Arrays, PlacedArrays, PlacedLoan
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import Loans, PlacedWeights
-from flexjax.models.opt import unflatten
 from flexjax.policy import Kind, Tier
-from flexjax.quant import Quantization
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
-from flexjax.steps import decode_step, embed_step, final_step, prefill_step
 from flexjax.workload import Workload
-
-
-class Rows(Protocol):
-    """The rows of a block, as the stage sees them."""
-
-    last_only: bool  # whether the head reads the last slot alone
-
-    def token_ids(self, step: int, batch: int) -> np.ndarray:
-        """Int32 `[batch, seq]`: what the batch feeds in at `step`."""
-        ...
-
-    def start(self, batch: int) -> jax.Array:
-        """Int32 `[batch]`: the first slot of each row that holds a real token."""
-        ...
-
-    def read_head(
-        self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
-    ) -> Any:
-        """Dispatches one block of the vocabulary; a tree of arrays to wait for."""
-        ...
-
-
-@dataclasses.dataclass
-class Made:
-    """What a compute call made; everything in it may still be on its way."""
-
-    dispatched_s: float  # when, by `time.perf_counter`
-    done: Any  # what to wait for: arrays that no later call donates
-    hidden: jax.Array | None = None  # [batch, 1, seq, hidden]
-    cache: Arrays = ()  # key and value, [batch, heads, seq, head_dim]
-
-    def let_go(self, buffer: Cache | Hidden) -> None:
-        """Drops the arrays of `buffer`, once the call has ended and they are stored."""
-        self.done = ()
-        if isinstance(buffer, Cache):
-            self.cache = ()
-        else:
-            self.hidden = None
 
 
 @dataclasses.dataclass
@@ -67,6 +27,7 @@ class _Slot:
     made: Future[Made] | None = None  # once dispatched
     ended: Future[Made] | None = None
     stored: Future[int] | None = None
+    attended: Future[Attended] | None = None  # where attention is apart
 
 
 class LayerStage:
@@ -75,27 +36,26 @@ class LayerStage:
     Args of the constructor:
         work: the block's shape.
         rows: its token ids, and what reads its logits.
+        calls: the steps of its layers.
         weights, cache, hidden: where everything is.
         transport: where everything happens.
-        cache_as: how the cache is quantized.
     """
 
     def __init__(
         self,
         work: Workload,
         rows: Rows,
+        calls: LayerCalls,
         *,
         weights: PlacedWeights,
         cache: PlacedArrays,
         hidden: PlacedArrays,
         transport: Transport,
-        cache_as: Quantization | None = None,
     ) -> None:
-        self._work, self._rows = work, rows
+        self._work, self._rows, self._calls = work, rows, calls
         self._weights, self._cache, self._hidden = weights, cache, hidden
         self._lanes, self._ledger = transport.lanes, transport.ledger
         self._timeline = transport.timeline
-        self._config, self._cache_as = weights.config, cache_as
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
         # Calls that end:
@@ -125,26 +85,34 @@ class LayerStage:
                 self._slots[buffer] = _Slot(loaded=self._hidden.load(buffer))
 
     def compute(self, cell: Cell) -> None:
+        parts = [
+            self._parts[Weights(cell.layer, part)]
+            for part in range(self._work.num_parts)
+        ]
         hidden = self._slots[Hidden(cell.batch)]
-        cache = self._slots.get(Cache(cell.layer, cell.batch))
-        task = self._lanes.submit(
-            Lane.DISPATCH,
-            self._dispatch,
-            cell,
-            [
-                self._parts[Weights(cell.layer, part)]
-                for part in range(self._work.num_parts)
-            ],
-            hidden.loaded,
-            cache and cache.loaded,
-        )
+        is_decoder = self._work.is_decoder(cell.layer)
+        key = Cache(cell.layer, cell.batch)
+        cache, attended = self._slots.get(key), None
+        past = None if cache is None else cache.loaded
+        if past is not None and self._calls.attends_apart:
+            projected = self._lanes.submit(
+                Lane.PROJECT, self._project, cell, parts, hidden.loaded, past
+            )
+            attended = self._lanes.submit(
+                Lane.ATTENTION, self._attend, cell, projected, past
+            )
+            task = self._lanes.submit(
+                Lane.DISPATCH, self._finish, cell, parts, projected, attended
+            )
+        else:
+            task = self._lanes.submit(
+                Lane.DISPATCH, self._dispatch, cell, parts, hidden.loaded, past
+            )
         ended = self._lanes.submit(Lane.COMPUTE, self._follow, cell, task)
         self._last_use[cell.layer] = ended
-        if self._work.is_decoder(cell.layer):
+        if is_decoder:
             self._slots[Hidden(cell.batch)] = _Slot(hidden.loaded, task, ended)
-            self._slots[Cache(cell.layer, cell.batch)] = _Slot(
-                cache and cache.loaded, task, ended
-            )
+            self._slots[key] = _Slot(past, task, ended, attended=attended)
         else:
             self._heads[cell.batch] = ended
 
@@ -176,6 +144,8 @@ class LayerStage:
         else:
             assert isinstance(buffer, Hidden)
             self._heads[buffer.batch].result()
+        if slot.attended is not None:
+            slot.attended.result().release()
         if slot.loaded is not None:
             slot.loaded.result().release()
         del self._slots[buffer]
@@ -199,15 +169,16 @@ class LayerStage:
         for buffer, slot in self._slots.items():
             if slot.made is not None and slot.made.exception() is None:
                 self._count(slot.made.result(), buffer, -1)
-            if slot.loaded is not None and slot.loaded.exception() is None:
-                slot.loaded.result().release()
+            for lent in (slot.attended, slot.loaded):
+                if lent is not None and lent.exception() is None:
+                    lent.result().release()
         self._parts.clear()
         self._slots.clear()
 
     def _load_token_rows(self, step: int, batch: int) -> PlacedLoan:
         with self._lanes.working(Lane.HIDDEN, f"token rows, batch {batch}"):
             rows = self._weights.token_rows(self._rows.token_ids(step, batch))
-        return PlacedLoan([((rows,),)])
+        return PlacedLoan({Tier.DEVICE: ((rows,),)})
 
     def _dispatch(
         self,
@@ -216,57 +187,55 @@ class LayerStage:
         hidden: Future[PlacedLoan],
         past: Future[PlacedLoan] | None,
     ) -> Made:
-        loans = [part.result() for part in parts]
-        tensors = {n: loan.array for part in loans for n, loan in part.items()}
-        loaded = hidden.result()
+        tensors, loaded = _tensors(parts), hidden.result()
         segments = () if past is None else past.result().segments
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
-            dispatched_s = time.perf_counter()
             state = _joined(loaded)
             if not self._work.is_decoder(cell.layer):
-                block = cell.layer - self._work.num_decoder_layers
-                table = tensors[self._config.head_table]
-                head = self._rows.read_head(cell, block, table, state)
-                return Made(dispatched_s, head)
-            done, state, cache = self._decode(cell, tensors, state, segments)
-        made = Made(dispatched_s, done, state, cache)
+                return self._calls.head(cell, tensors, state)
+            return self._counted(
+                cell, self._calls.layer(cell, tensors, state, segments)
+            )
+
+    def _project(
+        self,
+        cell: Cell,
+        parts: list[Future[Loans]],
+        hidden: Future[PlacedLoan],
+        past: Future[PlacedLoan],
+    ) -> Projected:
+        """What of a decode call comes before attention; waits until it is done."""
+        tensors, loaded, segments = _tensors(parts), hidden.result(), past.result()
+        with self._lanes.working(Lane.PROJECT, _name(cell)):
+            state = _joined(loaded)
+            made = self._calls.project(cell, tensors, state, segments.by_tier)
+            jax.block_until_ready((made.query, made.new))
+        return made
+
+    def _attend(
+        self, cell: Cell, projected: Future[Projected], past: Future[PlacedLoan]
+    ) -> Attended:
+        made, loaded = projected.result(), past.result()
+        with self._lanes.working(Lane.ATTENTION, _name(cell)):
+            return self._calls.attend(cell, made, loaded.by_tier)
+
+    def _finish(
+        self,
+        cell: Cell,
+        parts: list[Future[Loans]],
+        projected: Future[Projected],
+        attended: Future[Attended],
+    ) -> Made:
+        """What of a decode call comes after attention."""
+        made, found = projected.result(), attended.result()
+        with self._lanes.working(Lane.DISPATCH, _name(cell)):
+            done = self._calls.finish(cell, _tensors(parts), made, found)
+            return self._counted(cell, done)
+
+    def _counted(self, cell: Cell, made: Made) -> Made:
         self._count(made, Cache(cell.layer, cell.batch), 1)
         self._count(made, Hidden(cell.batch), 1)
         return made
-
-    def _decode(
-        self,
-        cell: Cell,
-        tensors: dict[str, jax.Array],
-        state: jax.Array,
-        segments: tuple[tuple[Arrays, ...], ...],
-    ) -> tuple[Any, jax.Array, Arrays]:
-        """What to wait for, the hidden state, and the keys and values to store."""
-        params = unflatten(tensors)
-        layer = params.pop("layers")[str(cell.layer)]
-        config, start = self._config, self._rows.start(cell.batch)
-        length = np.int32(self._work.past_len(cell.step))
-        if cell.layer == 0:
-            state = embed_step(params, state, start, length, config=config)
-        if cell.step == 0:
-            state, cache = prefill_step(
-                layer, state, start, config=config, cache_as=self._cache_as
-            )
-        else:
-            state, cache = decode_step(
-                layer,
-                state,
-                segments,
-                start,
-                length,
-                config=config,
-                cache_as=self._cache_as,
-            )
-        if cell.layer < self._work.num_decoder_layers - 1:
-            return cache, state, cache  # the next layer's call donates `state`
-        last_only = self._rows.last_only
-        state = final_step(params, state, config=config, last_only=last_only)
-        return state, state, cache
 
     def _follow(self, cell: Cell, task: Future[Made]) -> Made:
         """Waits until a compute call has ended, and counts how long it took."""
@@ -295,6 +264,11 @@ def _hidden_of(task: Future[Made]) -> Arrays:
     hidden = task.result().hidden
     assert hidden is not None
     return (hidden,)
+
+
+def _tensors(parts: list[Future[Loans]]) -> dict[str, jax.Array]:
+    """The weights of all parts, once they are there."""
+    return {n: loan.array for part in parts for n, loan in part.result().items()}
 
 
 def _joined(loan: PlacedLoan) -> jax.Array:

@@ -29,6 +29,7 @@ STAIRS = [
     # numbers
     "quant",
     "attention",
+    "sparse",
     "logprobs",
     "sampling",
     "stopping",
@@ -47,6 +48,7 @@ STAIRS = [
     "memory.pool",
     "memory.buffers",
     "memory.link",
+    "memory.routes",
     "memory.widened",
     "memory.transport",
     "memory.tier",
@@ -61,6 +63,8 @@ STAIRS = [
     "memory.footprint",
     # run
     "steps",
+    "attention_apart",
+    "layer_calls",
     "executor",
     "stage",
     "metrics",

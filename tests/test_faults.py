@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from flexjax import blocks, checkpoint, extents, stage
+from flexjax import blocks, checkpoint, extents, layer_calls
 from flexjax.blocks import Row
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.engine import Engine
@@ -327,18 +327,20 @@ FAULTS = {
         (RuntimeError, "sample"),
     ),
     "embed": (
-        functools.partial(striking, stage, "embed_step", raises(RuntimeError("embed"))),
+        functools.partial(
+            striking, layer_calls, "embed_step", raises(RuntimeError("embed"))
+        ),
         (RuntimeError, "embed"),
     ),
     "prefill": (
         functools.partial(
-            striking, stage, "prefill_step", raises(RuntimeError("prefill"))
+            striking, layer_calls, "prefill_step", raises(RuntimeError("prefill"))
         ),
         (RuntimeError, "prefill"),
     ),
     "decode": (
         functools.partial(
-            striking, stage, "decode_step", raises(RuntimeError("decode"))
+            striking, layer_calls, "decode_step", raises(RuntimeError("decode"))
         ),
         (RuntimeError, "decode"),
     ),

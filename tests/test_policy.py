@@ -145,22 +145,18 @@ def test_what_is_no_count_is_refused(name, count):
         validate(Policy(**{name: count}))
 
 
-@pytest.mark.parametrize(
-    ("setting", "allowed"),
-    [
-        ({"host_attention": True}, False),
-        ({"attention_sparsity": 0.1}, 1.0),
-    ],
-)
-def test_a_setting_that_cannot_act_is_refused_with_what_can(setting, allowed):
-    ((name, value),) = setting.items()
-    message = (
-        f"^{name}={value!r} is not supported by this version; leave it at {allowed!r}$"
-    )
+@pytest.mark.parametrize("sparsity", [0, 0.0, -0.1, 1.1, float("nan"), True, "0.1"])
+def test_a_sparsity_that_is_no_fraction_is_refused(sparsity):
+    message = f"^attention_sparsity is {sparsity!r}, expected the fraction of the past"
     with pytest.raises(ValueError, match=message):
-        validate(Policy(**setting))
+        validate(Policy(attention_sparsity=sparsity))
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None])
+def test_host_attention_is_yes_or_no(value):
+    message = f"^host_attention is {value!r}, expected True or False$"
     with pytest.raises(ValueError, match=message):
-        from_json(setting)
+        validate(Policy(host_attention=value))
 
 
 @pytest.mark.parametrize("name", ["weight_bits", "kv_cache_bits"])

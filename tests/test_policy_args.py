@@ -40,6 +40,8 @@ def test_every_word_of_ours():
         *("--weight-bits", 8),
         *("--kv-cache-bits", 4),
         *("--group-size", 32),
+        "--host-attention",
+        *("--attention-sparsity", 0.5),
     ) == Policy(
         weights=Placement(device=0.2, host=0.8),
         kv_cache=Placement(),
@@ -50,6 +52,8 @@ def test_every_word_of_ours():
         weight_bits=8,
         kv_cache_bits=4,
         group_size=32,
+        host_attention=True,
+        attention_sparsity=0.5,
     )
 
 
@@ -60,7 +64,8 @@ def test_every_word_of_flexgen_s():
         *("--gpu-batch-size", 48),
         *("--num-gpu-batches", 3),
         *("--overlap", "false"),
-        *("--attn-sparsity", 1.0),
+        *("--attn-sparsity", 0.1),
+        "--cpu-cache-compute",
     ) == Policy(
         weights=Placement(device=0.2, host=0.8),
         kv_cache=Placement(host=0.5),
@@ -68,6 +73,8 @@ def test_every_word_of_flexgen_s():
         batch_size=48,
         num_batches=3,
         schedule=Schedule.SERIAL,
+        host_attention=True,
+        attention_sparsity=0.1,
         weight_bits=4,
         kv_cache_bits=4,
     )
@@ -108,8 +115,7 @@ def test_arguments_change_what_the_file_says(policy_file):
     [
         ("--group-size 0", "group_size is 0, expected an integer of at least 1"),
         ("--compress-weight --weight-bits 8", "weight_bits is given twice, once by"),
-        ("--cpu-cache-compute", "host_attention=True is not supported by this"),
-        ("--attn-sparsity 0.1", "attention_sparsity=0.1 is not supported by"),
+        ("--attn-sparsity 1.5", "attention_sparsity is 1.5, expected the fraction"),
         ("--percent 120 0 0 0 0 0", "weights: the fraction on device is"),
         ("--percent 0 0 70 40 0 0", "kv_cache: device=0.7 and host=0.4"),
         ("--percent 0 0 0 0 nan 0", "activations: the fraction on devi"),

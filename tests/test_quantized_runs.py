@@ -1,5 +1,10 @@
-"""Law 1 for quantized weights and caches: a plain forward of the same numbers."""
+"""Law 1 where less is moved: a plain forward that does the same arithmetic.
 
+Every combination of quantized weights, quantized cache, sparse attention, attention on
+the host and placement, on a device with memory of its own; and on one without.
+"""
+
+import dataclasses
 import functools
 import itertools
 
@@ -10,12 +15,19 @@ import pytest
 
 from checkpoints_tools.open_source import open_source
 from checkpoints_tools.store_conversion import convert_to_store
+from flexjax import engine
+from flexjax.attention import prefill_attention
 from flexjax.checkpoint import open_store
+from flexjax.memory import transport
 from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Placement, Policy, Schedule, Tier, validate
 from flexjax.quant import Quantization, cache_quantization, dequantize
 from flexjax.schedule.footprint import by_tier
+from flexjax.sparse import sparse_prefill_attention
+from flexjax.workload import bucket
+from tests.common import ApartLink
 from tests.test_engine import (
+    GREEDY,
     PLACEMENTS,
     SHAPES,
     in_group,
@@ -24,7 +36,9 @@ from tests.test_engine import (
 )
 
 GROUP_SIZE = 16  # divides the width of every golden checkpoint's layers
-BITS = [(4, None), (8, None), (None, 4), (None, 8), (4, 4), (8, 4), (4, 8)]
+WIDTHS = (None, 4, 8)
+BITS = [bits for bits in itertools.product(WIDTHS, WIDTHS) if any(bits)]
+SPARSITY = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +71,41 @@ def wide_weights(store):
     return found
 
 
+@functools.partial(jax.jit, static_argnames=("config", "how", "sparsity"))
+def plain_logprobs(params, ids, start, prompt_end, *, config, how, sparsity):
+    attention = prefill_attention
+    if sparsity < 1:
+        attention = functools.partial(
+            sparse_prefill_attention, sparsity=sparsity, prompt_end=prompt_end
+        )
+    return jax.nn.log_softmax(forward(params, ids, start, config, how, attention))
+
+
 @pytest.fixture(scope="module")
 def logprobs_of(store_of):
-    """What a plain forward says after every token of some sequences."""
+    """What a plain forward says after every token of some rows."""
 
     @functools.cache
-    def prepare(name, weight_bits, kv_cache_bits):
-        store = store_of(name, weight_bits)
-        policy = Policy(kv_cache_bits=kv_cache_bits, group_size=GROUP_SIZE)
-        how = cache_quantization(policy, store.config, store.dtype)
-        params = unflatten(wide_weights(store))
-        return jax.jit(
-            lambda ids, start: jax.nn.log_softmax(
-                forward(params, ids, start, store.config, how)
-            )
-        )
+    def params_of(name, weight_bits):
+        return unflatten(wide_weights(store_of(name, weight_bits)))
 
-    def find(name, bits, sequences):
-        longest = max(map(len, sequences))
-        start = np.array([longest - len(ids) for ids in sequences], np.int32)
-        ids = np.array([[1] * (longest - len(ids)) + ids for ids in sequences])
-        found = np.asarray(prepare(name, *bits)(ids.astype(np.int32), start))
-        return [rows[first:] for rows, first in zip(found, start, strict=True)]
+    def find(name, policy, rows):
+        store = store_of(name, policy.weight_bits)
+        whole = [[*row.prompt, *row.checker.token_ids] for row in rows]
+        longest = bucket(max(map(len, whole)))
+        start = np.array([longest - len(ids) for ids in whole], np.int32)
+        ids = [[1] * (longest - len(ids)) + ids for ids in whole]
+        found = plain_logprobs(
+            params_of(name, policy.weight_bits),
+            np.array(ids, np.int32),
+            start,
+            start + np.array([len(row.prompt) for row in rows], np.int32),
+            config=store.config,
+            how=cache_quantization(policy, store.config, store.dtype),
+            sparsity=policy.attention_sparsity,
+        )
+        pairs = zip(np.asarray(found), start, strict=True)
+        return [logprobs[first:] for logprobs, first in pairs]
 
     return find
 
@@ -94,7 +121,8 @@ CELLS = [
 def test_every_cell_gives_the_answers_of_a_plain_forward(
     bits, placement, schedule, shape, golden, store_of, logprobs_of, tmp_path
 ):
-    check("opt-pre-ln", bits, PLACEMENTS[placement], schedule, shape, locals())
+    policy = policy_of(bits, PLACEMENTS[placement], schedule, shape)
+    check("opt-pre-ln", policy, locals())
 
 
 @pytest.mark.parametrize("name", ["opt-post-ln-projected", "opt-no-affine-norm"])
@@ -102,48 +130,100 @@ def test_other_variants_give_the_answers_of_a_plain_forward(
     name, golden, store_of, logprobs_of, tmp_path
 ):
     placements = PLACEMENTS["mixed, activations on disk"]
-    check(name, (4, 4), placements, Schedule.ZIGZAG, (2, 2), locals())
+    policy = policy_of((4, 4), placements, Schedule.ZIGZAG, (2, 2))
+    check(name, policy, locals())
 
 
-def check(name, bits, placements, schedule, shape, fixtures):
-    weights, cache, activations = placements
-    checkpoint, store = fixtures["golden"](name), fixtures["store_of"](name, bits[0])
-    policy = validate(
-        Policy(
-            weights=weights,
-            kv_cache=cache,
-            activations=activations,
-            batch_size=shape[0],
-            num_batches=shape[1],
-            schedule=schedule,
-            weight_bits=bits[0],
-            kv_cache_bits=bits[1],
-            group_size=GROUP_SIZE,
+FEATURES = [
+    {"host_attention": on_host, "attention_sparsity": sparsity}
+    for on_host, sparsity in itertools.product((False, True), (1.0, SPARSITY))
+]
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(
+    ("kv_cache_bits", "placement"),
+    [
+        in_group(bits, bits, placement)
+        for bits, placement in itertools.product(WIDTHS, PLACEMENTS)
+    ],
+)
+@pytest.mark.usefixtures("device_apart")
+def test_every_combination_on_a_device_apart_is_a_plain_forward(
+    kv_cache_bits, placement, features, golden, store_of, logprobs_of, tmp_path
+):
+    # One after the other: the steps that they compile are the same.
+    for weight_bits, schedule in zip(WIDTHS, Schedule, strict=True):
+        bits = weight_bits, kv_cache_bits
+        policy = dataclasses.replace(
+            policy_of(bits, PLACEMENTS[placement], schedule, (4, 2)),
+            **features,
         )
+        check("opt-pre-ln", policy, locals(), num_tokens=6)
+
+
+@pytest.mark.parametrize("kv_cache_bits", WIDTHS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_sparse_attention_in_the_host_s_memory_is_a_plain_forward(
+    kv_cache_bits, placement, golden, store_of, logprobs_of, tmp_path
+):
+    bits = None, kv_cache_bits
+    policy = dataclasses.replace(
+        policy_of(bits, PLACEMENTS[placement], Schedule.ZIGZAG, (3, 2)),
+        host_attention=True,
+        attention_sparsity=SPARSITY,
     )
-    engine = make_engine(store, policy, fixtures["tmp_path"])
-    rows = make_rows(checkpoint.prompts)
-    engine.generate(rows)
-    needed = by_tier(engine.times.predicted_peak)
+    check("opt-pre-ln", policy, locals())
+
+
+@pytest.fixture
+def device_apart(monkeypatch):
+    """Makes engines take the CPU for a device that has memory of its own."""
+    monkeypatch.setattr(transport, "DeviceLink", ApartLink)
+    monkeypatch.setattr(engine, "is_shared", lambda device: False)
+
+
+def policy_of(bits, placements, schedule, shape):
+    weights, cache, activations = placements
+    return Policy(
+        weights=weights,
+        kv_cache=cache,
+        activations=activations,
+        batch_size=shape[0],
+        num_batches=shape[1],
+        schedule=schedule,
+        weight_bits=bits[0],
+        kv_cache_bits=bits[1],
+        group_size=GROUP_SIZE,
+    )
+
+
+def check(name, policy, fixtures, num_tokens=8):
+    store = fixtures["store_of"](name, policy.weight_bits)
+    run = make_engine(store, validate(policy), fixtures["tmp_path"])
+    params = dataclasses.replace(GREEDY, max_tokens=num_tokens)
+    rows = make_rows(fixtures["golden"](name).prompts, params)
+    run.generate(rows)
+    needed = by_tier(run.times.predicted_peak)
     for tier in Tier:
-        assert engine.ledger.peak(tier) <= needed[tier], tier
-    whole = [[*row.prompt, *row.checker.token_ids] for row in rows]
-    scores = engine.score(whole)
-    engine.close()
-    expected = fixtures["logprobs_of"](name, bits, whole)
+        assert run.ledger.peak(tier) <= needed[tier], tier
     # An element that falls just beside a code's border may get another code where sums
     # are in another order.
-    atol = 2e-4 if bits[1] is None else 2e-2
-    for row, score, said in zip(rows, scores, expected, strict=True):
-        ids = np.array([*row.prompt, *row.checker.token_ids])
-        plain = said[np.arange(len(ids) - 1), ids[1:]]
-        np.testing.assert_allclose(score, plain, atol=atol, rtol=0)
-        new = slice(len(row.prompt) - 1, len(ids) - 1)
-        best = said[new].max(axis=-1)
-        assert (plain[new] >= best - atol).all()
+    atol = 2e-4 if policy.kv_cache_bits is None else 2e-2
+    expected = fixtures["logprobs_of"](name, policy, rows)
+    if policy.attention_sparsity == 1:
+        whole = [[*row.prompt, *row.checker.token_ids] for row in rows]
+        for ids, score, said in zip(whole, run.score(whole), expected, strict=True):
+            plain = said[np.arange(len(ids) - 1), ids[1:]]
+            np.testing.assert_allclose(score, plain, atol=atol, rtol=0)
+    run.close()
+    for row, said in zip(rows, expected, strict=True):
+        new = said[len(row.prompt) - 1 : -1]
+        plain = new[np.arange(len(new)), row.checker.token_ids]
+        assert (plain >= new.max(axis=-1) - atol).all()
         pairs = zip(row.logprobs, row.checker.token_ids, strict=True)
         seen = [table[token].logprob for table, token in pairs]
-        np.testing.assert_allclose(seen, plain[new], atol=atol, rtol=0)
+        np.testing.assert_allclose(seen, plain, atol=atol, rtol=0)
 
 
 def test_weights_are_within_half_a_step_of_the_checkpoint_and_others_are_the_same(
@@ -173,6 +253,6 @@ def test_a_tier_holds_quantized_weights_as_they_are_stored(store_of, tmp_path):
     store = store_of("opt-pre-ln", 4)
     total = sum(entry.nbytes for entry in store.tensors.values())
     policy = validate(Policy(weights=Placement(host=1.0), weight_bits=4, group_size=16))
-    engine = make_engine(store, policy, tmp_path)
-    assert engine.weights.home_bytes()[Tier.HOST] == total
-    engine.close()
+    run = make_engine(store, policy, tmp_path)
+    assert run.weights.home_bytes()[Tier.HOST] == total
+    run.close()

@@ -10,10 +10,11 @@ import pytest
 from flexjax.blocks import Row
 from flexjax.checkpoint import open_store
 from flexjax.engine import Engine
+from flexjax.layer_calls import Made
 from flexjax.policy import Placement, Policy, Schedule
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Buffer, Cache, Weights
-from flexjax.stage import LayerStage, Made
+from flexjax.stage import LayerStage
 from flexjax.stopping import StopChecker
 from tests.common import in_time
 

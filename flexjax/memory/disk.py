@@ -24,7 +24,7 @@ from flexjax.extents import Extent, as_bytes, read_extent, write_extent
 from flexjax.memory.buffers import BufferPool, typed
 from flexjax.memory.disk_queue import DiskQueue, Urgency
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink, Loan
+from flexjax.memory.link import DeviceLink, Lender, Loan
 from flexjax.memory.spilled import Piece, Segment, SpilledArray
 from flexjax.memory.tier import Pieces
 from flexjax.policy import Kind, Tier
@@ -70,10 +70,12 @@ class DiskStore:
         link: DeviceLink,
         disk: DiskQueue,
         folder: pathlib.Path,
+        lender: Lender | None = None,
     ) -> None:
         self._ledger, self._kind, self._link = ledger, kind, link
+        self._lender = lender or link
         self._disk, self._folder = disk, folder
-        self._stage = BufferPool(ledger, link.stage_tier, kind)
+        self._stage = BufferPool(ledger, self._lender.stage_tier, kind)
         self._tails = BufferPool(ledger, Tier.HOST, kind)
         self._passing = BufferPool(ledger, Tier.HOST, kind)
         self._entries: dict[Hashable, SpilledArray] = {}
@@ -211,7 +213,7 @@ class DiskStore:
             raise
         self._disk.wait(first)
         nbytes = entry.flushed * entry.slot_bytes
-        self._ledger.move(Tier.DISK, self._link.stage_tier, nbytes)
+        self._ledger.move(Tier.DISK, self._lender.stage_tier, nbytes)
 
     def _fill_rest(self, key: Hashable, entry: SpilledArray, array: np.ndarray) -> None:
         """Reads the slots behind the first segment; those not in use become zero."""
@@ -241,7 +243,7 @@ class DiskStore:
             array = typed(buffer, (rows, groups, slots, width), entry.dtype)
             give = functools.partial(self._stage.give, buffer)
             try:
-                loans.append(self._link.lend(array, self._kind, give))
+                loans.append(self._lender.lend(array, self._kind, give))
             except BaseException:
                 for loan in loans:
                     loan.release()

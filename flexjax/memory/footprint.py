@@ -11,12 +11,14 @@ from flexjax.memory.disk import (
     tail_slots,
 )
 from flexjax.memory.placement import Rows, place_rows
+from flexjax.memory.routes import DIRECT, Route, cache_routes
 from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.quant import Quantization, cache_quantization
 from flexjax.schedule.footprint import Bytes
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
+from flexjax.sparse import kept_slots
 from flexjax.workload import WIDE_ROWS, Workload, prefill_rows
 
 
@@ -107,7 +109,7 @@ class RunFootprint:
             case Cache():
                 rows = cache_rows(self.policy, work, buffer)
                 slots = work.cache_slots(self._true(step) - 1)
-                return self._staged(Kind.KV_CACHE, rows, slots * self._cache_slot_bytes)
+                return self._cache_staged(rows, slots)
             case Hidden():
                 # Before the first layer, and where tiers join, all rows are staged.
                 return self._staged(
@@ -140,9 +142,16 @@ class RunFootprint:
         nbytes = rows * seq * config.ffn_dim * (5 + factor * self._itemsize)
         if cell.step > 0 and self._cache_as is not None:
             slots = work.cache_slots(self._true(cell.step) - 1)
-            vector_bytes = config.hidden_size * self._itemsize
-            nbytes += 2 * min(WIDE_ROWS, work.batch_size) * slots * vector_bytes
-        return {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
+            wide_slots = min(WIDE_ROWS, work.batch_size) * slots
+            nbytes += 2 * wide_slots * config.hidden_size * self._itemsize
+        size = {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
+        if cell.step > 0 and any(route != DIRECT for route in self._routes.values()):
+            # Query, key, value and what attention finds, there and back, of two calls
+            # on the device and of one on the host.
+            batch_bytes = work.batch_size * config.hidden_size * self._itemsize
+            size[Tier.DEVICE, Kind.ACTIVATIONS] += 2 * 5 * batch_bytes
+            size[Tier.HOST, Kind.ACTIVATIONS] = 4 * batch_bytes
+        return size
 
     def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
         work = self.work
@@ -189,6 +198,30 @@ class RunFootprint:
         """The widest that a token's hidden state gets, its row of the table too."""
         widest = max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
         return max(widest, self.weights.token_row_bytes)
+
+    @property
+    def _routes(self) -> dict[Tier, Route]:
+        return cache_routes(self.policy, device_is_host=self.device_is_host)
+
+    def _cache_staged(self, rows: Rows, slots: int) -> Bytes:
+        """Bytes of a cache's load, and of what is gathered after it."""
+        size: Counter[tuple[Tier, Kind]] = Counter()
+        routes, slot_bytes = self._routes, self._cache_slot_bytes
+        for tier, count in zip(Tier, rows, strict=True):
+            if not count:
+                continue
+            if routes[tier].on_host:
+                from_disk = count if tier is Tier.DISK else 0
+                size[Tier.HOST, Kind.KV_CACHE] += from_disk * slots * slot_bytes
+            elif routes[tier].gathers:
+                kept = kept_slots(self.policy.attention_sparsity, slots)
+                size[Tier.DEVICE, Kind.KV_CACHE] += count * slots * slot_bytes // 2
+                for used in (Tier.DEVICE, Tier.HOST):
+                    size[used, Kind.KV_CACHE] += count * kept * slot_bytes // 2
+            else:
+                alone = Rows(**{tier.value: count})
+                size.update(self._staged(Kind.KV_CACHE, alone, slots * slot_bytes))
+        return size
 
     def _staged(self, kind: Kind, rows: Rows, row_bytes: int) -> Bytes:
         """Bytes of a load: rows that are not on the device need room there."""

@@ -1,5 +1,6 @@
 """The host tier: arrays in page-aligned host memory."""
 
+import functools
 import threading
 from collections.abc import Callable, Hashable
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from flexjax.memory.buffers import BufferPool, typed
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink
+from flexjax.memory.link import DeviceLink, Lender, Loan
 from flexjax.memory.tier import Pieces, grown_shape
 from flexjax.policy import Kind, Tier
 
@@ -22,8 +23,14 @@ class HostStore:
 
     tier = Tier.HOST
 
-    def __init__(self, ledger: Ledger, kind: Kind, link: DeviceLink) -> None:
-        self._kind, self._link = kind, link
+    def __init__(
+        self,
+        ledger: Ledger,
+        kind: Kind,
+        link: DeviceLink,
+        lender: Lender | None = None,
+    ) -> None:
+        self._kind, self._link, self._lender = kind, link, lender or link
         self._pool = BufferPool(ledger, self.tier, kind)
         self._arrays: dict[Hashable, np.ndarray] = {}
         self._lock = threading.Lock()
@@ -49,7 +56,24 @@ class HostStore:
     def load(self, key: Hashable) -> Callable[[], Pieces]:
         with self._lock:
             array = self._arrays[key]
-        return lambda: (self._link.lend(array, self._kind),)
+        return lambda: (self._lender.lend(array, self._kind),)
+
+    def gather(self, key: Hashable, slots: np.ndarray) -> Loan:
+        with self._lock:
+            array = self._arrays[key]
+        rows, groups, room, width = array.shape
+        begins = np.arange(rows * groups, dtype=np.int64).reshape(rows, groups, 1)
+        chosen = self._allocate((*slots.shape, width), array.dtype)
+        # A slot lies in one piece: taking it is a copy of its bytes.
+        np.take(
+            array.reshape(rows * groups * room, width),
+            begins * room + slots,
+            axis=0,
+            out=chosen,
+            mode="clip",  # any other would copy `out` too
+        )
+        give = functools.partial(self._pool.give, _memory(chosen))
+        return self._lender.lend(chosen, self._kind, give)
 
     def free(self, key: Hashable) -> None:
         with self._lock:

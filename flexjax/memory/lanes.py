@@ -22,6 +22,9 @@ class Lane(enum.Enum):
     CACHE_IN = "cache in"
     CACHE_OUT = "cache out"
     HIDDEN = "hidden in and out"
+    # Where attention is apart from a layer's step: what comes before it, and itself.
+    PROJECT = "projections"
+    ATTENTION = "attention apart"
     DISPATCH = "dispatch"
     COMPUTE = "compute"  # follows the device: its tasks end when the device's do
 

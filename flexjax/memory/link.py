@@ -36,6 +36,54 @@ def is_shared(device: Device) -> bool:
     return device.platform == "cpu"
 
 
+class Lender(Protocol):
+    """Makes arrays of host memory usable where they are computed with.
+
+    Attributes:
+        stage_tier: where a stage buffer counts whose array is lent.
+    """
+
+    stage_tier: Tier
+
+    def lend(
+        self,
+        array: np.ndarray,
+        kind: Kind,
+        give_back: Callable[[], None] = nothing_to_release,
+    ) -> Loan:
+        """`array` where it is used, see `DeviceLink.lend`."""
+        ...
+
+
+class HostLink:
+    """Lends arrays to the host's own processor, in place.
+
+    Raises:
+        ValueError: JAX was told not to use it.
+    """
+
+    stage_tier = Tier.HOST
+
+    def __init__(self) -> None:
+        try:
+            self.device = jax.local_devices(backend="cpu")[0]
+        except RuntimeError as error:
+            raise ValueError(
+                "host_attention needs JAX's cpu backend beside the device's: add cpu "
+                f"to JAX_PLATFORMS, or leave host_attention out ({error})"
+            ) from error
+
+    def lend(
+        self,
+        array: np.ndarray,
+        kind: Kind,
+        give_back: Callable[[], None] = nothing_to_release,
+    ) -> Loan:
+        """`array` on the host's processor; it must not change before the release."""
+        del kind
+        return Loan(jax.device_put(array, self.device), give_back)
+
+
 class DeviceLink:
     """Brings arrays to a device and back.
 

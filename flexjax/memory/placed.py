@@ -4,42 +4,50 @@ import collections
 import contextlib
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import Future
+from types import MappingProxyType
 
 import jax
+import numpy as np
 
 from flexjax.memory.lanes import Lane, Lanes
+from flexjax.memory.link import Loan
 from flexjax.memory.placement import Rows
-from flexjax.memory.tier import Pieces, TierStore
+from flexjax.memory.tier import GatherStore, Pieces, TierStore
 from flexjax.policy import Tier
 
 Arrays = tuple[jax.Array, ...]
+_NONE: Mapping[Tier, GatherStore] = MappingProxyType({})
 
 
 class PlacedLoan:
     """What a load brought: the arrays of each tier's rows, as they lie in the batch.
 
     Args of the constructor:
-        segments: for each tier that has rows, for each array of the key, the pieces
-            along its slots.
+        pieces: for each tier that has rows, for each array of the key, the pieces along
+            its slots.
     """
 
-    def __init__(self, segments: list[tuple[Pieces, ...]]) -> None:
-        self._segments = segments
+    def __init__(self, pieces: Mapping[Tier, tuple[Pieces, ...]]) -> None:
+        self._pieces = dict(pieces)
+
+    @property
+    def by_tier(self) -> dict[Tier, tuple[Arrays, ...]]:
+        return {
+            tier: tuple(tuple(loan.array for loan in pieces) for pieces in arrays)
+            for tier, arrays in self._pieces.items()
+        }
 
     @property
     def segments(self) -> tuple[tuple[Arrays, ...], ...]:
-        return tuple(
-            tuple(tuple(loan.array for loan in pieces) for pieces in arrays)
-            for arrays in self._segments
-        )
+        return tuple(self.by_tier.values())
 
     def release(self) -> None:
         """Gives the stage buffers back; nothing may use the arrays any more."""
-        for arrays in self._segments:
+        for arrays in self._pieces.values():
             for pieces in arrays:
                 for loan in pieces:
                     loan.release()
-        self._segments = []
+        self._pieces = {}
 
 
 class PlacedArrays:
@@ -47,6 +55,13 @@ class PlacedArrays:
 
     A key names arrays that belong together, such as the keys and the values of a layer.
     A load waits for the store before it; both return at once.
+
+    Args of the constructor:
+        stores: of the tiers.
+        lanes, load_lane, store_lane: where transfers run.
+        rows_of: the rows of a key on each tier.
+        gathered: stores of which a load brings only a key's first array; of the second,
+            `gather` brings what is asked for.
     """
 
     def __init__(
@@ -57,10 +72,11 @@ class PlacedArrays:
         load_lane: Lane,
         store_lane: Lane,
         rows_of: Callable[[Hashable], Rows],
+        gathered: Mapping[Tier, GatherStore] = _NONE,
     ) -> None:
         self._stores, self._lanes = stores, lanes
         self._load_lane, self._store_lane = load_lane, store_lane
-        self._rows_of = rows_of
+        self._rows_of, self._gathered = rows_of, gathered
         self._stored: dict[Hashable, Future[int]] = {}  # how many arrays a key has
 
     def load(self, key: Hashable) -> Future[PlacedLoan]:
@@ -87,6 +103,10 @@ class PlacedArrays:
         self._stored[key] = task
         return task
 
+    def gather(self, key: Hashable, tier: Tier, slots: np.ndarray) -> Loan:
+        """Some slots of a key's second array, by row and group; waits for them."""
+        return self._gathered[tier].gather((key, 1), slots)
+
     def clear(self) -> None:
         """Forgets every array; no load or store may be under way."""
         for key, stored in self._stored.items():
@@ -105,7 +125,7 @@ class PlacedArrays:
             with self._lanes.working(self._load_lane, f"load {key}"):
                 for tier in self._rows_of(key).spans():
                     segments[tier] = ()
-                    for index in range(count):
+                    for index in range(1 if tier in self._gathered else count):
                         finish = self._stores[tier].load((key, index))
                         started.append((tier, finish))
                 while started:
@@ -113,9 +133,9 @@ class PlacedArrays:
                     segments[tier] += (finish(),)
         except BaseException:
             self._give_up(started)
-            PlacedLoan([*segments.values()]).release()
+            PlacedLoan(segments).release()
             raise
-        return PlacedLoan([*segments.values()])
+        return PlacedLoan(segments)
 
     def _give_up(self, started: Iterable[tuple[Tier, Callable[[], Pieces]]]) -> None:
         """Waits for what was started, and lets go of it."""

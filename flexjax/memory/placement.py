@@ -15,9 +15,9 @@ from flexjax.policy import Placement, Tier
 class Rows(NamedTuple):
     """Rows of one batch on each tier, in the order in which they lie in the batch."""
 
-    device: int
-    host: int
-    disk: int
+    device: int = 0
+    host: int = 0
+    disk: int = 0
 
     def spans(self) -> dict[Tier, slice]:
         """The rows of each tier that has any."""

@@ -53,6 +53,22 @@ class TierStore(Protocol):
         ...
 
 
+class GatherStore(TierStore, Protocol):
+    """A store that can also bring parts of an array."""
+
+    def gather(self, key: Hashable, slots: np.ndarray) -> Loan:
+        """Brings some slots of an array to where they are used.
+
+        Args:
+            key: names the array.
+            slots: of each row and group, `[rows, groups, chosen]`.
+
+        Returns:
+            Them alone, `[rows, groups, chosen, width]`.
+        """
+        ...
+
+
 def grown_shape(array: jax.Array | np.ndarray, slots: int) -> tuple[int, int, int, int]:
     """Shape of `array` with room for `slots` slots."""
     rows, groups, _, width = array.shape

@@ -24,6 +24,7 @@ from flexjax.quant import Quantization, passed_through
 Params = Mapping[str, Any]
 # (query, key, value), each [batch, heads, seq, head_dim] -> the same shape
 Attend = Callable[[Array, Array, Array], Array]
+Attention = Callable[[Array, Array, Array, Array], Array]  # with the rows' start
 
 ACTIVATION: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -118,52 +119,83 @@ class PositionTable(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections around an attention that the caller chooses."""
+    """Projections in front of an attention, and behind it."""
 
     config: OPTConfig
 
-    @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "batch seq hidden"], attend: Attend
-    ) -> tuple[Float[Array, "batch seq hidden"], tuple[Array, Array]]:
+    def setup(self) -> None:
+        config = self.config
+        self.q_proj = Linear(config.hidden_size, config.enable_bias)
+        self.k_proj = Linear(config.hidden_size, config.enable_bias)
+        self.v_proj = Linear(config.hidden_size, config.enable_bias)
+        self.out_proj = Linear(config.hidden_size, config.enable_bias)
+
+    def project(
+        self, hidden: Float[Array, "batch seq hidden"]
+    ) -> tuple[Float[Array, "batch heads seq head_dim"], ...]:
+        """Query, key and value."""
         config = self.config
 
-        def heads(name: str) -> Float[Array, "batch heads seq head_dim"]:
-            x = Linear(config.hidden_size, config.enable_bias, name=name)(hidden)
+        def heads(linear: Linear) -> Float[Array, "batch heads seq head_dim"]:
+            x = linear(hidden)
             x = x.reshape(*x.shape[:2], config.num_attention_heads, config.head_dim)
             return jnp.swapaxes(x, 1, 2)
 
-        query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
-        out = jnp.swapaxes(attend(query, key, value), 1, 2).reshape(hidden.shape)
-        out = Linear(config.hidden_size, config.enable_bias, name="out_proj")(out)
-        return out, (key, value)
+        return heads(self.q_proj), heads(self.k_proj), heads(self.v_proj)
+
+    def join(
+        self, attended: Float[Array, "batch heads seq head_dim"]
+    ) -> Float[Array, "batch seq hidden"]:
+        """What the heads found, in the residual stream's own directions."""
+        x = jnp.swapaxes(attended, 1, 2)
+        return self.out_proj(x.reshape(*x.shape[:2], self.config.hidden_size))
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP with their residuals; norms come before or after them."""
+    """Attention and MLP with their residuals; norms come before or after them.
+
+    A layer is `project`, an attention that the caller chooses, and `finish`; these are
+    apart where attention happens elsewhere.
+    """
 
     config: OPTConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.config
+        affine = config.layer_norm_elementwise_affine
+        self.self_attn_layer_norm = LayerNorm(affine)
+        self.self_attn = SelfAttention(config)
+        self.final_layer_norm = LayerNorm(affine)
+        self.fc1 = Linear(config.ffn_dim, config.enable_bias)
+        self.fc2 = Linear(config.hidden_size, config.enable_bias)
+
     def __call__(
         self, hidden: Float[Array, "batch seq hidden"], attend: Attend
     ) -> tuple[Float[Array, "batch seq hidden"], tuple[Array, Array]]:
-        config = self.config
-        affine = config.layer_norm_elementwise_affine
-        attention_norm = LayerNorm(affine, name="self_attn_layer_norm")
-        mlp_norm = LayerNorm(affine, name="final_layer_norm")
-        attention = SelfAttention(config, name="self_attn")
-        before = config.do_layer_norm_before
+        query, key, value = self.project(hidden)
+        return self.finish(hidden, attend(query, key, value)), (key, value)
 
-        out, cache = attention(attention_norm(hidden) if before else hidden, attend)
-        hidden = hidden + out if before else attention_norm(hidden + out)
+    def project(
+        self, hidden: Float[Array, "batch seq hidden"]
+    ) -> tuple[Float[Array, "batch heads seq head_dim"], ...]:
+        """Query, key and value of a hidden state."""
+        if self.config.do_layer_norm_before:
+            hidden = self.self_attn_layer_norm(hidden)
+        return self.self_attn.project(hidden)
 
-        x = mlp_norm(hidden) if before else hidden
-        x = Linear(config.ffn_dim, config.enable_bias, name="fc1")(x)
-        x = ACTIVATION[config.activation_function](x)
-        x = Linear(config.hidden_size, config.enable_bias, name="fc2")(x)
-        hidden = hidden + x if before else mlp_norm(hidden + x)
-        return hidden, cache
+    def finish(
+        self,
+        hidden: Float[Array, "batch seq hidden"],
+        attended: Float[Array, "batch heads seq head_dim"],
+    ) -> Float[Array, "batch seq hidden"]:
+        """The layer's output, of what it was given and what attention made of it."""
+        before = self.config.do_layer_norm_before
+        hidden = hidden + self.self_attn.join(attended)
+        hidden = hidden if before else self.self_attn_layer_norm(hidden)
+        x = self.final_layer_norm(hidden) if before else hidden
+        x = ACTIVATION[self.config.activation_function](self.fc1(x))
+        hidden = hidden + self.fc2(x)
+        return hidden if before else self.final_layer_norm(hidden)
 
 
 class Final(nn.Module):
@@ -208,9 +240,11 @@ def unflatten(tensors: Mapping[str, Array]) -> dict[str, Any]:
     return tree
 
 
-def apply(module: nn.Module, params: Params, *args: Any) -> Any:
-    """What `module` computes with `params`."""
-    return module.apply({"params": params}, *args)
+def apply(
+    module: nn.Module, params: Params, *args: Any, method: str = "__call__"
+) -> Any:
+    """What `module`, or one of its methods, computes with `params`."""
+    return module.apply({"params": params}, *args, method=method)
 
 
 def forward(
@@ -219,6 +253,7 @@ def forward(
     start: Int[Array, " batch"],
     config: OPTConfig,
     cache_as: Quantization | None = None,
+    attention: Attention = prefill_attention,
 ) -> Float[Array, "batch seq vocab"]:
     """Logits of the whole model at once, every weight at hand.
 
@@ -231,11 +266,12 @@ def forward(
         config: of the model.
         cache_as: how a run keeps keys and values, which are attended to as it finds
             them again.
+        attention: of all tokens at once, such as `sparse_prefill_attention`.
     """
 
     def attend(query: Array, key: Array, value: Array) -> Array:
         key, value = (passed_through(new, cache_as) for new in (key, value))
-        return prefill_attention(query, key, value, start)
+        return attention(query, key, value, start)
 
     rows = jnp.take(params["embed_tokens"]["weight"], token_ids, axis=0)
     slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)

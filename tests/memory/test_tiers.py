@@ -326,3 +326,20 @@ def test_device_memory_apart_is_counted_while_a_loan_lasts(queue, tmp_path):
     assert ledger.held(Tier.DEVICE, KIND) == nbytes
     loan.release()
     assert ledger.held(Tier.DEVICE, KIND) == 0
+
+
+@pytest.mark.parametrize("link", LINKS)
+@given(seed=st.integers(0, 999), chosen=st.integers(1, 9), dtype=st.sampled_from("fB"))
+def test_the_host_brings_the_slots_that_are_chosen(link, seed, chosen, dtype):
+    random, ledger = np.random.default_rng(seed), Ledger()
+    store = HostStore(ledger, KIND, link(DEVICE, ledger))
+    value = random.integers(0, 200, (BATCH, 3, 9, WIDTH)).astype(dtype)
+    store.store("key", jax.numpy.asarray(value), slice(1, 4), at=0, slots=16)
+    slots = random.integers(0, 9, (3, 3, chosen)).astype(np.int32)
+    loan = store.gather("key", slots)
+    expected = np.take_along_axis(value[1:4], slots[..., None], axis=2)
+    np.testing.assert_array_equal(loan.array, expected)
+    loan.release()
+    store.free("key")
+    store.clear()
+    assert_nothing_held(ledger)

@@ -1,0 +1,39 @@
+"""How the rows of a cache are attended to, by the tier that holds them."""
+
+from typing import NamedTuple
+
+from flexjax.policy import Policy, Tier
+
+
+class Route(NamedTuple):
+    """What becomes of the rows on one tier when a new token attends to them.
+
+    Attributes:
+        on_host: the query goes to them, and the host's processor attends; else they
+            come to the device.
+        gathers: keys come first, and of the values only those that they choose.
+    """
+
+    on_host: bool = False
+    gathers: bool = False
+
+
+DIRECT = Route()  # whole, to the device, which attends within a layer's step
+
+
+def cache_routes(policy: Policy, *, device_is_host: bool) -> dict[Tier, Route]:
+    """The route of each tier's rows.
+
+    A device that computes in the host's memory has every cache where it is used: there
+    host attention is what happens anyway, and gathering would be one copy more. From
+    disk all values come: a disk reads blocks of 4 KiB, with 32 slots of a head of 64
+    elements in 16 bits, and of these most hold a slot that is wanted: 97 % where one in
+    ten is. They come ahead of their use, which what is gathered cannot.
+    """
+    on_host = policy.host_attention and not device_is_host
+    is_apart = not (on_host or device_is_host)
+    return {
+        Tier.DEVICE: DIRECT,
+        Tier.HOST: Route(on_host, is_apart and policy.attention_sparsity < 1),
+        Tier.DISK: Route(on_host),
+    }

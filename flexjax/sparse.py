@@ -1,0 +1,141 @@
+"""Sparse attention: of its past, a new token attends to what weighs most alone.
+
+For every row and head these are the `kept_counts` slots with the largest weights, and
+the token itself; of equal weights the earlier slots. So most values of a cache need
+not be read, while all keys are: FlexGen's sparse attention (arXiv 2303.06865, section
+4.2). Unlike there, the weights that are kept are scaled to a sum of 1: what is left
+out does not shrink the output. Prompts are attended to whole, as in FlexGen.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+from flexjax.attention import MASKED, decode_scores, weigh
+
+
+class Selection(NamedTuple):
+    """The slots that a new token attends to, and how much.
+
+    Attributes:
+        slots: of the cache; what a short past leaves over repeats some slot, with a
+            share of 0.
+        shares: of the kept slots' values; with `own` they sum to 1.
+        own: of the new token's value.
+    """
+
+    slots: Int[Array, "batch heads kept"]
+    shares: Float[Array, "batch heads 1 kept"]
+    own: Float[Array, "batch heads 1 1"]
+
+
+def kept_slots(sparsity: float, slots: int) -> int:
+    """How many of `slots` slots are kept: the fraction `sparsity`, rounded up."""
+    # A fraction such as 0.1 times a count must not exceed a whole number by its last
+    # bit.
+    return math.ceil(sparsity * slots - 1e-9)
+
+
+def kept_counts(
+    sparsity: float, slots: int, past: Int[Array, "..."]
+) -> Int[Array, "..."]:
+    """`kept_slots` of each of `past`, which are at most `slots`."""
+    table = [kept_slots(sparsity, count) for count in range(slots + 1)]
+    return jnp.asarray(np.array(table, np.int32))[past]
+
+
+def select(
+    query: Float[Array, "batch heads 1 head_dim"],
+    new_key: Float[Array, "batch heads 1 head_dim"],
+    keys: tuple[Float[Array, "batch heads _slots head_dim"], ...],
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    sparsity: float,
+) -> Selection:
+    """What a new token attends to; arguments as of `decode_attention`."""
+    own, pieces = decode_scores(query, new_key, keys, start, length)
+    scores = jnp.concatenate(pieces, axis=-1)[:, :, 0]
+    slots = scores.shape[-1]
+    counts = kept_counts(sparsity, slots, jnp.maximum(length - start, 0))
+    largest, chosen = jax.lax.top_k(scores, kept_slots(sparsity, slots))
+    ranks = jnp.arange(largest.shape[-1], dtype=jnp.int32)
+    kept = ranks < counts[:, None, None]
+    largest = jnp.where(kept, largest, MASKED)[:, :, None]
+    peak = jnp.maximum(own, jnp.max(largest, axis=-1, keepdims=True))
+    own, shares = jnp.exp(own - peak), jnp.exp(largest - peak)
+    total = own + jnp.sum(shares, axis=-1, keepdims=True)
+    return Selection(chosen, shares / total, own / total)
+
+
+def gather(
+    pieces: tuple[Shaped[Array, "batch heads _slots width"], ...],
+    slots: Int[Array, "batch heads kept"],
+) -> Shaped[Array, "batch heads kept width"]:
+    """The slots that were chosen, out of the pieces of a cache."""
+    first, found = 0, None
+    for piece in pieces:
+        index = jnp.clip(slots - first, 0, piece.shape[2] - 1)[..., None]
+        values = jnp.take_along_axis(piece, index, axis=2, mode="promise_in_bounds")
+        here = (slots >= first)[..., None]
+        found = values if found is None else jnp.where(here, values, found)
+        first += piece.shape[2]
+    assert found is not None
+    return found
+
+
+def combine(
+    selection: Selection,
+    new_value: Float[Array, "batch heads 1 head_dim"],
+    values: Float[Array, "batch heads kept head_dim"],
+) -> Float[Array, "batch heads 1 head_dim"]:
+    """The attention's output, of the values of the slots that were chosen."""
+    out = selection.own * new_value.astype(jnp.float32)
+    out = out + weigh(selection.shares, values)
+    return out.astype(new_value.dtype)
+
+
+def sparse_prefill_attention(
+    query: Float[Array, "batch heads seq head_dim"],
+    key: Float[Array, "batch heads seq head_dim"],
+    value: Float[Array, "batch heads seq head_dim"],
+    start: Int[Array, " batch"],
+    *,
+    sparsity: float,
+    prompt_end: Int[Array, " batch"],
+) -> Float[Array, "batch heads seq head_dim"]:
+    """What prompts, up to slot `prompt_end`, and then token after token attend to.
+
+    The plain reference, all at once, for tests and for what sparse attention costs in
+    quality; its scores take `[batch, heads, seq, seq]`.
+    """
+    seq = query.shape[2]
+    slots = jnp.arange(seq, dtype=jnp.int32)
+    scores = jnp.einsum(
+        "bhqd,bhkd->bhqk",
+        query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype),
+        key,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    past = slots[None, :] < slots[:, None]
+    past = past & (slots >= start[:, None])[:, None, :]  # [batch, query, key]
+    counts = kept_counts(sparsity, seq, jnp.sum(past, axis=-1))
+    # Whole numbers that order a query's past: 0 for what weighs most.
+    falling = jnp.argsort(jnp.where(past[:, None], -scores, jnp.inf), axis=-1)
+    ranks = jnp.argsort(falling, axis=-1)
+    in_prompt = slots < prompt_end[:, None]
+    kept = (ranks < counts[:, None, :, None]) | in_prompt[:, None, :, None]
+    kept = (kept & past[:, None]) | jnp.eye(seq, dtype=bool)
+    shares = jax.nn.softmax(jnp.where(kept, scores, MASKED), axis=-1)
+    out = jnp.einsum(
+        "bhqk,bhkd->bhqd",
+        shares.astype(value.dtype),
+        value,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(query.dtype)
