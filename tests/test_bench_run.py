@@ -4,6 +4,7 @@ import socket
 import pytest
 
 from bench import memory_cap
+from bench.catalog import all_cases
 from bench.memory_cap import Finished, ensure_can_cap
 from bench.run import build_parser, main
 from checkpoints_tools.resolve import CACHE_VARIABLE
