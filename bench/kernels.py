@@ -8,8 +8,10 @@ dequantization the bytes of what comes out.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -21,8 +23,8 @@ import numpy as np
 
 from bench.compute_limit import median_s
 from bench.machine import describe_machine
-from flexjax.attention import decode_attention
 from flexjax.cli import run_command
+from flexjax.memory.buffers import page_aligned, typed
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
 from flexjax.models.opt import contract_last, unflatten
 from flexjax.policy import BITS, Policy
@@ -33,11 +35,14 @@ from flexjax.quant import (
     quantize,
 )
 from flexjax.safe_files import ensure_writable, write_atomically
-from flexjax.steps import prefill_step
+from flexjax.sizes import format_bytes
+from flexjax.steps import attend_step, prefill_step
 
 ROWS = (1, 4, 16, 64, 256, 512, 2048)
 PROMPT_LEN = 128
 PAST_SLOTS = 512
+SPARSITY = 0.1
+MEMORY_BYTES = 1 << 30
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -54,8 +59,10 @@ def measure_kernels(
     for rows in ROWS:
         yield _product(config, rows)
     yield _prefill_layer(config, batch_size)
+    yield _memory_read()
     for dtype in DTYPES:
         yield _decode_attention(config, batch_size, dtype)
+    yield _decode_attention(config, batch_size, jnp.bfloat16, sparsity=SPARSITY)
     for bits in BITS:
         yield _dequantization(config, bits)
 
@@ -100,8 +107,26 @@ def _prefill_layer(config: OPTConfig, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _decode_attention(config: OPTConfig, batch_size: int, dtype: Any) -> dict[str, Any]:
-    """One new token a row over a cache."""
+def _memory_read() -> dict[str, Any]:
+    """What all processors together read of the host's memory, at most."""
+    count = os.cpu_count() or 1
+    array = typed(page_aligned(MEMORY_BYTES), (MEMORY_BYTES // 4,), np.dtype("f4"))
+    array[:] = 1.0
+    chunks = np.array_split(array, 8 * count)
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+        seconds = median_s(lambda _: list(threads.map(np.sum, chunks)), None)
+    return {
+        "kernel": "memory read",
+        "shape": f"sum of {format_bytes(MEMORY_BYTES)} of float32",
+        "seconds": seconds,
+        "bytes_per_s": MEMORY_BYTES / seconds,
+    }
+
+
+def _decode_attention(
+    config: OPTConfig, batch_size: int, dtype: Any, sparsity: float = 1.0
+) -> dict[str, Any]:
+    """One new token a row over a cache; bytes are all of the cache's."""
     rows = (batch_size, config.num_attention_heads)
     key, value = (
         _random((*rows, PAST_SLOTS, config.head_dim), dtype) for _ in range(2)
@@ -109,10 +134,11 @@ def _decode_attention(config: OPTConfig, batch_size: int, dtype: Any) -> dict[st
     past = ((key,), (value,))
     query = _random((*rows, 1, config.head_dim), dtype)
     start, length = jnp.zeros(batch_size, jnp.int32), np.int32(PAST_SLOTS)
-    step = jax.jit(decode_attention)
-    seconds = median_s(lambda _: step(query, (query, query), past, start, length), None)
+    arguments = query, (query, query), past, start, length
+    seconds = median_s(lambda _: attend_step(*arguments, sparsity=sparsity), None)
+    kept = f", {sparsity:.0%} kept" if sparsity < 1 else ""
     return {
-        "kernel": f"decode attention, {jnp.dtype(dtype).name}",
+        "kernel": f"decode attention, {jnp.dtype(dtype).name}{kept}",
         "shape": f"{batch_size} rows, {PAST_SLOTS} slots",
         "seconds": seconds,
         "bytes_per_s": (key.nbytes + value.nbytes) / seconds,
@@ -159,7 +185,7 @@ def _main(args: argparse.Namespace) -> None:
             )
             if key in row
         ]
-        print(f"{row['kernel']:26} {row['shape']:32} {' '.join(rates)}", flush=True)
+        print(f"{row['kernel']:34} {row['shape']:32} {' '.join(rates)}", flush=True)
     if args.json is not None:
         report = {
             "kernels": rows,

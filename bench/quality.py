@@ -1,14 +1,17 @@
-"""What quantization costs: perplexity on held-out text, and how often the answer stays.
+"""What fewer bytes cost: perplexity on held-out text, and how often the answer stays.
 
     python -m bench.quality --json bench/results/quality.json
 
 Takes the embedded model, which comes with text that it was not trained on, and looks at
 each token with everything before it in its window, weights and cache being quantized as
-a run would quantize them. The tests hold runs to the same arithmetic.
+a run would quantize them. Where attention is sparse, the first quarter of a window is
+the prompt, which a run attends to whole, and only tokens behind it count; these have a
+row of their own without sparse attention. The tests hold runs to the same arithmetic.
 """
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import pathlib
@@ -22,6 +25,7 @@ import numpy as np
 
 from bench.machine import describe_machine
 from checkpoints_tools.resolve import resolve_model
+from flexjax.attention import prefill_attention
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
 from flexjax.llm import EMBEDDED_MODEL
@@ -29,10 +33,11 @@ from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Policy
 from flexjax.quant import cache_quantization, dequantize
 from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.sparse import sparse_prefill_attention
 from flexjax.tokenizer import load_tokenizer
 
-# Bits of weights and of the KV cache; the first is what the others are compared with.
-SETTINGS = ((None, None), (8, None), (None, 8), (8, 8), (4, None), (None, 4), (4, 4))
+BITS = ((None, None), (8, None), (None, 8), (8, 8), (4, None), (None, 4), (4, 4))
+SPARSITY = 0.1
 HELD_OUT = pathlib.Path(EMBEDDED_MODEL) / "heldout.txt"
 _ROWS_A_CALL = 8
 
@@ -40,8 +45,8 @@ _ROWS_A_CALL = 8
 class _Said(NamedTuple):
     """What a model says of every token: how surprised it is, and what it would say."""
 
-    nats: np.ndarray  # float64 [tokens]
-    best: np.ndarray  # int [tokens]
+    nats: np.ndarray  # float64 [windows, tokens]
+    best: np.ndarray  # int [windows, tokens]
 
 
 def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]:
@@ -50,33 +55,61 @@ def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]
     Args:
         most_windows: windows of text to look at; all, if None.
     """
+    settings = [(bits, 1.0) for bits in BITS]
+    settings += [((None, None), SPARSITY), ((4, 4), SPARSITY)]
     plain: _Said | None = None
-    for weight_bits, kv_cache_bits in SETTINGS:
-        policy = Policy(weight_bits=weight_bits, kv_cache_bits=kv_cache_bits)
+    for (weight_bits, kv_cache_bits), sparsity in settings:
+        policy = Policy(
+            weight_bits=weight_bits,
+            kv_cache_bits=kv_cache_bits,
+            attention_sparsity=sparsity,
+        )
         store = open_store(resolve_model(EMBEDDED_MODEL, weight_bits=weight_bits))
         said = _listen(store, policy, most_windows)
         plain = plain or said
-        perplexity = math.exp(said.nats.mean())
+        first = _prompt_len(store) if sparsity < 1 else 0
+        row = _compared(said, plain, first)
         yield {
             "weight_bits": weight_bits,
             "kv_cache_bits": kv_cache_bits,
-            "perplexity": perplexity,
-            "increase": perplexity / math.exp(plain.nats.mean()) - 1,
-            "top_1_agreement": float((said.best == plain.best).mean()),
-            "tokens": len(said.nats),
+            "attention_sparsity": sparsity,
+            **row,
             "bits_per_matrix_element": _matrix_bits(store),
         }
 
 
+def _compared(said: _Said, plain: _Said, first: int) -> dict[str, float]:
+    """Figures over every window's tokens from `first` on."""
+    nats, plain_nats = said.nats[:, first:], plain.nats[:, first:]
+    agrees = said.best[:, first:] == plain.best[:, first:]
+    return {
+        "perplexity": math.exp(nats.mean()),
+        "increase": math.exp(nats.mean() - plain_nats.mean()) - 1,
+        "top_1_agreement": float(agrees.mean()),
+        "tokens": nats.size,
+    }
+
+
+def _prompt_len(store: WeightStore) -> int:
+    """Slots of a window that stand for a prompt, where it matters."""
+    return store.config.max_position_embeddings // 4
+
+
 def _listen(store: WeightStore, policy: Policy, most_windows: int | None) -> _Said:
-    config = store.config
+    config, attention = store.config, prefill_attention
     how = cache_quantization(policy, config, store.dtype)
     params = unflatten({name: _wide(store, name) for name in store.tensors})
+    if policy.attention_sparsity < 1:
+        attention = functools.partial(
+            sparse_prefill_attention,
+            sparsity=policy.attention_sparsity,
+            prompt_end=jnp.array([_prompt_len(store)]),
+        )
 
     @jax.jit
     def say(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = jnp.zeros(len(ids), jnp.int32)
-        logits = forward(params, ids[:, :-1], start, config, how)
+        logits = forward(params, ids[:, :-1], start, config, how, attention)
         logprobs = jax.nn.log_softmax(logits)
         found = jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=-1)[..., 0]
         return -found, jnp.argmax(logits, axis=-1)
@@ -86,8 +119,8 @@ def _listen(store: WeightStore, policy: Policy, most_windows: int | None) -> _Sa
     for first in range(0, len(windows), _ROWS_A_CALL):
         rows = np.stack(windows[first : first + _ROWS_A_CALL])
         surprise, choice = say(rows)
-        nats.append(np.asarray(surprise, np.float64).reshape(-1))
-        best.append(np.asarray(choice).reshape(-1))
+        nats.append(np.asarray(surprise, np.float64))
+        best.append(np.asarray(choice))
     return _Said(np.concatenate(nats), np.concatenate(best))
 
 
@@ -122,14 +155,13 @@ def _matrix_bits(store: WeightStore) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows for a person."""
-    lines = [
-        f"{'weights':>8} {'cache':>6} {'perplexity':>11} {'change':>8}  same top 1"
-    ]
+    heads = f"{'weights':>8} {'cache':>6} {'past':>6} {'perplexity':>11}"
+    lines = [f"{heads} {'change':>8}  same top 1"]
     for row in rows:
         weights, cache = row["weight_bits"] or 16, row["kv_cache_bits"] or 16
         lines.append(
-            f"{weights:7} {cache:6} {row['perplexity']:11.3f} "
-            f"{row['increase']:+8.2%} {row['top_1_agreement']:11.1%}"
+            f"{weights:8} {cache:6} {row['attention_sparsity']:6.0%} "
+            f"{row['perplexity']:11.3f} {row['increase']:+8.2%} {row['top_1_agreement']:11.1%}"
         )
     return "\n".join(lines)
 

@@ -105,7 +105,7 @@ def sparse_prefill_attention(
     start: Int[Array, " batch"],
     *,
     sparsity: float,
-    prompt_end: Int[Array, " batch"],
+    prompt_end: Int[Array, " #batch"],
 ) -> Float[Array, "batch heads seq head_dim"]:
     """What prompts, up to slot `prompt_end`, and then token after token attend to.
 
