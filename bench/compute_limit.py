@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexjax.cached_attention import Past
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.memory.footprint import cache_rows
@@ -28,8 +29,8 @@ from flexjax.quant import cache_quantization, dequantize, dequantize_into
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Cache
+from flexjax.sparse import SparsePast
 from flexjax.steps import (
-    Past,
     decode_step,
     embed_step,
     final_step,
@@ -171,6 +172,12 @@ class _Steps:
     def decode_layer_s(self, step: int) -> float:
         length = np.int32(self._work.past_len(step))
         pasts = {layer: self._past(layer, step) for layer in self._layers}
+        sparsity, config = self._policy.attention_sparsity, self._config
+        heads = (config.num_attention_heads, 1, config.head_dim)
+        sparse = None
+        if sparsity < 1:
+            sums = self._zeros((self._work.batch_size, *heads), np.dtype("f4"))
+            sparse = SparsePast(sums, sparsity)
 
         def layers(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             hidden, made = state
@@ -181,7 +188,8 @@ class _Steps:
                     pasts[layer],
                     self._start,
                     length,
-                    config=self._config,
+                    sparse,
+                    config=config,
                     cache_as=self._cache_as,
                 )
             return hidden, made

@@ -23,6 +23,7 @@ import numpy as np
 
 from bench.compute_limit import median_s
 from bench.machine import describe_machine
+from flexjax.cached_attention import attend_step
 from flexjax.cli import run_command
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
@@ -36,7 +37,8 @@ from flexjax.quant import (
 )
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sizes import format_bytes
-from flexjax.steps import attend_step, prefill_step
+from flexjax.sparse import SparsePast
+from flexjax.steps import prefill_step
 
 ROWS = (1, 4, 16, 64, 256, 512, 2048)
 PROMPT_LEN = 128
@@ -135,7 +137,9 @@ def _decode_attention(
     query = _random((*rows, 1, config.head_dim), dtype)
     start, length = jnp.zeros(batch_size, jnp.int32), np.int32(PAST_SLOTS)
     arguments = query, (query, query), past, start, length
-    seconds = median_s(lambda _: attend_step(*arguments, sparsity=sparsity), None)
+    if sparsity < 1:
+        arguments += (SparsePast(query.astype(jnp.float32), sparsity),)
+    seconds = median_s(lambda _: attend_step(*arguments), None)
     kept = f", {sparsity:.0%} kept" if sparsity < 1 else ""
     return {
         "kernel": f"decode attention, {jnp.dtype(dtype).name}{kept}",

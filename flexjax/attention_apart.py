@@ -12,6 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from flexjax.cached_attention import (
+    KeyValue,
+    attend_step,
+    combine_step,
+    select_step,
+)
 from flexjax.memory.link import DeviceLink, HostLink, Loan
 from flexjax.memory.placed import Arrays, PlacedArrays
 from flexjax.memory.routes import DIRECT, Route
@@ -20,13 +26,8 @@ from flexjax.models.opt import Params
 from flexjax.policy import Kind, Tier
 from flexjax.quant import Quantization
 from flexjax.schedule.ops import Cache
-from flexjax.steps import (
-    KeyValue,
-    attend_step,
-    combine_step,
-    project_step,
-    select_step,
-)
+from flexjax.sparse import SparsePast
+from flexjax.steps import project_step
 
 Segments = Mapping[Tier, tuple[Arrays, ...]]
 
@@ -42,6 +43,7 @@ class Projected:
         attended: what the device finds itself, by the tier of the rows.
         start: first slot of each row that holds a real token, `[batch]`.
         length: slots of the cache that are in use.
+        sparse: says that attention is, and to how much.
     """
 
     hidden: jax.Array
@@ -51,6 +53,7 @@ class Projected:
     attended: Mapping[Tier, jax.Array]
     start: jax.Array
     length: np.int32
+    sparse: SparsePast | None
 
 
 class Attended:
@@ -74,7 +77,6 @@ class AttentionApart:
         routes: what becomes of the rows of each tier.
         host: the host's processor, where anything is attended to by it.
         config: of the model.
-        sparsity: fraction of its past that a new token attends to.
         cache_as: how the cache is quantized.
     """
 
@@ -86,12 +88,11 @@ class AttentionApart:
         *,
         host: HostLink | None,
         config: OPTConfig,
-        sparsity: float,
         cache_as: Quantization | None,
     ) -> None:
         self._cache, self._routes, self._config = cache, routes, config
         self._link = link
-        self._host, self._cache_as, self._sparsity = host, cache_as, sparsity
+        self._host, self._cache_as = host, cache_as
 
     def project(
         self,
@@ -100,6 +101,7 @@ class AttentionApart:
         segments: Segments,
         start: jax.Array,
         length: np.int32,
+        sparse: SparsePast | None,
     ) -> Projected:
         """Dispatches what comes before attention, and attention on the device."""
         query, new, cache = project_step(
@@ -111,13 +113,13 @@ class AttentionApart:
                 segment,
                 start[rows],
                 length,
+                *_of_rows(rows, sparse),
                 cache_as=self._cache_as,
-                sparsity=self._sparsity,
             )
             for tier, rows, segment in _spans(segments)
             if self._routes[tier] == DIRECT
         }
-        return Projected(hidden, query, new, cache, attended, start, length)
+        return Projected(hidden, query, new, cache, attended, start, length, sparse)
 
     def attend(self, key: Cache, made: Projected, segments: Segments) -> Attended:
         """Attends to the rows that are left; waits until they are done."""
@@ -141,8 +143,9 @@ class AttentionApart:
         self, made: Projected, rows: slice, segment: tuple[Arrays, ...]
     ) -> np.ndarray:
         """Attention by the host's processor, in its memory."""
-        query, new, start = jax.tree.map(
-            lambda array: self._down(array, rows), (made.query, made.new, made.start)
+        query, new, start, sparse = jax.tree.map(
+            lambda array: self._down(array, rows),
+            (made.query, made.new, made.start, made.sparse),
         )
         found = attend_step(
             query,
@@ -150,8 +153,8 @@ class AttentionApart:
             segment,
             start,
             made.length,
+            sparse,
             cache_as=self._cache_as,
-            sparsity=self._sparsity,
         )
         return np.asarray(found)
 
@@ -169,7 +172,9 @@ class AttentionApart:
         loans: list[Loan],
     ) -> jax.Array:
         """Attention on the device, to the values that its keys choose."""
-        query, (new_key, new_value) = _of_rows(rows, made.query, made.new)
+        query, (new_key, new_value), sparse = _of_rows(
+            rows, made.query, made.new, made.sparse
+        )
         selection = select_step(
             query,
             new_key,
@@ -177,12 +182,14 @@ class AttentionApart:
             made.start[rows],
             made.length,
             cache_as=self._cache_as,
-            sparsity=self._sparsity,
+            sparsity=sparse.sparsity,
         )
         slots = self._link.download(selection.slots, slice(None))
         loans.append(self._cache.gather(key, tier, slots))
         values = loans[-1].array
-        return combine_step(selection, new_value, values, cache_as=self._cache_as)
+        return combine_step(
+            selection, new_value, values, sparse, cache_as=self._cache_as
+        )
 
 
 def _spans(segments: Segments) -> Iterator[tuple[Tier, slice, tuple[Arrays, ...]]]:

@@ -13,6 +13,7 @@ from flexjax.models.config import OPTConfig
 from flexjax.models.opt import Params, unflatten
 from flexjax.quant import Quantization
 from flexjax.schedule.ops import Cache, Cell, Hidden
+from flexjax.sparse import SparsePast
 from flexjax.steps import (
     decode_step,
     embed_step,
@@ -20,6 +21,7 @@ from flexjax.steps import (
     finish_step,
     prefill_step,
 )
+from flexjax.value_sums import ValueSums
 from flexjax.workload import Workload
 
 Tensors = dict[str, jax.Array]  # the weights of a layer and of what comes with it
@@ -72,6 +74,7 @@ class LayerCalls:
         config: of the model.
         cache_as: how the cache is quantized.
         sparsity: fraction of its past that a new token attends to.
+        sums: of the caches' values, where that is less than all.
         apart: attends where the step of a layer cannot.
     """
 
@@ -82,11 +85,14 @@ class LayerCalls:
         config: OPTConfig,
         *,
         cache_as: Quantization | None,
-        sparsity: float,
-        apart: AttentionApart | None,
+        sparsity: float = 1.0,
+        sums: ValueSums | None = None,
+        apart: AttentionApart | None = None,
     ) -> None:
         self._work, self._rows, self._config = work, rows, config
-        self._cache_as, self._sparsity, self._apart = cache_as, sparsity, apart
+        self._cache_as, self._sparsity = cache_as, sparsity
+        self._sums, self._apart = sums, apart
+        self._no_padding = np.zeros(work.batch_size, np.int32)
 
     @property
     def attends_apart(self) -> bool:
@@ -116,6 +122,7 @@ class LayerCalls:
             state, cache = prefill_step(
                 layer, state, start, config=config, cache_as=self._cache_as
             )
+            self._add_values(cell, cache, start)
         else:
             state, cache = decode_step(
                 layer,
@@ -123,10 +130,11 @@ class LayerCalls:
                 segments,
                 start,
                 self._past_len(cell),
+                self._sparse(cell),
                 config=config,
                 cache_as=self._cache_as,
-                sparsity=self._sparsity,
             )
+            self._add_values(cell, cache, self._no_padding)
         # To wait for `state` would not do: the next layer's call donates it.
         return self._leave(cell, params, Made(dispatched_s, cache, state, cache))
 
@@ -138,7 +146,10 @@ class LayerCalls:
         params, layer = _cut(tensors, cell)
         state = self._enter(cell, params, state)
         start, length = self._rows.start(cell.batch), self._past_len(cell)
-        return self._apart.project(layer, state, segments, start, length)
+        sparse = self._sparse(cell)
+        made = self._apart.project(layer, state, segments, start, length, sparse)
+        self._add_values(cell, made.cache, self._no_padding)
+        return made
 
     def attend(self, cell: Cell, made: Projected, segments: Segments) -> Attended:
         """A decoder layer's attention that is apart; waits for it."""
@@ -153,6 +164,16 @@ class LayerCalls:
         params, layer = _cut(tensors, cell)
         state, done = finish_step(layer, made.hidden, found.outs, config=self._config)
         return self._leave(cell, params, Made(dispatched_s, done, state, made.cache))
+
+    def _sparse(self, cell: Cell) -> SparsePast | None:
+        if self._sums is None:
+            return None
+        return SparsePast(self._sums[Cache(cell.layer, cell.batch)], self._sparsity)
+
+    def _add_values(self, cell: Cell, cache: Arrays, start: Any) -> None:
+        if self._sums is not None and self._work.keeps_cache(cell.step):
+            _, values = cache
+            self._sums.add(Cache(cell.layer, cell.batch), values, start)
 
     def _past_len(self, cell: Cell) -> np.int32:
         return np.int32(self._work.past_len(cell.step))

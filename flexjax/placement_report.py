@@ -3,11 +3,14 @@
 from typing import Any
 
 from flexjax.memory.placement import place_rows
+from flexjax.memory.routes import cache_routes
 from flexjax.memory.weights import PlacedWeights
 from flexjax.policy import Kind, Policy, Tier
 
 
-def placement_report(weights: PlacedWeights, policy: Policy) -> dict[str, Any]:
+def placement_report(
+    weights: PlacedWeights, policy: Policy, *, device_is_host: bool
+) -> dict[str, Any]:
     """For each kind and tier: the fraction that was asked for, and the effective one.
 
     Weights also have their bytes. Cache and activations are split by rows, so their
@@ -32,7 +35,16 @@ def placement_report(weights: PlacedWeights, policy: Policy) -> dict[str, Any]:
             }
             for tier, rows in zip(Tier, totals, strict=True)
         }
-    return report
+    routes = cache_routes(policy, device_is_host=device_is_host)
+    return report | {
+        "weight_bits": weights.bits,
+        "kv_cache_bits": policy.kv_cache_bits or 8 * weights.dtype.itemsize,
+        "attention_sparsity": policy.attention_sparsity,
+        "attention": {
+            tier.value: "host" if route.on_host else "device"
+            for tier, route in routes.items()
+        },
+    }
 
 
 def _weights(weights: PlacedWeights, policy: Policy) -> dict[str, dict[str, float]]:

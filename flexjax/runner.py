@@ -26,6 +26,7 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.quant import cache_quantization
 from flexjax.schedule.emit import EMITTERS
 from flexjax.stage import LayerStage
+from flexjax.value_sums import ValueSums
 from flexjax.workload import Workload
 
 
@@ -91,12 +92,15 @@ class BlockRunner:
             (Lane.HIDDEN, Lane.HIDDEN),
             functools.partial(hidden_rows, policy, work),
         )
+        cache_as = cache_quantization(policy, weights.config, weights.dtype)
+        sums = ValueSums(self._transport.ledger, cache_as)
         calls = LayerCalls(
             work,
             rows,
             weights.config,
-            cache_as=cache_quantization(policy, weights.config, weights.dtype),
+            cache_as=cache_as,
             sparsity=policy.attention_sparsity,
+            sums=sums if policy.attention_sparsity < 1 else None,
             apart=self._attention_apart(cache, weights),
         )
         stage = LayerStage(
@@ -115,6 +119,7 @@ class BlockRunner:
         finally:
             self._transport.lanes.drain()
             rows.clear()
+            sums.clear()
             cache.clear()
             hidden.clear()
 
@@ -144,7 +149,6 @@ class BlockRunner:
             self._routes,
             host=self._host,
             config=weights.config,
-            sparsity=policy.attention_sparsity,
             cache_as=cache_quantization(policy, weights.config, weights.dtype),
         )
 

@@ -7,14 +7,20 @@ here, the layout in which the tiers hold them.
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+import operator
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from flexjax.attention import decode_attention, prefill_attention
+from flexjax.attention import prefill_attention
+from flexjax.cached_attention import (
+    HeadVectors,
+    KeyValue,
+    Past,
+    attend,
+    in_groups,
+)
 from flexjax.logprobs import ScoreState, fold_block
 from flexjax.models.config import OPTConfig
 from flexjax.models.opt import (
@@ -26,17 +32,11 @@ from flexjax.models.opt import (
     contract_last,
     token_positions,
 )
-from flexjax.quant import Quantization, dequantize, passed_through, quantize
-from flexjax.sparse import Selection, combine, gather, select
-from flexjax.workload import prefill_rows, wide_rows
+from flexjax.quant import Quantization, passed_through, quantize
+from flexjax.sparse import SparsePast
+from flexjax.workload import prefill_rows
 
 Hidden = Float[Array, "batch 1 seq hidden"]
-# Segments of a cache differ in their rows, their pieces in their slots. A head's
-# elements are bytes where the cache is quantized.
-_KeyOrValue = Shaped[Array, "_rows heads _slots _width"]
-KeyValue = tuple[_KeyOrValue, _KeyOrValue]
-HeadVectors = Float[Array, "_rows heads 1 head_dim"]
-Past = tuple[tuple[_KeyOrValue, ...], tuple[_KeyOrValue, ...]]
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
 
 
@@ -87,12 +87,12 @@ def prefill_step(
         return out[:, None], _kept(cache, cache_as)
 
     rows = prefill_rows(batch, seq)
-    return _in_groups(run, (hidden, start), rows, batch=batch)
+    return in_groups(run, (hidden, start), rows, batch=batch)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "cache_as", "sparsity"),
+    static_argnames=("config", "cache_as"),
     donate_argnames="hidden",
 )
 def decode_step(
@@ -101,10 +101,10 @@ def decode_step(
     past: tuple[Past, ...],
     start: Int[Array, " batch"],
     length: Int[Array, ""],
+    sparse: SparsePast | None = None,
     *,
     config: OPTConfig,
     cache_as: Quantization | None = None,
-    sparsity: float = 1.0,
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on one new token a row.
 
@@ -117,16 +117,17 @@ def decode_step(
             pieces along its slots; all segments together hold them all, in order.
         start: first slot of each row that holds a real token.
         length: slots of the cache that are in use.
+        sparse: says that attention is, and to how much.
         config: of the model.
         cache_as: how the cache is quantized.
-        sparsity: fraction of the past that is attended to.
     """
     query, new, cache = _project(params, hidden, config, cache_as)
     outs, first = [], 0
     for segment in past:
         rows = slice(first, first + segment[0][0].shape[0])
-        of_rows = query[rows], (new[0][rows], new[1][rows]), segment, start[rows]
-        outs.append(_attend(*of_rows, length, cache_as, sparsity))
+        new_rows, sparse_rows = jax.tree.map(operator.itemgetter(rows), (new, sparse))
+        of_rows = query[rows], new_rows, segment, start[rows]
+        outs.append(attend(*of_rows, length, sparse_rows, cache_as))
         first = rows.stop
     return _finish(params, hidden, jnp.concatenate(outs), config), cache
 
@@ -146,54 +147,6 @@ def project_step(
         value as the cache keeps them.
     """
     return _project(params, hidden, config, cache_as)
-
-
-@functools.partial(jax.jit, static_argnames=("cache_as", "sparsity"))
-def attend_step(
-    query: HeadVectors,
-    new: KeyValue,
-    past: Past,
-    start: Int[Array, " batch"],
-    length: Int[Array, ""],
-    *,
-    cache_as: Quantization | None = None,
-    sparsity: float = 1.0,
-) -> HeadVectors:
-    """Attention of new tokens to a segment of the cache, on the device that has it."""
-    return _attend(query, new, past, start, length, cache_as, sparsity)
-
-
-@functools.partial(jax.jit, static_argnames=("cache_as", "sparsity"))
-def select_step(
-    query: HeadVectors,
-    new_key: HeadVectors,
-    keys: tuple[_KeyOrValue, ...],
-    start: Int[Array, " batch"],
-    length: Int[Array, ""],
-    *,
-    cache_as: Quantization | None = None,
-    sparsity: float,
-) -> Selection:
-    """Which slots of one segment new tokens attend to, found by its keys alone."""
-
-    def choose(inputs: Any) -> Selection:
-        query, new_key, keys, start = inputs
-        return select(query, new_key, _wide(keys, cache_as), start, length, sparsity)
-
-    inputs = query, new_key, keys, start
-    return _few_wide(choose, inputs, cache_as, len(query))
-
-
-@functools.partial(jax.jit, static_argnames="cache_as")
-def combine_step(
-    selection: Selection,
-    new_value: HeadVectors,
-    values: _KeyOrValue,
-    *,
-    cache_as: Quantization | None = None,
-) -> HeadVectors:
-    """What attention to a segment gives, of the values that `select_step` chose."""
-    return combine(selection, new_value, _wide(values, cache_as))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="hidden")
@@ -237,63 +190,6 @@ def _kept(cache: KeyValue, cache_as: Quantization | None) -> KeyValue:
         return cache
     key, value = cache
     return quantize(key, cache_as), quantize(value, cache_as)
-
-
-def _wide(cache: Any, cache_as: Quantization | None) -> Any:
-    """Keys, values, or a tree of them, as attention uses them."""
-    if cache_as is None:
-        return cache
-    return jax.tree.map(lambda piece: dequantize(piece, cache_as), cache)
-
-
-def _in_groups[Out](
-    call: Callable[[Any], Out], inputs: Any, rows: int, *, batch: int
-) -> Out:
-    """`call` on `rows` rows at a time of trees of arrays that begin with the batch."""
-    if rows == batch:
-        return call(inputs)
-    grouped = jax.tree.map(
-        lambda array: array.reshape(batch // rows, rows, *array.shape[1:]), inputs
-    )
-    return jax.tree.map(
-        lambda array: array.reshape(batch, *array.shape[2:]),
-        jax.lax.map(call, grouped),
-    )
-
-
-def _few_wide[Out](
-    call: Callable[[Any], Out], inputs: Any, cache_as: Quantization | None, batch: int
-) -> Out:
-    """`call`, with a few rows at a time where they are quantized.
-
-    So what becomes of them stays in the processor's caches.
-    """
-    rows = batch if cache_as is None else wide_rows(batch)
-    return _in_groups(call, inputs, rows, batch=batch)
-
-
-def _attend(
-    query: HeadVectors,
-    new: KeyValue,
-    past: Past,
-    start: Int[Array, " batch"],
-    length: Int[Array, ""],
-    cache_as: Quantization | None,
-    sparsity: float,
-) -> HeadVectors:
-    """Attention to a segment as the cache keeps it."""
-
-    def attend(inputs: tuple[Array, KeyValue, Past, Array]) -> HeadVectors:
-        query, new, past, start = inputs
-        if sparsity == 1:
-            return decode_attention(query, new, _wide(past, cache_as), start, length)
-        keys, values = past
-        keys = _wide(keys, cache_as)
-        selection = select(query, new[0], keys, start, length, sparsity)
-        chosen = _wide(gather(values, selection.slots), cache_as)
-        return combine(selection, new[1], chosen)
-
-    return _few_wide(attend, (query, new, past, start), cache_as, len(query))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "last_only"))

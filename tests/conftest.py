@@ -27,12 +27,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # left out, so that they answer a wrong type as they do for a user.
 CHECKED = [
     "flexjax.attention",
+    "flexjax.cached_attention",
     "flexjax.extents",
     "flexjax.logprobs",
     "flexjax.memory",
     "flexjax.models",
     "flexjax.quant",
     "flexjax.sampling",
+    "flexjax.sparse",
     "flexjax.steps",
 ]
 if importlib.util.find_spec("beartype"):

@@ -33,6 +33,7 @@ STAIRS = [
     "logprobs",
     "sampling",
     "stopping",
+    "cached_attention",
     "models.opt",
     # memory
     "safe_files",
@@ -62,6 +63,7 @@ STAIRS = [
     "memory.capacity",
     "memory.footprint",
     # run
+    "value_sums",
     "steps",
     "attention_apart",
     "layer_calls",

@@ -22,6 +22,7 @@ TINY = OPTConfig(
 @pytest.fixture(autouse=True)
 def once(monkeypatch):
     monkeypatch.setattr("bench.compute_limit.MOST_REPEATS", 1)
+    monkeypatch.setattr(kernels, "MEMORY_BYTES", 1 << 16)
 
 
 def test_rates_are_work_over_time():
@@ -34,8 +35,11 @@ def test_rates_are_work_over_time():
     weights = 4 * 8 * 8 + 2 * 8 * 16
     flops = 2 * 2 * kernels.PROMPT_LEN * weights
     assert layer["flops_per_s"] * layer["seconds"] == pytest.approx(flops)
-    attention, widening = rows[len(products) + 1 :][:2], rows[len(products) + 3 :]
-    for itemsize, row in zip((2, 4), attention, strict=True):
+    memory, *rest = rows[len(products) + 1 :]
+    nbytes = memory["bytes_per_s"] * memory["seconds"]
+    assert nbytes == pytest.approx(kernels.MEMORY_BYTES)
+    attention, widening = rest[:3], rest[3:]
+    for itemsize, row in zip((2, 4, 2), attention, strict=True):
         nbytes = 2 * itemsize * 2 * kernels.PAST_SLOTS * 8
         assert row["bytes_per_s"] * row["seconds"] == pytest.approx(nbytes)
     for bits, row in zip((4, 8), widening, strict=True):

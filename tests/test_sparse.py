@@ -17,6 +17,7 @@ from flexjax.sparse import (
     kept_slots,
     select,
     sparse_prefill_attention,
+    sum_values,
 )
 
 BATCH, HEADS, SLOTS, HEAD_DIM = 3, 2, 20, 4
@@ -32,7 +33,8 @@ def attend(query, new, past, start, length, sparsity):
     )
     keys, values = past
     chosen = select(query, new[0], keys, start, length, sparsity)
-    return combine(chosen, new[1], gather(values, chosen.slots)), chosen
+    total = sum_values(jnp.concatenate(values, axis=2)[:, :, :length], start)
+    return combine(chosen, new[1], gather(values, chosen.slots), total), chosen
 
 
 def plain(query, new, past, start, length, sparsity) -> np.ndarray:
@@ -45,9 +47,9 @@ def plain(query, new, past, start, length, sparsity) -> np.ndarray:
         value = np.array([*values[row, head, seen], new[1][row, head, 0]], np.float64)
         weights = np.exp(key @ query[row, head, 0] / math.sqrt(HEAD_DIM))
         count = math.ceil(round(sparsity * (len(key) - 1), 9))
-        order = np.argsort(-weights[:-1])
-        kept = [*order[:count], len(key) - 1]
-        out[row, head, 0] = weights[kept] @ value[kept] / weights[kept].sum()
+        left = np.argsort(-weights[:-1])[count:]
+        weights[left] = weights[left].mean() if len(left) else 0
+        out[row, head, 0] = weights @ value / weights.sum()
     return out
 
 
@@ -69,7 +71,9 @@ def test_a_token_attends_to_what_weighs_most_and_to_itself(
     arguments = (query, tuple(new), past, begins, np.int32(length), sparsity)
     found, chosen = attend(*arguments)
     np.testing.assert_allclose(found, plain(*arguments), atol=2e-5, rtol=0)
+    past_len = (length - begins)[:, None, None]
     total = np.sum(chosen.shares, axis=-1) + np.asarray(chosen.own)[..., 0]
+    total += past_len * np.asarray(chosen.spread)[..., 0]
     np.testing.assert_allclose(total, 1, atol=1e-5)
     assert chosen.slots.shape[2] == kept_slots(sparsity, SLOTS)
     assert (np.asarray(chosen.slots) < SLOTS).all()

@@ -85,9 +85,17 @@ class RunFootprint:
             waiting = self.work.num_batches if self.head.num_blocks > 1 else 1
             logits = 4 * self.work.batch_size * self.config.vocab_size
             size[Tier.DEVICE, Kind.ACTIVATIONS] += waiting * logits
+        if self.policy.attention_sparsity < 1:
+            size[Tier.DEVICE, Kind.KV_CACHE] += self._value_sums_bytes()
         for kind, nbytes in self._passing():
             size[Tier.HOST, kind] += 2 * nbytes  # in and out at the same time
         return size
+
+    def _value_sums_bytes(self) -> int:
+        """Of the running sums of all caches' values, in float32; see `value_sums`."""
+        work = self.work
+        caches = work.num_decoder_layers * work.num_batches
+        return 4 * caches * work.batch_size * self.config.hidden_size
 
     def _passing(self) -> Iterator[tuple[Kind, int]]:
         """Bytes of the buffers through which arrays pass on their way to disk."""

@@ -84,6 +84,12 @@ class PlacedWeights:
         """Of every tensor, as layers use it."""
         return self._store.dtype
 
+    @property
+    def bits(self) -> int:
+        """Of an element of the decoder layers' matrices, as they are stored."""
+        how = self._store.quantization
+        return 8 * self.dtype.itemsize if how is None else how.bits
+
     def home_bytes(self) -> dict[Tier, int]:
         """Bytes on each tier, where the tensors live."""
         tensors = self._store.tensors

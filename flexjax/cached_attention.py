@@ -1,0 +1,154 @@
+"""Attention to a cache as it is kept: in segments and pieces, quantized or not.
+
+The jitted steps run on whatever device has their arrays, which need not be the one that
+the layers run on.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int, Shaped
+
+from flexjax.attention import decode_attention
+from flexjax.quant import Quantization, dequantize
+from flexjax.sparse import (
+    Selection,
+    SparsePast,
+    combine,
+    gather,
+    select,
+    sum_values,
+)
+from flexjax.workload import wide_rows
+
+# Segments of a cache differ in their rows, their pieces in their slots. A head's
+# elements are bytes where the cache is quantized.
+KeyOrValue = Shaped[Array, "_rows heads _slots _width"]
+KeyValue = tuple[KeyOrValue, KeyOrValue]
+HeadVectors = Float[Array, "_rows heads 1 head_dim"]
+Past = tuple[tuple[KeyOrValue, ...], tuple[KeyOrValue, ...]]
+
+
+def attend(
+    query: HeadVectors,
+    new: KeyValue,
+    past: Past,
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    sparse: SparsePast | None,
+    cache_as: Quantization | None,
+) -> HeadVectors:
+    """Attention to a segment as the cache keeps it."""
+
+    def attend_rows(inputs: Any) -> HeadVectors:
+        query, new, past, start, sparse = inputs
+        if sparse is None:
+            return decode_attention(query, new, _wide(past, cache_as), start, length)
+        keys, values = past
+        keys = _wide(keys, cache_as)
+        selection = select(query, new[0], keys, start, length, sparse.sparsity)
+        chosen = _wide(gather(values, selection.slots), cache_as)
+        return combine(selection, new[1], chosen, sparse.value_sum)
+
+    inputs = query, new, past, start, sparse
+    return _few_wide(attend_rows, inputs, cache_as, len(query))
+
+
+@functools.partial(jax.jit, static_argnames="cache_as")
+def attend_step(
+    query: HeadVectors,
+    new: KeyValue,
+    past: Past,
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    sparse: SparsePast | None = None,
+    *,
+    cache_as: Quantization | None = None,
+) -> HeadVectors:
+    """Attention of new tokens to a segment of the cache, on the device that has it."""
+    return attend(query, new, past, start, length, sparse, cache_as)
+
+
+@functools.partial(jax.jit, static_argnames=("cache_as", "sparsity"))
+def select_step(
+    query: HeadVectors,
+    new_key: HeadVectors,
+    keys: tuple[KeyOrValue, ...],
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    *,
+    cache_as: Quantization | None = None,
+    sparsity: float,
+) -> Selection:
+    """Which slots of one segment new tokens attend to, found by its keys alone."""
+
+    def choose(inputs: Any) -> Selection:
+        query, new_key, keys, start = inputs
+        return select(query, new_key, _wide(keys, cache_as), start, length, sparsity)
+
+    inputs = query, new_key, keys, start
+    return _few_wide(choose, inputs, cache_as, len(query))
+
+
+@functools.partial(jax.jit, static_argnames="cache_as")
+def combine_step(
+    selection: Selection,
+    new_value: HeadVectors,
+    values: KeyOrValue,
+    sparse: SparsePast,
+    *,
+    cache_as: Quantization | None = None,
+) -> HeadVectors:
+    """What attention to a segment gives, of the values that `select_step` chose."""
+    return combine(selection, new_value, _wide(values, cache_as), sparse.value_sum)
+
+
+@functools.partial(jax.jit, static_argnames="cache_as")
+def sum_step(
+    values: KeyOrValue,
+    start: Int[Array, " batch"],
+    *,
+    cache_as: Quantization | None = None,
+) -> HeadVectors:
+    """The sum of each row's values as the cache keeps them, see `sum_values`."""
+
+    def add(inputs: tuple[Array, Array]) -> HeadVectors:
+        values, start = inputs
+        return sum_values(_wide(values, cache_as), start)
+
+    return _few_wide(add, (values, start), cache_as, len(start))
+
+
+def _wide(cache: Any, cache_as: Quantization | None) -> Any:
+    """Keys, values, or a tree of them, as attention uses them."""
+    if cache_as is None:
+        return cache
+    return jax.tree.map(lambda piece: dequantize(piece, cache_as), cache)
+
+
+def _few_wide[Out](
+    call: Callable[[Any], Out], inputs: Any, cache_as: Quantization | None, batch: int
+) -> Out:
+    """`call`, with a few rows at a time where they are quantized.
+
+    So what becomes of them stays in the processor's caches.
+    """
+    rows = batch if cache_as is None else wide_rows(batch)
+    return in_groups(call, inputs, rows, batch=batch)
+
+
+def in_groups[Out](
+    call: Callable[[Any], Out], inputs: Any, rows: int, *, batch: int
+) -> Out:
+    """`call` on `rows` rows at a time of trees of arrays that begin with the batch."""
+    if rows == batch:
+        return call(inputs)
+    grouped = jax.tree.map(
+        lambda array: array.reshape(batch // rows, rows, *array.shape[1:]), inputs
+    )
+    return jax.tree.map(
+        lambda array: array.reshape(batch, *array.shape[2:]),
+        jax.lax.map(call, grouped),
+    )
