@@ -14,8 +14,7 @@ from bench.disk_limit import DiskRate, measure_read, measure_write
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import head_blocks
 from flexjax.memory.link import Device
-from flexjax.memory.placement import place_tensors
-from flexjax.memory.weights import HeadBlocks
+from flexjax.memory.weights import HeadBlocks, place_weights
 from flexjax.policy import Policy, Tier
 from flexjax.quant import cache_quantization
 from flexjax.workload import Workload, bucket
@@ -87,8 +86,7 @@ def setting_of(
 ) -> Setting:
     """The setting of a case's run, as the engine will run it."""
     policy, config = case.policy, store.config
-    nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
-    tiers = place_tensors(policy.weights, nbytes)
+    tiers = place_weights(store, policy.weights)
     head = head_blocks(store, tiers, device.platform == "cpu")
     work = Workload(
         num_decoder_layers=config.num_hidden_layers,

@@ -116,7 +116,10 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
             yield _table(columns, map(_rate_row, result.rates))
         if isinstance(result, Quality):
             yield f"Perplexity on held-out text, `{result.command}`:\n"
-            columns = ("weights", "KV cache", "perplexity", "change", "same top 1")
+            columns = (
+                *("weights", "KV cache", "past", "perplexity", "change"),
+                "same top 1",
+            )
             yield _table(columns, map(_precision_row, result.precisions))
 
 
@@ -130,6 +133,7 @@ def _precision_row(row: Precision) -> list[str]:
     return [
         f"{row.weight_bits} bits",
         f"{row.kv_cache_bits} bits",
+        f"{row.attention_sparsity:.0%}",
         f"{row.perplexity:.3f}",
         f"{row.increase:+.2%}",
         f"{row.top_1_agreement:.1%}",

@@ -197,7 +197,10 @@ def _read_quality(path: pathlib.Path, values: Values) -> Quality:
                 row["kv_cache_bits"] or 16,
                 *(
                     float(row[name])
-                    for name in ("perplexity", "increase", "top_1_agreement")
+                    for name in (
+                        *("attention_sparsity", "perplexity", "increase"),
+                        "top_1_agreement",
+                    )
                 ),
             )
             for row in values["quality"]

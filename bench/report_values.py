@@ -109,10 +109,11 @@ class Kernels:
 
 
 class Precision(NamedTuple):
-    """Bits of weights and cache, and what they cost."""
+    """Bits of weights and cache, the share of the past, and what they cost."""
 
     weight_bits: int
     kv_cache_bits: int
+    attention_sparsity: float
     perplexity: float
     increase: float
     top_1_agreement: float

@@ -15,9 +15,9 @@ from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, shortage
 from flexjax.memory.footprint import RunFootprint, condensed
 from flexjax.memory.link import Device, is_shared
-from flexjax.memory.placement import effective, place_tensors
+from flexjax.memory.placement import effective
 from flexjax.memory.transport import Transport
-from flexjax.memory.weights import HeadBlocks, PlacedWeights
+from flexjax.memory.weights import HeadBlocks, PlacedWeights, place_weights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.runner import BlockRunner
@@ -63,7 +63,7 @@ class Engine:
         self._device, self._offload_dir = device, offload_dir
         self._device_is_host = is_shared(device)
         nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
-        tiers = place_tensors(policy.weights, nbytes)
+        tiers = place_weights(store, policy.weights)
         homes = {
             (tier, Kind.WEIGHTS): size
             for tier, size in effective(nbytes, tiers).items()

@@ -17,10 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BLOCK_BYTES = 4096  # a multiple of every disk's logical block
-# Less is read through the page cache. A layer's norms and biases are read in every
-# step, and together take less room than one request: past the cache each waits in the
-# disk's queue as long as megabytes do (9 ms on that disk).
-LEAST_DIRECT_BYTES = 64 << 10
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -36,7 +32,7 @@ class Extent(NamedTuple):
 
 
 def read_extent(extent: Extent) -> None:
-    """Fills the memory from the file; a small extent through the page cache.
+    """Fills the memory from the file.
 
     Raises:
         OSError: the file cannot be read, or ends early; it names the file.
@@ -81,8 +77,6 @@ _Call = Callable[[int, list[np.ndarray], int], int]
 def _move(extent: Extent, flags: int, call: _Call) -> None:
     path, offset, memory = extent
     whole = _aligned_bytes(extent) if hasattr(os, "O_DIRECT") else 0
-    if flags == os.O_RDONLY and memory.nbytes < LEAST_DIRECT_BYTES:
-        whole = 0
     moved = 0
     if whole:
         direct = Extent(path, offset, memory[:whole])

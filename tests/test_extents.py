@@ -230,21 +230,6 @@ def test_a_file_that_is_written_is_made_for_its_owner_alone(tmp_path):
     assert path.stat().st_mode & 0o077 == 0
 
 
-def test_what_is_small_is_read_through_the_page_cache(path, calls, monkeypatch):
-    path.write_bytes(bytes(3 * BLOCK))
-    if not reads_direct(path):
-        pytest.skip("this file system knows no direct I/O")
-    monkeypatch.setattr(extents, "LEAST_DIRECT_BYTES", 2 * BLOCK)
-    for size, is_direct in ((BLOCK, False), (2 * BLOCK, True)):
-        calls.clear()
-        read_extent(Extent(path, 0, memory_of(size)))
-        assert ("preadv", is_direct, size) in calls
-        assert all(call[1] == is_direct for call in calls)
-    calls.clear()
-    write_extent(Extent(path, 0, memory_of(BLOCK)))
-    assert ("pwritev", True, BLOCK) in calls
-
-
 FAILURES = [
     (read_extent, "open", errno.EACCES),
     (read_extent, "preadv", errno.EIO),

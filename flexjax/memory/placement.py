@@ -53,7 +53,9 @@ def _nearest(x: float) -> int:
     return math.floor(x + 0.5 + 1e-9)
 
 
-def place_tensors(placement: Placement, nbytes: Mapping[str, int]) -> dict[str, Tier]:
+def place_tensors(
+    placement: Placement, nbytes: Mapping[str, int], *, least_on_disk: int = 0
+) -> dict[str, Tier]:
     """Gives every tensor of a model a tier.
 
     All tensors stand in one fixed line, and the tiers cut it where their fractions say.
@@ -65,6 +67,7 @@ def place_tensors(placement: Placement, nbytes: Mapping[str, int]) -> dict[str, 
     Args:
         placement: the requested fractions.
         nbytes: size of each tensor; `layers.<n>.` in front of a name tells the layer.
+        least_on_disk: a smaller tensor that would be on disk is on the host.
     """
     line = sorted(nbytes, key=lambda name: (nbytes[name], *_spread(name)))
     total = sum(nbytes.values())
@@ -73,7 +76,8 @@ def place_tensors(placement: Placement, nbytes: Mapping[str, int]) -> dict[str, 
     tiers, end = {}, 0
     for name in line:
         middle, end = end + nbytes[name] / 2, end + nbytes[name]
-        on_device, on_host = middle <= device_end, middle <= host_end
+        on_device = middle <= device_end
+        on_host = middle <= host_end or nbytes[name] < least_on_disk
         tiers[name] = Tier.DEVICE if on_device else Tier.HOST if on_host else Tier.DISK
     return tiers
 

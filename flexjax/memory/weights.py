@@ -15,11 +15,11 @@ from flexjax.memory.buffers import BufferPool, page_aligned, typed
 from flexjax.memory.disk_queue import Urgency
 from flexjax.memory.lanes import Lane
 from flexjax.memory.link import Loan
-from flexjax.memory.placement import effective, partition
+from flexjax.memory.placement import effective, partition, place_tensors
 from flexjax.memory.transport import Transport
 from flexjax.memory.widened import WidenedArrays
 from flexjax.models.config import OPTConfig, layer_tensors
-from flexjax.policy import Kind, Tier
+from flexjax.policy import Kind, Placement, Tier
 from flexjax.quant import Quantization
 
 
@@ -35,6 +35,20 @@ class HeadBlocks(NamedTuple):
 
 Loans = dict[str, Loan]  # by the tensor's name
 _TOKEN_TABLE = "embed_tokens.weight"
+
+
+# A layer's norms and biases are ten tensors of a thousandth of its bytes. Each takes a
+# request of its own, which waits in the disk's queue as long as megabytes do.
+LEAST_ON_DISK = 64 << 10
+
+
+def place_weights(store: WeightStore, placement: Placement) -> dict[str, Tier]:
+    """The tier of every tensor.
+
+    What would be on disk, but is less than `LEAST_ON_DISK` bytes, is on the host.
+    """
+    nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
+    return place_tensors(placement, nbytes, least_on_disk=LEAST_ON_DISK)
 
 
 class PlacedWeights:
