@@ -9,6 +9,7 @@ import numpy as np
 from checkpoints_tools.hugging_face import copy_tokenizer
 from checkpoints_tools.progress import progress_bar
 from checkpoints_tools.source import Source, row_blocks
+from flexjax.memory.link import host_device
 from flexjax.quant import Quantization, quantize
 from flexjax.store_writer import StoreWriter
 
@@ -63,7 +64,7 @@ def _quantized(
 
     They are made on a CPU, whatever else there is: so every machine makes the same.
     """
-    cpu = jax.devices("cpu")[0]
+    cpu = host_device("quantizing weights")
     for block in blocks:
         if not np.isfinite(block.astype(np.float32)).all():
             raise ValueError(

@@ -102,7 +102,14 @@ def combine_step(
     cache_as: Quantization | None = None,
 ) -> HeadVectors:
     """What attention to a segment gives, of the values that `select_step` chose."""
-    return combine(selection, new_value, _wide(values, cache_as), sparse.value_sum)
+
+    def weigh(inputs: Any) -> HeadVectors:
+        selection, new_value, values, sparse = inputs
+        wide = _wide(values, cache_as)
+        return combine(selection, new_value, wide, sparse.value_sum)
+
+    inputs = selection, new_value, values, sparse
+    return _few_wide(weigh, inputs, cache_as, len(new_value))
 
 
 @functools.partial(jax.jit, static_argnames="cache_as")

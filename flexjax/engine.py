@@ -263,12 +263,13 @@ def head_blocks(
     """Cuts a table of logits that has to travel into blocks of about a layer's bytes.
 
     So the head needs no larger stage buffers than a decoder layer does. A table that is
-    used where it lies stays whole.
+    used where it lies, as it lies, stays whole.
     """
     config = store.config
     table = store.tensors[config.head_table]
     tier = tiers[config.head_table]
-    if tier is Tier.DEVICE or (tier is Tier.HOST and device_is_host):
+    stays = tier is Tier.DEVICE or (tier is Tier.HOST and device_is_host)
+    if stays and table.quantization is None:
         return HeadBlocks(1, config.vocab_size)
     layer_bytes = sum(
         entry.nbytes

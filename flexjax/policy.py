@@ -126,6 +126,11 @@ def validate(policy: Policy) -> Policy:
         raise ValueError(
             f"host_attention is {policy.host_attention!r}, expected True or False"
         )
+    if policy.host_attention and policy.kv_cache.device >= 1.0:
+        raise ValueError(
+            "host_attention does nothing where the whole KV cache is on the device: "
+            "place some of kv_cache on host or disk, or leave host_attention out"
+        )
     sparsity = policy.attention_sparsity
     if not _is_number(sparsity) or not 0.0 < sparsity <= 1.0:
         raise ValueError(

@@ -6,7 +6,7 @@ the codes, then the scales of the groups, then their minima. Of 4-bit codes a by
 two, one of the first half of the axis and one of the second: so long runs of neighbours
 come out of long runs of bytes.
 
-This is FlexGen's format (arXiv 2303.06865, section 4.2: asymmetric, groups of 64), with
+This is FlexGen's scheme (arXiv 2303.06865, section 5: asymmetric, groups of 64), with
 scales and minima in the type of what was quantized. So a minimum is exact, and with it
 every group of equal elements; and a scale is rounded up, so that no element is farther
 than half a step from its code.
@@ -61,10 +61,11 @@ class Quantization:
             ValueError: they are not so many groups, each of whole bytes.
         """
         if size % self.group_size or self.group_size * self.bits % 8:
+            fitting = fitting_group(size, max(2, self.group_size))
             raise ValueError(
                 f"a group_size of {self.group_size} does not divide {size} elements "
                 "into groups of whole bytes; give one that does, such as "
-                f"{fitting_group(size, self.group_size)}"
+                f"{fitting}"
             )
         return self.code_bytes(size) + 2 * size // self.group_size * self.itemsize
 

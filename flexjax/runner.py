@@ -139,9 +139,8 @@ class BlockRunner:
         self, cache: PlacedArrays, weights: PlacedWeights
     ) -> AttentionApart | None:
         """What attends apart from the layers' steps, if anything does."""
-        policy, placement = self._policy, self._policy.kv_cache
-        used = (tier for tier in Tier if placement.fraction(tier) > 0)
-        if all(self._routes[tier] == DIRECT for tier in used):
+        policy = self._policy
+        if all(route == DIRECT for route in self._routes.values()):
             return None
         return AttentionApart(
             cache,

@@ -14,7 +14,7 @@ from flexjax.schedule.ops import Cache
 class ValueSums:
     """For each cache, the sum of its values by row and head, `[batch, heads, 1, dim]`.
 
-    They stay on the device: in float32, and of a whole cache no more than two tokens.
+    They stay on the device, in float32: as much as a few tokens in the cache.
     """
 
     def __init__(self, ledger: Ledger, cache_as: Quantization | None) -> None:

@@ -49,16 +49,7 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=300
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # After the hook, which only sees what is imported later.
-from flexjax.memory import weights  # noqa: E402
 from tests.golden_checkpoints import load_golden  # noqa: E402
-
-
-@pytest.fixture(scope="session", autouse=True)
-def small_tensors_are_placed_as_large_ones():
-    """The checkpoints of the tests are small, and would never be on disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "LEAST_ON_DISK", 0)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -127,14 +127,19 @@ def test_a_host_without_a_cpu_backend_is_named(monkeypatch):
 @pytest.mark.parametrize("host_attention", [False, True])
 def test_on_a_cpu_every_cache_is_attended_to_where_it_is(host_attention, sparsity):
     assert jax.devices()[0].platform == "cpu"
-    policy = Policy(host_attention=host_attention, attention_sparsity=sparsity)
+    policy = Policy(
+        kv_cache=HOST, host_attention=host_attention, attention_sparsity=sparsity
+    )
     routes = cache_routes(policy, device_is_host=True)
     assert routes == dict.fromkeys(Tier, DIRECT)
 
 
 def test_routes_of_a_device_apart():
-    def routes(**changes):
-        return tuple(cache_routes(Policy(**changes), device_is_host=False).values())
+    mixed = Placement(device=0.2, host=0.4)
+
+    def routes(kv_cache=mixed, **changes):
+        policy = Policy(kv_cache=kv_cache, **changes)
+        return tuple(cache_routes(policy, device_is_host=False).values())
 
     on_host, gathers = Route(on_host=True), Route(gathers=True)
     assert routes() == (DIRECT, DIRECT, DIRECT)
@@ -142,3 +147,5 @@ def test_routes_of_a_device_apart():
     assert routes(attention_sparsity=0.1) == (DIRECT, gathers, DIRECT)
     both = routes(attention_sparsity=0.1, host_attention=True)
     assert both == (DIRECT, on_host, on_host)
+    # Where nothing lies, nothing is asked for.
+    assert routes(kv_cache=HOST, host_attention=True) == (DIRECT, on_host, DIRECT)

@@ -152,6 +152,12 @@ def test_a_sparsity_that_is_no_fraction_is_refused(sparsity):
         validate(Policy(attention_sparsity=sparsity))
 
 
+def test_host_attention_without_a_cache_to_attend_to_is_refused():
+    message = "^host_attention does nothing where the whole KV cache is on the device"
+    with pytest.raises(ValueError, match=message):
+        validate(Policy(host_attention=True))
+
+
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
 def test_host_attention_is_yes_or_no(value):
     message = f"^host_attention is {value!r}, expected True or False$"

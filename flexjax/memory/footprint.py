@@ -123,7 +123,8 @@ class RunFootprint:
                 return self._staged(
                     Kind.ACTIVATIONS,
                     Rows(0, 0, work.batch_size),
-                    work.seq_len(step) * self._hidden_bytes,
+                    work.seq_len(step)
+                    * max(self._hidden_bytes, self.weights.token_row_bytes),
                 )
 
     def computed(self, cell: Cell) -> Mapping[Buffer, Bytes]:
@@ -148,18 +149,30 @@ class RunFootprint:
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
         nbytes = rows * seq * config.ffn_dim * (5 + factor * self._itemsize)
-        if cell.step > 0 and self._cache_as is not None:
-            slots = work.cache_slots(self._true(cell.step) - 1)
-            wide_slots = min(WIDE_ROWS, work.batch_size) * slots
-            nbytes += 2 * wide_slots * config.hidden_size * self._itemsize
         size = {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
-        if cell.step > 0 and any(route != DIRECT for route in self._routes.values()):
+        if cell.step > 0:
+            self._add_attention(size, work.cache_slots(self._true(cell.step) - 1))
+        return size
+
+    def _add_attention(self, size: dict[tuple[Tier, Kind], int], slots: int) -> None:
+        """Adds what attention to a cache of `slots` slots needs beside it."""
+        batch, sparsity = self.work.batch_size, self.policy.attention_sparsity
+        row_bytes = self.config.hidden_size * self._itemsize
+        at_once, nbytes = batch, 0
+        if self._cache_as is not None:
+            at_once = min(WIDE_ROWS, batch)
+            nbytes += 2 * at_once * slots * row_bytes
+        if sparsity < 1:
+            # The values that are chosen, of both pieces of a cache.
+            nbytes += 2 * at_once * kept_slots(sparsity, slots) * row_bytes
+        size[Tier.DEVICE, Kind.ACTIVATIONS] += nbytes
+        routes = self._routes.values()
+        if any(route != DIRECT for route in routes):
             # Query, key, value and what attention finds, there and back, of two calls
             # on the device and of one on the host.
-            batch_bytes = work.batch_size * config.hidden_size * self._itemsize
-            size[Tier.DEVICE, Kind.ACTIVATIONS] += 2 * 5 * batch_bytes
-            size[Tier.HOST, Kind.ACTIVATIONS] = 4 * batch_bytes
-        return size
+            size[Tier.DEVICE, Kind.ACTIVATIONS] += 2 * 5 * batch * row_bytes
+            on_host = nbytes if any(route.on_host for route in routes) else 0
+            size[Tier.HOST, Kind.ACTIVATIONS] = 4 * batch * row_bytes + on_host
 
     def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
         work = self.work
@@ -203,9 +216,8 @@ class RunFootprint:
 
     @property
     def _hidden_bytes(self) -> int:
-        """The widest that a token's hidden state gets, its row of the table too."""
-        widest = max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
-        return max(widest, self.weights.token_row_bytes)
+        """The widest that a token's hidden state gets."""
+        return max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
 
     @property
     def _routes(self) -> dict[Tier, Route]:

@@ -55,23 +55,35 @@ class Lender(Protocol):
         ...
 
 
+def host_device(what: str) -> Any:
+    """The host's own processor as a device.
+
+    Args:
+        what: needs it, for the message.
+
+    Raises:
+        ValueError: JAX was told not to use it.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            f"{what} needs JAX's cpu backend beside the device's: add cpu to "
+            f"JAX_PLATFORMS, or do without ({error})"
+        ) from error
+
+
 class HostLink:
     """Lends arrays to the host's own processor, in place.
 
     Raises:
-        ValueError: JAX was told not to use it.
+        ValueError: see `host_device`.
     """
 
     stage_tier = Tier.HOST
 
     def __init__(self) -> None:
-        try:
-            self.device = jax.local_devices(backend="cpu")[0]
-        except RuntimeError as error:
-            raise ValueError(
-                "host_attention needs JAX's cpu backend beside the device's: add cpu "
-                f"to JAX_PLATFORMS, or leave host_attention out ({error})"
-            ) from error
+        self.device = host_device("host_attention")
 
     def lend(
         self,
@@ -81,7 +93,11 @@ class HostLink:
     ) -> Loan:
         """`array` on the host's processor; it must not change before the release."""
         del kind
-        return Loan(jax.device_put(array, self.device), give_back)
+        try:
+            return Loan(jax.device_put(array, self.device), give_back)
+        except BaseException:
+            give_back()
+            raise
 
 
 class DeviceLink:

@@ -67,6 +67,13 @@ class ReusePool[Key: Hashable, Item]:
             self._free[key].append(item)
             self._free_bytes += nbytes
 
+    def drop(self, key: Key) -> None:
+        """Ends a loan whose item is gone, or of no use any more."""
+        nbytes = self._nbytes(key)
+        with self._lock:
+            self._lent_bytes -= nbytes
+        self._ledger.hold(self._tier, self._kind, -nbytes)
+
     def clear(self) -> None:
         """Drops all items that are not lent."""
         with self._lock:

@@ -18,11 +18,11 @@ class Route(NamedTuple):
     gathers: bool = False
 
 
-DIRECT = Route()  # whole, to the device, which attends within a layer's step
+DIRECT = Route()  # whole, to the device, which attends to them
 
 
 def cache_routes(policy: Policy, *, device_is_host: bool) -> dict[Tier, Route]:
-    """The route of each tier's rows.
+    """The route of each tier's rows; `DIRECT` where the policy puts none.
 
     A device that computes in the host's memory has every cache where it is used: there
     host attention is what happens anyway, and gathering would be one copy more. From
@@ -32,8 +32,12 @@ def cache_routes(policy: Policy, *, device_is_host: bool) -> dict[Tier, Route]:
     """
     on_host = policy.host_attention and not device_is_host
     is_apart = not (on_host or device_is_host)
-    return {
+    routes = {
         Tier.DEVICE: DIRECT,
         Tier.HOST: Route(on_host, is_apart and policy.attention_sparsity < 1),
         Tier.DISK: Route(on_host),
+    }
+    return {
+        tier: route if policy.kv_cache.fraction(tier) > 0 else DIRECT
+        for tier, route in routes.items()
     }

@@ -40,15 +40,20 @@ _TOKEN_TABLE = "embed_tokens.weight"
 # A layer's norms and biases are ten tensors of a thousandth of its bytes. Each takes a
 # request of its own, which waits in the disk's queue as long as megabytes do.
 LEAST_ON_DISK = 64 << 10
+MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
 
 
 def place_weights(store: WeightStore, placement: Placement) -> dict[str, Tier]:
     """The tier of every tensor.
 
-    What would be on disk, but is less than `LEAST_ON_DISK` bytes, is on the host.
+    What would be on disk, but is less than `LEAST_ON_DISK` bytes, is on the host; not
+    in a model that is small itself, where that would be more than a little.
     """
     nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
-    return place_tensors(placement, nbytes, least_on_disk=LEAST_ON_DISK)
+    small = sum(size for size in nbytes.values() if size < LEAST_ON_DISK)
+    is_little = small <= MOST_SMALL_SHARE * sum(nbytes.values())
+    least = LEAST_ON_DISK if is_little else 0
+    return place_tensors(placement, nbytes, least_on_disk=least)
 
 
 class PlacedWeights:

@@ -42,8 +42,12 @@ class WidenedArrays:
         """What the bytes of `loan` stand for; releasing it releases them too."""
         wide = _Wide(wide_shape(loan.array.shape, quantization), quantization.dtype)
         out = self._pool.lend(wide)
-        # It is in the same memory, which is nobody else's from now on.
-        array = dequantize_into(out, loan.array, quantization=quantization)
+        try:
+            # It is in the same memory, which is nobody else's from now on.
+            array = dequantize_into(out, loan.array, quantization=quantization)
+        except BaseException:
+            self._pool.drop(wide)  # it may have been donated already
+            raise
 
         def release() -> None:
             self._pool.take_back(wide, array)
