@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Rows to which fewer are padded before a product, where they have 16 bits: XLA's CPU
-# backend multiplies a single row by first converting the whole other side to float32.
-# For one query over a bfloat16 cache that is 4 times slower and takes twice the cache's
-# memory; for one row and a matrix of 67 MB it is 1 GB/s where 4 rows reach 8.
-MIN_ROWS = 4
+# Rows to which a single query is padded where it has 16 bits: XLA's CPU backend
+# multiplies one row by first converting the whole other side to float32, which takes 4
+# times as long and twice the cache's memory. More rows cost more: 2, 4 and 16 read a
+# bfloat16 cache of 160 slots of 64 elements at 20, 15 and 12 GB/s (jax 0.12, 2 cores
+# with AVX-512).
+MIN_ROWS = 2
 # Finite, so that a row of padding, which may see no slot at all, stays finite too.
 MASKED = -1e30
 # One step of prefill attention holds at most this many scores of a row.

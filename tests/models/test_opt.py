@@ -9,8 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexjax.checkpoint import open_store
+from flexjax.models import opt
 from flexjax.models.config import (
     decoder_layer_shapes,
     embedding_shapes,
@@ -136,3 +139,25 @@ def test_unflatten_splits_names_at_their_dots():
     leaves = [jnp.zeros(n) for n in range(3)]
     tree = unflatten(dict(zip(["a.b.c", "a.b.d", "e"], leaves, strict=True)))
     assert tree == {"a": {"b": {"c": leaves[0], "d": leaves[1]}}, "e": leaves[2]}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 600]),
+    inputs=st.sampled_from([8, 24]),
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+)
+def test_a_product_is_the_same_on_whichever_side_the_weights_stand(rows, inputs, dtype):
+    """Short rows and long ones, blocks that are full and ones that are padded."""
+    random = np.random.default_rng(rows)
+    x, weight = (
+        jnp.asarray(random.standard_normal((count, inputs)), dtype)
+        for count in (rows, 40)
+    )
+    wide = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opt, "LONG_ROW", 16)
+        # Traced anew: what is patched is part of no cache's key.
+        product = jax.jit(lambda *sides: opt.contract_last(*sides))(x[None], weight)
+    assert product.dtype == jnp.float32
+    np.testing.assert_allclose(product[0], wide, rtol=1e-5, atol=1e-5)
