@@ -20,8 +20,8 @@ from flexjax.cached_attention import Past
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.memory.footprint import cache_rows
+from flexjax.memory.layout import HeadBlocks
 from flexjax.memory.link import Device
-from flexjax.memory.weights import HeadBlocks
 from flexjax.models.config import layer_tensors
 from flexjax.models.opt import Params, unflatten
 from flexjax.policy import Policy, Tier

@@ -12,12 +12,11 @@ from bench.compute_limit import ComputeLimit, mean_limit, measure_compute
 from bench.copy_routes import compare_routes
 from bench.disk_limit import DiskRate, measure_read, measure_write
 from flexjax.checkpoint import WeightStore
-from flexjax.engine import head_blocks
-from flexjax.memory.link import Device
-from flexjax.memory.weights import HeadBlocks, place_weights
+from flexjax.memory.layout import HeadBlocks, lay_out
+from flexjax.memory.link import Device, is_shared
 from flexjax.policy import Policy, Tier
 from flexjax.quant import cache_quantization
-from flexjax.workload import Workload, bucket
+from flexjax.workload import Workload
 
 _COPY_BYTES = 256 << 20  # of one copy between host and device
 _HOW = {
@@ -85,23 +84,25 @@ def setting_of(
     case: Case, store: WeightStore, device: Device, offload_dir: pathlib.Path
 ) -> Setting:
     """The setting of a case's run, as the engine will run it."""
-    policy, config = case.policy, store.config
-    tiers = place_weights(store, policy.weights)
-    head = head_blocks(store, tiers, device.platform == "cpu")
-    work = Workload(
-        num_decoder_layers=config.num_hidden_layers,
-        num_head_blocks=head.num_blocks,
-        num_batches=policy.num_batches,
-        batch_size=policy.batch_size,
-        prompt_len=bucket(case.prompt_len),
-        gen_len=case.gen_len,
+    layout = lay_out(
+        store.config,
+        store.dtype,
+        store.tensors,
+        case.policy,
+        device_is_host=is_shared(device),
     )
+    on_disk = [name for name, tier in layout.tiers.items() if tier is Tier.DISK]
     return Setting(
         store=store,
-        policy=policy,
-        work=work,
-        head=head,
-        disk_tensors=[n for n, tier in tiers.items() if tier is Tier.DISK] or [*tiers],
+        policy=case.policy,
+        work=layout.workload(
+            case.policy,
+            prompt_len=case.prompt_len,
+            gen_len=case.gen_len,
+            num_rows=case.policy.block_size,
+        ),
+        head=layout.head,
+        disk_tensors=on_disk or [*layout.tiers],
         device=device,
         offload_dir=offload_dir,
     )

@@ -15,8 +15,8 @@ from flexjax.logprobs import (
     start_score,
     token_logprobs,
 )
+from flexjax.memory.layout import HeadBlocks
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.weights import HeadBlocks
 from flexjax.models.config import OPTConfig
 from flexjax.outputs import Logprob
 from flexjax.policy import Kind, Tier

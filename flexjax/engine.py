@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import threading
 from collections import Counter
@@ -13,19 +12,16 @@ import numpy as np
 from flexjax.blocks import GenerateRows, Row, ScoreRows
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, shortage
-from flexjax.memory.footprint import RunFootprint, condensed
+from flexjax.memory.footprint import run_peak_bytes
+from flexjax.memory.layout import lay_out
 from flexjax.memory.link import Device, is_shared
-from flexjax.memory.placement import effective
 from flexjax.memory.transport import Transport
-from flexjax.memory.weights import HeadBlocks, PlacedWeights, place_weights
+from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.runner import BlockRunner
-from flexjax.schedule.emit import EMITTERS, always
-from flexjax.schedule.footprint import peak_bytes
-from flexjax.workload import Workload, bucket
+from flexjax.workload import Workload
 
-MOST_PARTS = 4  # in which a layer's weights travel
 MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 
@@ -62,16 +58,20 @@ class Engine:
         self._running, self._closed = threading.Lock(), False
         self._device, self._offload_dir = device, offload_dir
         self._device_is_host = is_shared(device)
-        nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
-        tiers = place_weights(store, policy.weights)
+        layout = lay_out(
+            store.config,
+            store.dtype,
+            store.tensors,
+            policy,
+            device_is_host=self._device_is_host,
+        )
         homes = {
             (tier, Kind.WEIGHTS): size
-            for tier, size in effective(nbytes, tiers).items()
+            for tier, size in layout.home_bytes().items()
             if tier is not Tier.DISK  # where the store is already
         }
         if refusal := self._shortage(homes):
             raise ValueError(refusal)
-        self._num_parts = min(policy.num_batches, MOST_PARTS)
         with contextlib.ExitStack() as undo:
             self._transport = Transport(device, keeps_spans=keeps_spans)
             undo.callback(self._transport.close)
@@ -84,10 +84,8 @@ class Engine:
             undo.callback(self._runner.close)
             self.weights = PlacedWeights(
                 store,
-                tiers,
+                layout,
                 transport=self._transport,
-                head=head_blocks(store, tiers, self._device_is_host),
-                num_parts=self._num_parts,
                 progress=on_weights,
             )
             self._undo = undo.pop_all()
@@ -124,7 +122,7 @@ class Engine:
                     block,
                     work,
                     self.config,
-                    head=self.weights.head,
+                    head=self.weights.layout.head,
                     seed=self._seed,
                     ledger=self.ledger,
                     on_tokens=count,
@@ -162,7 +160,7 @@ class Engine:
                     [sequences[i] for i in block],
                     work,
                     self.config,
-                    head=self.weights.head,
+                    head=self.weights.layout.head,
                 )
                 self._runner.run(work, rows, self.weights, self.times)
                 results.update(zip(block, rows.results(), strict=True))
@@ -171,16 +169,7 @@ class Engine:
 
     def predict(self, work: Workload, *, scores: bool) -> dict[tuple[Tier, Kind], int]:
         """Peak bytes of a run, by tier and kind, workspaces included."""
-        short, skipped = condensed(work)
-        footprint = RunFootprint(
-            work=work,
-            policy=self.policy,
-            weights=self.weights,
-            scores=scores,
-            device_is_host=self._device_is_host,
-            skipped=skipped,
-        )
-        return peak_bytes(EMITTERS[self.policy.schedule](short, always), footprint)
+        return run_peak_bytes(work, self.policy, self.weights.layout, scores=scores)
 
     def close(self) -> None:
         """Ends the threads, lets go of all memory and removes what was spilled."""
@@ -190,15 +179,8 @@ class Engine:
             self.weights.close()
 
     def _workload(self, prompt_len: int, gen_len: int, num_rows: int) -> Workload:
-        batch_size = min(self.policy.batch_size, num_rows)
-        return Workload(
-            num_decoder_layers=self.config.num_hidden_layers,
-            num_head_blocks=self.weights.head.num_blocks,
-            num_parts=self._num_parts,
-            num_batches=math.ceil(num_rows / batch_size),
-            batch_size=batch_size,
-            prompt_len=bucket(prompt_len),
-            gen_len=gen_len,
+        return self.weights.layout.workload(
+            self.policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=num_rows
         )
 
     def _start(self, works: Sequence[Workload], *, scores: bool) -> list[Workload]:
@@ -255,29 +237,3 @@ class Engine:
 def _blocks[T](rows: Sequence[T], policy: Policy) -> list[Sequence[T]]:
     size = policy.block_size
     return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def head_blocks(
-    store: WeightStore, tiers: dict[str, Tier], device_is_host: bool
-) -> HeadBlocks:
-    """Cuts a table of logits that has to travel into blocks of about a layer's bytes.
-
-    So the head needs no larger stage buffers than a decoder layer does. A table that is
-    used where it lies, as it lies, stays whole.
-    """
-    config = store.config
-    table = store.tensors[config.head_table]
-    tier = tiers[config.head_table]
-    stays = tier is Tier.DEVICE or (tier is Tier.HOST and device_is_host)
-    if stays and table.quantization is None:
-        return HeadBlocks(1, config.vocab_size)
-    layer_bytes = sum(
-        entry.nbytes
-        for name, entry in store.tensors.items()
-        if name.startswith("layers.0.")
-    )
-    num_blocks = max(1, round(table.nbytes / layer_bytes))
-    # Whole chunks, so that no chunk is read twice.
-    rows = math.ceil(config.vocab_size / num_blocks / table.chunk_rows)
-    rows *= table.chunk_rows
-    return HeadBlocks(math.ceil(config.vocab_size / rows), rows)

@@ -15,7 +15,6 @@ from flexjax.blocks import Row
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
-from flexjax.memory.link import is_shared
 from flexjax.metrics import metrics_report
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.placement_report import placement_report
@@ -90,9 +89,7 @@ class LLM:
                 on_weights=bar.update,
                 keeps_spans=trace,
             )
-        self.placement = placement_report(
-            self._engine.weights, self.policy, device_is_host=is_shared(device)
-        )
+        self.placement = placement_report(self._engine.weights.layout, self.policy)
         self.metrics: dict[str, Any] = {}
 
     def __enter__(self) -> "LLM":

@@ -2,15 +2,13 @@
 
 from typing import Any
 
+from flexjax.memory.layout import WeightLayout
 from flexjax.memory.placement import place_rows
 from flexjax.memory.routes import cache_routes
-from flexjax.memory.weights import PlacedWeights
 from flexjax.policy import Kind, Policy, Tier
 
 
-def placement_report(
-    weights: PlacedWeights, policy: Policy, *, device_is_host: bool
-) -> dict[str, Any]:
+def placement_report(weights: WeightLayout, policy: Policy) -> dict[str, Any]:
     """For each kind and tier: the fraction that was asked for, and the effective one.
 
     Weights also have their bytes. Cache and activations are split by rows, so their
@@ -35,7 +33,7 @@ def placement_report(
             }
             for tier, rows in zip(Tier, totals, strict=True)
         }
-    routes = cache_routes(policy, device_is_host=device_is_host)
+    routes = cache_routes(policy, device_is_host=weights.device_is_host)
     return report | {
         "weight_bits": weights.bits,
         "kv_cache_bits": policy.kv_cache_bits or 8 * weights.dtype.itemsize,
@@ -47,7 +45,7 @@ def placement_report(
     }
 
 
-def _weights(weights: PlacedWeights, policy: Policy) -> dict[str, dict[str, float]]:
+def _weights(weights: WeightLayout, policy: Policy) -> dict[str, dict[str, float]]:
     held = weights.home_bytes()
     total = sum(held.values())
     return {

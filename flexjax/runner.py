@@ -92,12 +92,14 @@ class BlockRunner:
             (Lane.HIDDEN, Lane.HIDDEN),
             functools.partial(hidden_rows, policy, work),
         )
-        cache_as = cache_quantization(policy, weights.config, weights.dtype)
+        cache_as = cache_quantization(
+            policy, weights.layout.config, weights.layout.dtype
+        )
         sums = ValueSums(self._transport.ledger, cache_as)
         calls = LayerCalls(
             work,
             rows,
-            weights.config,
+            weights.layout.config,
             cache_as=cache_as,
             sparsity=policy.attention_sparsity,
             sums=sums if policy.attention_sparsity < 1 else None,
@@ -147,8 +149,10 @@ class BlockRunner:
             self._transport.link,
             self._routes,
             host=self._host,
-            config=weights.config,
-            cache_as=cache_quantization(policy, weights.config, weights.dtype),
+            config=weights.layout.config,
+            cache_as=cache_quantization(
+                policy, weights.layout.config, weights.layout.dtype
+            ),
         )
 
     def _placed(

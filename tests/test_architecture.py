@@ -46,6 +46,7 @@ STAIRS = [
     "trace",
     "memory.disk_queue",
     "memory.placement",
+    "memory.layout",
     "memory.pool",
     "memory.buffers",
     "memory.link",

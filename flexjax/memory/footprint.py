@@ -11,13 +11,14 @@ from flexjax.memory.disk import (
     passing_bytes,
     tail_slots,
 )
+from flexjax.memory.layout import WeightLayout
 from flexjax.memory.placement import Rows, place_rows
 from flexjax.memory.routes import DIRECT, Route, cache_routes
-from flexjax.memory.weights import HeadBlocks, PlacedWeights
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.quant import Quantization, cache_quantization
-from flexjax.schedule.footprint import Bytes
+from flexjax.schedule.emit import EMITTERS, always
+from flexjax.schedule.footprint import Bytes, peak_bytes
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
 from flexjax.sparse import kept_slots
 from flexjax.workload import WIDE_ROWS, Workload, prefill_rows
@@ -55,15 +56,13 @@ class RunFootprint:
         policy: that places it.
         weights: that it uses.
         scores: whether it scores whole prompts, instead of generating.
-        device_is_host: whether the device computes in the host's memory.
         skipped: steps that are left out after the first two, see `condensed`.
     """
 
     work: Workload
     policy: Policy
-    weights: PlacedWeights
+    weights: WeightLayout
     scores: bool
-    device_is_host: bool
     skipped: int = 0
 
     @property
@@ -71,8 +70,8 @@ class RunFootprint:
         return self.weights.config
 
     @property
-    def head(self) -> HeadBlocks:
-        return self.weights.head
+    def device_is_host(self) -> bool:
+        return self.weights.device_is_host
 
     @property
     def _itemsize(self) -> int:
@@ -84,7 +83,7 @@ class RunFootprint:
         )
         if not self.scores:
             # Where the head comes in blocks, all batches' logits wait for the last one.
-            waiting = self.work.num_batches if self.head.num_blocks > 1 else 1
+            waiting = self.work.num_batches if self.weights.head.num_blocks > 1 else 1
             logits = 4 * self.work.batch_size * self.config.vocab_size
             size[Tier.DEVICE, Kind.ACTIVATIONS] += waiting * logits
         if self.policy.attention_sparsity < 1:
@@ -258,3 +257,14 @@ class RunFootprint:
             (Tier.DEVICE, kind): (rows.host + rows.disk) * row_bytes,
             (Tier.HOST, kind): rows.disk * row_bytes,
         }
+
+
+def run_peak_bytes(
+    work: Workload, policy: Policy, weights: WeightLayout, *, scores: bool = False
+) -> dict[tuple[Tier, Kind], int]:
+    """Peak bytes of a run, by tier and kind, workspaces included."""
+    short, skipped = condensed(work)
+    footprint = RunFootprint(
+        work=work, policy=policy, weights=weights, scores=scores, skipped=skipped
+    )
+    return peak_bytes(EMITTERS[policy.schedule](short, always), footprint)

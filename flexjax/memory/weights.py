@@ -1,7 +1,7 @@
 """The weights on their tiers: resident tensors stay, the others come layer by layer."""
 
 import concurrent.futures
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -14,46 +14,14 @@ from flexjax.extents import read_extent
 from flexjax.memory.buffers import BufferPool, page_aligned, typed
 from flexjax.memory.disk_queue import Urgency
 from flexjax.memory.lanes import Lane
+from flexjax.memory.layout import TOKEN_TABLE, WeightLayout
 from flexjax.memory.link import Loan
-from flexjax.memory.placement import effective, partition, place_tensors
 from flexjax.memory.transport import Transport
 from flexjax.memory.widened import WidenedArrays
-from flexjax.models.config import OPTConfig, layer_tensors
-from flexjax.policy import Kind, Placement, Tier
+from flexjax.policy import Kind, Tier
 from flexjax.quant import Quantization
 
-
-class HeadBlocks(NamedTuple):
-    """How the table of logits is cut into blocks of rows."""
-
-    num_blocks: int
-    rows: int  # of every block but the last
-
-    def span(self, block: int, vocab_size: int) -> slice:
-        return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
-
-
 Loans = dict[str, Loan]  # by the tensor's name
-_TOKEN_TABLE = "embed_tokens.weight"
-
-
-# A layer's norms and biases are ten tensors of a thousandth of its bytes. Each takes a
-# request of its own, which waits in the disk's queue as long as megabytes do.
-LEAST_ON_DISK = 64 << 10
-MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
-
-
-def place_weights(store: WeightStore, placement: Placement) -> dict[str, Tier]:
-    """The tier of every tensor.
-
-    What would be on disk, but is less than `LEAST_ON_DISK` bytes, is on the host; not
-    in a model that is small itself, where that would be more than a little.
-    """
-    nbytes = {name: entry.nbytes for name, entry in store.tensors.items()}
-    small = sum(size for size in nbytes.values() if size < LEAST_ON_DISK)
-    is_little = small <= MOST_SMALL_SHARE * sum(nbytes.values())
-    least = LEAST_ON_DISK if is_little else 0
-    return place_tensors(placement, nbytes, least_on_disk=least)
 
 
 class PlacedWeights:
@@ -66,17 +34,14 @@ class PlacedWeights:
     def __init__(
         self,
         store: WeightStore,
-        tiers: Mapping[str, Tier],
+        layout: WeightLayout,
         *,
         transport: Transport,
-        head: HeadBlocks,
-        num_parts: int,
         progress: Callable[[int], object] = lambda nbytes: None,
     ) -> None:
-        self._store, self._tiers = store, tiers
+        self._store, self.layout = store, layout
         self._link, self._ledger = transport.link, transport.ledger
         self._lanes, self._disk = transport.lanes, transport.disk
-        self.head, self._num_parts = head, num_parts
         stage_tier = self._link.stage_tier
         self._stage = BufferPool(self._ledger, stage_tier, Kind.WEIGHTS)
         self._rows_stage = BufferPool(self._ledger, stage_tier, Kind.ACTIVATIONS)
@@ -87,56 +52,12 @@ class PlacedWeights:
         self._homes: list[str] = []  # tensors that are counted
         self._on_device: dict[str, jax.Array] = {}
         self._on_host: dict[str, np.ndarray] = {}
-        for name, tier in tiers.items():
+        for name, tier in layout.tiers.items():
             if tier is not Tier.DISK:
                 self._read_resident(name, tier)
                 progress(store.tensors[name].nbytes)
             self._homes.append(name)
             self._count_home(name, 1)
-
-    @property
-    def config(self) -> OPTConfig:
-        return self._store.config
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of every tensor, as layers use it."""
-        return self._store.dtype
-
-    @property
-    def bits(self) -> int:
-        """Of an element of the decoder layers' matrices, as they are stored."""
-        how = self._store.quantization
-        return 8 * self.dtype.itemsize if how is None else how.bits
-
-    def home_bytes(self) -> dict[Tier, int]:
-        """Bytes on each tier, where the tensors live."""
-        tensors = self._store.tensors
-        return effective({n: entry.nbytes for n, entry in tensors.items()}, self._tiers)
-
-    def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
-        """Bytes that a load needs: for what is not on the device, or not wide there."""
-        staged, wide = {Tier.HOST: 0, Tier.DISK: 0}, 0
-        for name, rows in self._spans(layer, part).items():
-            tier, entry = self._tiers[name], self._store.tensors[name]
-            count = rows.stop - rows.start
-            if tier is not Tier.DEVICE:
-                staged[tier] += count * entry.row_bytes
-            if entry.quantization is not None:
-                wide += count * entry.used_row_bytes
-        if self._link.is_shared:
-            return {(Tier.DEVICE, Kind.WEIGHTS): staged[Tier.DISK] + wide}
-        return {
-            (Tier.DEVICE, Kind.WEIGHTS): sum(staged.values()) + wide,
-            (Tier.HOST, Kind.WEIGHTS): staged[Tier.DISK],
-        }
-
-    @property
-    def token_row_bytes(self) -> int:
-        """Bytes that a row of the token table needs on the device."""
-        entry = self._store.tensors[_TOKEN_TABLE]
-        wide = entry.used_row_bytes if entry.quantization is not None else 0
-        return entry.row_bytes + wide
 
     def load(self, layer: int, part: int) -> Future[Loans]:
         """Starts to bring a part of a layer's tensors to the device.
@@ -144,21 +65,23 @@ class PlacedWeights:
         What lies on disk is asked for at once, so that the disk always knows what comes
         next, whatever the lane still waits for.
         """
-        spans = self._spans(layer, part)
+        spans = self.layout.spans(layer, part)
         reads = self._start_reading(spans)
-        name = f"layer {layer}" + (f", part {part}" if self._num_parts > 1 else "")
+        name = f"layer {layer}" + (
+            f", part {part}" if self.layout.num_parts > 1 else ""
+        )
         return self._lanes.submit(Lane.WEIGHTS, self._load, name, spans, reads)
 
     def token_rows(self, ids: np.ndarray) -> Loan:
         """Rows of the token table, `[*ids.shape, embed]`, wherever the table is."""
         loan = self._token_rows(ids)
-        how = self._store.tensors[_TOKEN_TABLE].quantization
+        how = self._store.tensors[TOKEN_TABLE].quantization
         return loan if how is None else self._wide(self._widened_rows, loan, how)
 
     def _token_rows(self, ids: np.ndarray) -> Loan:
         """The same as they are stored."""
-        name = _TOKEN_TABLE
-        if self._tiers[name] is Tier.DEVICE:
+        name = TOKEN_TABLE
+        if self.layout.tiers[name] is Tier.DEVICE:
             return Loan(jnp.take(self._on_device[name], jnp.asarray(ids), axis=0))
         entry = self._store.tensors[name]
         buffer = self._rows_stage.take(ids.size * entry.row_bytes)
@@ -191,7 +114,7 @@ class PlacedWeights:
 
     def _count_home(self, name: str, sign: int) -> None:
         nbytes = self._store.tensors[name].nbytes
-        self._ledger.hold(self._tiers[name], Kind.WEIGHTS, sign * nbytes)
+        self._ledger.hold(self.layout.tiers[name], Kind.WEIGHTS, sign * nbytes)
 
     def _read_resident(self, name: str, tier: Tier) -> None:
         entry = self._store.tensors[name]
@@ -203,32 +126,16 @@ class PlacedWeights:
         else:
             self._on_device[name] = jax.device_put(array, self._link.device)
 
-    def _spans(self, layer: int, part: int) -> dict[str, slice]:
-        """The tensors of a part, and the rows that it needs of each.
-
-        A vocabulary block is one tensor, which travels in the first part.
-        """
-        if layer < self.config.num_hidden_layers:
-            names = layer_tensors(self.config, layer)
-            tensors = self._store.tensors
-            nbytes = {name: tensors[name].nbytes for name in names}
-            names = partition(nbytes, self._num_parts)[part]
-            return {name: slice(0, tensors[name].shape[0]) for name in names}
-        if part > 0:
-            return {}
-        block = layer - self.config.num_hidden_layers
-        return {self.config.head_table: self.head.span(block, self.config.vocab_size)}
-
     def _gather(self, name: str, ids: np.ndarray, out: np.ndarray) -> None:
         """Fills `out[i]` with row `ids[i]` of a table that is not on the device."""
-        if self._tiers[name] is Tier.HOST:
+        if self.layout.tiers[name] is Tier.HOST:
             np.take(self._on_host[name], ids, axis=0, out=out, mode="clip")
             return
         entry = self._store.tensors[name]
         self._store.gather_rows(name, ids, out)
         rows, where = np.unique(ids, return_index=True)
         self._ledger.move(Tier.DISK, self._link.stage_tier, len(rows) * entry.row_bytes)
-        if name == self.config.head_table:
+        if name == self.layout.config.head_table:
             return  # the head reads and verifies all of it before any token is known
         _, first = np.unique(rows // entry.chunk_rows, return_index=True)
         for row, at in zip(rows[first].tolist(), where[first].tolist(), strict=True):
@@ -266,7 +173,7 @@ class PlacedWeights:
         reads: dict[str, _Read] = {}
         try:
             for name, rows in spans.items():
-                if self._tiers[name] is Tier.DISK:
+                if self.layout.tiers[name] is Tier.DISK:
                     entry, count = self._store.tensors[name], rows.stop - rows.start
                     buffer = self._stage.take(count * entry.row_bytes)
                     array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
@@ -326,7 +233,7 @@ class PlacedWeights:
         return wide
 
     def _resident(self, name: str, rows: slice) -> Loan:
-        if self._tiers[name] is Tier.HOST:
+        if self.layout.tiers[name] is Tier.HOST:
             return self._link.lend(self._on_host[name][rows], Kind.WEIGHTS)
         array = self._on_device[name]
         return Loan(array if rows == slice(0, array.shape[0]) else array[rows])

@@ -16,7 +16,7 @@ from flexjax.memory.footprint import (
     condensed,
     hidden_rows,
 )
-from flexjax.memory.weights import HeadBlocks
+from flexjax.memory.layout import HeadBlocks
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import EMITTERS
@@ -29,12 +29,13 @@ CONFIG = OPTConfig(vocab_size=101, hidden_size=8, num_attention_heads=2, ffn_dim
 ON_DISK = Policy(kv_cache=Placement(), activations=Placement())
 
 
-def weights(work, *, home_bytes=1000, part_bytes=10):
-    """What a footprint asks of `PlacedWeights`."""
+def weights(work, *, shared=False, home_bytes=1000, part_bytes=10):
+    """What a footprint asks of a `WeightLayout`."""
     return SimpleNamespace(
         config=dataclasses.replace(CONFIG, num_hidden_layers=work.num_decoder_layers),
         head=HeadBlocks(num_blocks=work.num_head_blocks, rows=10),
         dtype=np.dtype(np.float16),
+        device_is_host=shared,
         token_row_bytes=2 * CONFIG.hidden_size,
         home_bytes=lambda: dict.fromkeys(Tier, home_bytes),
         staged_bytes=lambda layer, part: {
@@ -47,9 +48,8 @@ def footprint(work, policy, *, scores=False, shared=False, skipped=0):
     return RunFootprint(
         work=work,
         policy=policy,
-        weights=weights(work),
+        weights=weights(work, shared=shared),
         scores=scores,
-        device_is_host=shared,
         skipped=skipped,
     )
 

@@ -14,8 +14,9 @@ from flexjax.checkpoint import open_store
 from flexjax.extents import read_extent
 from flexjax.memory import weights as memory_weights
 from flexjax.memory.lanes import Lane
+from flexjax.memory.layout import HeadBlocks, WeightLayout
 from flexjax.memory.link import DeviceLink
-from flexjax.memory.weights import HeadBlocks, PlacedWeights
+from flexjax.memory.weights import PlacedWeights
 from flexjax.models.config import OPTConfig, layer_tensors, tensor_shapes
 from flexjax.policy import Kind, Tier
 from flexjax.store_format import chunk_path
@@ -71,12 +72,18 @@ class Placed:
         try:
             self.weights = PlacedWeights(
                 store,
-                tiers
-                if isinstance(tiers, dict)
-                else dict.fromkeys(store.tensors, tiers),
+                WeightLayout(
+                    config=store.config,
+                    dtype=store.dtype,
+                    tensors=store.tensors,
+                    tiers=tiers
+                    if isinstance(tiers, dict)
+                    else dict.fromkeys(store.tensors, tiers),
+                    head=HeadBlocks(blocks, rows),
+                    num_parts=parts,
+                    device_is_host=self.transport.link.is_shared,
+                ),
                 transport=self.transport,
-                head=HeadBlocks(blocks, rows),
-                num_parts=parts,
             )
         except BaseException:
             in_time(self.transport.close)
@@ -169,14 +176,14 @@ def test_staged_bytes_are_what_a_load_takes(stores, link_type, data):
         for layer in range(UNTIED.num_hidden_layers + 3):
             for part in range(parts):
                 loans = placed.load(layer, part)
-                staged = placed.weights.staged_bytes(layer, part)
+                staged = placed.weights.layout.staged_bytes(layer, part)
                 for tier, home in placed.home.items():
                     expected = staged.get((tier, Kind.WEIGHTS), 0)
                     assert placed.held()[tier] - home == expected, (layer, part, tier)
                 for loan in loans.values():
                     loan.release()
                 placed.weights.clear()
-        assert placed.weights.home_bytes() == {
+        assert placed.weights.layout.home_bytes() == {
             tier: sum(
                 open_store(folder).tensors[tensor].nbytes
                 for tensor, where in tiers.items()

@@ -1,0 +1,196 @@
+"""Where a model's tensors lie, and in which pieces they travel: sizes alone.
+
+A layout is made of a store's manifest, or of a configuration before there is any store;
+so what a run will need can be told before a weight is read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from flexjax.memory.placement import effective, partition, place_tensors
+from flexjax.models.config import OPTConfig, layer_tensors
+from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.store_format import TensorEntry
+from flexjax.workload import Workload, bucket
+
+TOKEN_TABLE = "embed_tokens.weight"
+# A layer's norms and biases are ten tensors of a thousandth of its bytes. Each takes a
+# request of its own, which waits in the disk's queue as long as megabytes do.
+LEAST_ON_DISK = 64 << 10
+MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
+MOST_PARTS = 4  # in which a layer's weights travel
+
+Tensors = Mapping[str, TensorEntry]
+
+
+class HeadBlocks(NamedTuple):
+    """How the table of logits is cut into blocks of rows."""
+
+    num_blocks: int
+    rows: int  # of every block but the last
+
+    def span(self, block: int, vocab_size: int) -> slice:
+        return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightLayout:
+    """A model's tensors, each with its tier.
+
+    Attributes:
+        config: of the model.
+        dtype: of every tensor, as layers use it.
+        tensors: as they are stored.
+        tiers: of each tensor.
+        head: how the table of logits is cut.
+        num_parts: in which a layer's weights travel.
+        device_is_host: whether the device computes in the host's memory.
+    """
+
+    config: OPTConfig
+    dtype: np.dtype
+    tensors: Tensors
+    tiers: Mapping[str, Tier]
+    head: HeadBlocks
+    num_parts: int
+    device_is_host: bool
+
+    @property
+    def bits(self) -> int:
+        """Of an element of the decoder layers' matrices, as they are stored."""
+        how = self.tensors["layers.0.fc1.weight"].quantization
+        return 8 * self.dtype.itemsize if how is None else how.bits
+
+    def spans(self, layer: int, part: int) -> dict[str, slice]:
+        """The tensors of a part, and the rows that it needs of each.
+
+        A vocabulary block is one tensor, which travels in the first part.
+        """
+        if layer < self.config.num_hidden_layers:
+            names = layer_tensors(self.config, layer)
+            nbytes = {name: self.tensors[name].nbytes for name in names}
+            names = partition(nbytes, self.num_parts)[part]
+            return {name: slice(0, self.tensors[name].shape[0]) for name in names}
+        if part > 0:
+            return {}
+        block = layer - self.config.num_hidden_layers
+        return {self.config.head_table: self.head.span(block, self.config.vocab_size)}
+
+    def home_bytes(self) -> dict[Tier, int]:
+        """Bytes on each tier, where the tensors live."""
+        nbytes = {name: entry.nbytes for name, entry in self.tensors.items()}
+        return effective(nbytes, self.tiers)
+
+    def moved_bytes(self, layer: int, part: int) -> dict[Tier, int]:
+        """Bytes that a load brings to the device, by the tier that they come from."""
+        moved = dict.fromkeys(Tier, 0)
+        for name, rows in self.spans(layer, part).items():
+            count = rows.stop - rows.start
+            moved[self.tiers[name]] += count * self.tensors[name].row_bytes
+        return moved
+
+    def widened_bytes(self, layer: int, part: int) -> int:
+        """Bytes of what a load makes wide, as layers use it."""
+        return sum(
+            (rows.stop - rows.start) * self.tensors[name].used_row_bytes
+            for name, rows in self.spans(layer, part).items()
+            if self.tensors[name].quantization is not None
+        )
+
+    def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
+        """Bytes that a load needs: for what is not on the device, or not wide there."""
+        moved = self.moved_bytes(layer, part)
+        on_device = self.widened_bytes(layer, part) + moved[Tier.DISK]
+        if self.device_is_host:
+            return {(Tier.DEVICE, Kind.WEIGHTS): on_device}
+        return {
+            (Tier.DEVICE, Kind.WEIGHTS): on_device + moved[Tier.HOST],
+            (Tier.HOST, Kind.WEIGHTS): moved[Tier.DISK],
+        }
+
+    @property
+    def token_row_bytes(self) -> int:
+        """Bytes that a row of the token table needs on the device."""
+        entry = self.tensors[TOKEN_TABLE]
+        wide = entry.used_row_bytes if entry.quantization is not None else 0
+        return entry.row_bytes + wide
+
+    def workload(
+        self, policy: Policy, *, prompt_len: int, gen_len: int, num_rows: int
+    ) -> Workload:
+        """A block of `num_rows` prompts of up to `prompt_len` tokens."""
+        batch_size = min(policy.batch_size, num_rows)
+        return Workload(
+            num_decoder_layers=self.config.num_hidden_layers,
+            num_head_blocks=self.head.num_blocks,
+            num_parts=self.num_parts,
+            num_batches=math.ceil(num_rows / batch_size),
+            batch_size=batch_size,
+            prompt_len=bucket(prompt_len),
+            gen_len=gen_len,
+        )
+
+
+def lay_out(
+    config: OPTConfig,
+    dtype: np.dtype,
+    tensors: Tensors,
+    policy: Policy,
+    *,
+    device_is_host: bool,
+) -> WeightLayout:
+    """The layout of a model under a policy."""
+    tiers = place_weights(tensors, policy.weights)
+    return WeightLayout(
+        config=config,
+        dtype=dtype,
+        tensors=tensors,
+        tiers=tiers,
+        head=head_blocks(config, tensors, tiers, device_is_host=device_is_host),
+        num_parts=min(policy.num_batches, MOST_PARTS),
+        device_is_host=device_is_host,
+    )
+
+
+def place_weights(tensors: Tensors, placement: Placement) -> dict[str, Tier]:
+    """The tier of every tensor.
+
+    What would be on disk, but is less than `LEAST_ON_DISK` bytes, is on the host; not
+    in a model that is small itself, where that would be more than a little.
+    """
+    nbytes = {name: entry.nbytes for name, entry in tensors.items()}
+    small = sum(size for size in nbytes.values() if size < LEAST_ON_DISK)
+    is_little = small <= MOST_SMALL_SHARE * sum(nbytes.values())
+    least = LEAST_ON_DISK if is_little else 0
+    return place_tensors(placement, nbytes, least_on_disk=least)
+
+
+def head_blocks(
+    config: OPTConfig,
+    tensors: Tensors,
+    tiers: Mapping[str, Tier],
+    *,
+    device_is_host: bool,
+) -> HeadBlocks:
+    """Cuts a table of logits that has to travel into blocks of about a layer's bytes.
+
+    So the head needs no larger stage buffers than a decoder layer does. A table that is
+    used where it lies, as it lies, stays whole.
+    """
+    table = tensors[config.head_table]
+    tier = tiers[config.head_table]
+    stays = tier is Tier.DEVICE or (tier is Tier.HOST and device_is_host)
+    if stays and table.quantization is None:
+        return HeadBlocks(1, config.vocab_size)
+    layer_bytes = sum(
+        entry.nbytes for name, entry in tensors.items() if name.startswith("layers.0.")
+    )
+    num_blocks = max(1, round(table.nbytes / layer_bytes))
+    # Whole chunks, so that no chunk is read twice.
+    rows = math.ceil(config.vocab_size / num_blocks / table.chunk_rows)
+    rows *= table.chunk_rows
+    return HeadBlocks(math.ceil(config.vocab_size / rows), rows)
