@@ -22,6 +22,9 @@ class Tier(enum.Enum):
     HOST = "host"
     DISK = "disk"
 
+    # Members are keys wherever bytes are counted, and Enum's own hash is slow.
+    __hash__ = object.__hash__
+
 
 class Kind(enum.Enum):
     """The kinds of tensors that a policy places."""
@@ -29,6 +32,8 @@ class Kind(enum.Enum):
     WEIGHTS = "weights"
     KV_CACHE = "kv_cache"
     ACTIVATIONS = "activations"
+
+    __hash__ = object.__hash__
 
 
 class Schedule(enum.StrEnum):

@@ -26,6 +26,7 @@ STAIRS = [
     "schedule.emit",
     "schedule.check",
     "schedule.footprint",
+    "schedule.simulate",
     # numbers
     "quant",
     "attention",
@@ -74,12 +75,25 @@ STAIRS = [
     "blocks",
     "runner",
     "engine",
+    # plan
+    "plan.hardware",
+    "plan.scratch",
+    "plan.calibrate",
+    "plan.costs",
+    "plan.closed_form",
+    "plan.program",
+    "plan.predict",
+    "plan.search",
+    "plan.planner",
+    "plan.report",
+    "plan.auto",
     # doors
     "cli",
     "tokenizer",
     "placement_report",
     "llm",
     "generate",
+    "plan.__main__",
 ]
 MAX_FILE_LINES = 350
 MAX_BODY_LINES = 50

@@ -1,6 +1,7 @@
 """The bytes of an engine's run: what `peak_bytes` asks about a schedule's buffers."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -102,12 +103,12 @@ class RunFootprint:
         """Bytes of the buffers through which arrays pass on their way to disk."""
         work, policy, rows = self.work, self.policy, self.work.batch_size
         if policy.kv_cache.disk > 0:
-            slot_bytes = self._cache_slot_bytes // 2  # keys and values are two arrays
+            slot_bytes = self.cache_slot_bytes // 2  # keys and values are two arrays
             row_bytes = max(work.prompt_len, MAX_TAIL_SLOTS) * slot_bytes
             # As many segments as can be under way: their number grows with the tokens.
             yield Kind.KV_CACHE, passing_bytes(rows, row_bytes, segments=MOST_PASSING)
         if policy.activations.disk > 0:
-            row_bytes = work.prompt_len * self._hidden_bytes
+            row_bytes = work.prompt_len * self.hidden_bytes
             yield Kind.ACTIVATIONS, passing_bytes(rows, row_bytes, segments=1)
 
     def loaded(self, buffer: Buffer, step: int) -> Bytes:
@@ -125,7 +126,7 @@ class RunFootprint:
                     Kind.ACTIVATIONS,
                     Rows(0, 0, work.batch_size),
                     work.seq_len(step)
-                    * max(self._hidden_bytes, self.weights.token_row_bytes),
+                    * max(self.hidden_bytes, self.weights.token_row_bytes),
                 )
 
     def computed(self, cell: Cell) -> Mapping[Buffer, Bytes]:
@@ -133,8 +134,8 @@ class RunFootprint:
         if not work.is_decoder(cell.layer):
             return {}
         slots = work.batch_size * work.seq_len(cell.step)
-        hidden = {(Tier.DEVICE, Kind.ACTIVATIONS): slots * self._hidden_bytes}
-        cache = {(Tier.DEVICE, Kind.KV_CACHE): slots * self._cache_slot_bytes}
+        hidden = {(Tier.DEVICE, Kind.ACTIVATIONS): slots * self.hidden_bytes}
+        cache = {(Tier.DEVICE, Kind.KV_CACHE): slots * self.cache_slot_bytes}
         return {Hidden(cell.batch): hidden, Cache(cell.layer, cell.batch): cache}
 
     def workspace(self, cell: Cell) -> Bytes:
@@ -164,7 +165,7 @@ class RunFootprint:
         batch, config = self.work.batch_size, self.config
         row_bytes = config.hidden_size * self._itemsize
         kept = kept_slots(self.policy.attention_sparsity, slots)
-        is_wide = self._cache_as is not None
+        is_wide = self.cache_as is not None
         at_once = min(WIDE_ROWS, batch) if is_wide else batch
         nbytes = at_once * config.num_attention_heads * slots * 4 * (MIN_ROWS + 1)
         if is_wide:
@@ -172,7 +173,7 @@ class RunFootprint:
         if is_wide or kept < slots:
             nbytes += at_once * kept * row_bytes
         size[Tier.DEVICE, Kind.ACTIVATIONS] += nbytes
-        routes = self._routes.values()
+        routes = self.routes.values()
         if any(route != DIRECT for route in routes):
             # Query, key, value and what attention finds, there and back, of two calls
             # on the device and of one on the host.
@@ -184,13 +185,13 @@ class RunFootprint:
         work = self.work
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
-            slot_bytes = work.seq_len(step) * self._hidden_bytes
+            slot_bytes = work.seq_len(step) * self.hidden_bytes
             return {
                 (tier, Kind.ACTIVATIONS): count * slot_bytes
                 for tier, count in zip(Tier, rows, strict=True)
             }
         rows = cache_rows(self.policy, work, buffer)
-        slot_bytes = self._cache_slot_bytes
+        slot_bytes = self.cache_slot_bytes
         size = Counter(
             {
                 (tier, Kind.KV_CACHE): count
@@ -208,31 +209,33 @@ class RunFootprint:
     def _true(self, step: int) -> int:
         return step + self.skipped if step > 1 else step
 
-    @property
-    def _cache_slot_bytes(self) -> int:
+    @functools.cached_property
+    def cache_slot_bytes(self) -> int:
         """Key and value of one token of one row in one layer, as they are kept."""
-        config, how = self.config, self._cache_as
+        config, how = self.config, self.cache_as
         if how is None:
             return 2 * config.hidden_size * self._itemsize
         return 2 * config.num_attention_heads * how.width(config.head_dim)
 
-    @property
-    def _cache_as(self) -> Quantization | None:
+    @functools.cached_property
+    def cache_as(self) -> Quantization | None:
+        """How the cache is quantized."""
         return cache_quantization(self.policy, self.config, self.weights.dtype)
 
     @property
-    def _hidden_bytes(self) -> int:
+    def hidden_bytes(self) -> int:
         """The widest that a token's hidden state gets."""
         return max(self.config.hidden_size, self.config.embed_dim) * self._itemsize
 
-    @property
-    def _routes(self) -> dict[Tier, Route]:
+    @functools.cached_property
+    def routes(self) -> dict[Tier, Route]:
+        """How the cached rows of each tier are attended to."""
         return cache_routes(self.policy, device_is_host=self.device_is_host)
 
     def _cache_staged(self, rows: Rows, slots: int) -> Bytes:
         """Bytes of a cache's load, and of what is gathered after it."""
         size: Counter[tuple[Tier, Kind]] = Counter()
-        routes, slot_bytes = self._routes, self._cache_slot_bytes
+        routes, slot_bytes = self.routes, self.cache_slot_bytes
         for tier, count in zip(Tier, rows, strict=True):
             if not count:
                 continue

@@ -5,6 +5,7 @@ so what a run will need can be told before a weight is read.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -35,6 +36,14 @@ class HeadBlocks(NamedTuple):
 
     def span(self, block: int, vocab_size: int) -> slice:
         return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
+
+
+class _Load(NamedTuple):
+    """What one load of weights brings."""
+
+    spans: dict[str, slice]
+    moved_bytes: Mapping[Tier, int]
+    widened_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,27 @@ class WeightLayout:
 
         A vocabulary block is one tensor, which travels in the first part.
         """
+        return self._loads[layer, part].spans
+
+    def moved_bytes(self, layer: int, part: int) -> Mapping[Tier, int]:
+        """Bytes that a load brings to the device, by the tier that they come from."""
+        return self._loads[layer, part].moved_bytes
+
+    def widened_bytes(self, layer: int, part: int) -> int:
+        """Bytes of what a load makes wide, as layers use it."""
+        return self._loads[layer, part].widened_bytes
+
+    @functools.cached_property
+    def _loads(self) -> dict[tuple[int, int], _Load]:
+        """What every load of weights brings; planning asks for it time and again."""
+        num_layers = self.config.num_hidden_layers + self.head.num_blocks
+        return {
+            (layer, part): self._load(self._spans(layer, part))
+            for layer in range(num_layers)
+            for part in range(self.num_parts)
+        }
+
+    def _spans(self, layer: int, part: int) -> dict[str, slice]:
         if layer < self.config.num_hidden_layers:
             names = layer_tensors(self.config, layer)
             nbytes = {name: self.tensors[name].nbytes for name in names}
@@ -80,26 +110,19 @@ class WeightLayout:
         block = layer - self.config.num_hidden_layers
         return {self.config.head_table: self.head.span(block, self.config.vocab_size)}
 
+    def _load(self, spans: dict[str, slice]) -> _Load:
+        moved, wide = dict.fromkeys(Tier, 0), 0
+        for name, rows in spans.items():
+            entry, count = self.tensors[name], rows.stop - rows.start
+            moved[self.tiers[name]] += count * entry.row_bytes
+            if entry.quantization is not None:
+                wide += count * entry.used_row_bytes
+        return _Load(spans, moved, wide)
+
     def home_bytes(self) -> dict[Tier, int]:
         """Bytes on each tier, where the tensors live."""
         nbytes = {name: entry.nbytes for name, entry in self.tensors.items()}
         return effective(nbytes, self.tiers)
-
-    def moved_bytes(self, layer: int, part: int) -> dict[Tier, int]:
-        """Bytes that a load brings to the device, by the tier that they come from."""
-        moved = dict.fromkeys(Tier, 0)
-        for name, rows in self.spans(layer, part).items():
-            count = rows.stop - rows.start
-            moved[self.tiers[name]] += count * self.tensors[name].row_bytes
-        return moved
-
-    def widened_bytes(self, layer: int, part: int) -> int:
-        """Bytes of what a load makes wide, as layers use it."""
-        return sum(
-            (rows.stop - rows.start) * self.tensors[name].used_row_bytes
-            for name, rows in self.spans(layer, part).items()
-            if self.tensors[name].quantization is not None
-        )
 
     def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
         """Bytes that a load needs: for what is not on the device, or not wide there."""

@@ -9,7 +9,7 @@ An emitter may be told who is still `alive`: it asks once a step for each batch,
 as it can, and leaves out the batches that have ended.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from flexjax.policy import Schedule
@@ -40,17 +40,22 @@ def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """Load, compute, store, one after the other: slow, and plainly right."""
     for step in range(work.gen_len):
         batches = [batch for batch in range(work.num_batches) if alive(step, batch)]
-        for layer in range(work.num_layers if batches else 0):
-            yield from _load_weights(step, layer, range(work.num_parts))
-            for batch in batches:
-                cell = Cell(step, layer, batch)
-                yield from _load_cache(work, cell)
-                yield Load(Hidden(batch), step)
-                yield Compute(*cell)
-                yield from _stores(work, cell)
-                yield from _free_cache(work, cell)
-                yield Free(Hidden(batch))
-            yield from _free_weights(layer, range(work.num_parts))
+        yield from serial_step(work, step, batches)
+
+
+def serial_step(work: Workload, step: int, batches: Sequence[int]) -> Iterator[Op]:
+    """One step of `serial`."""
+    for layer in range(work.num_layers if batches else 0):
+        yield from _load_weights(step, layer, range(work.num_parts))
+        for batch in batches:
+            cell = Cell(step, layer, batch)
+            yield from _load_cache(work, cell)
+            yield Load(Hidden(batch), step)
+            yield Compute(*cell)
+            yield from _stores(work, cell)
+            yield from _free_cache(work, cell)
+            yield Free(Hidden(batch))
+        yield from _free_weights(layer, range(work.num_parts))
 
 
 def zigzag(work: Workload, alive: Alive = always) -> Iterator[Op]:

@@ -1,6 +1,5 @@
 """How much memory a schedule needs, by tier and kind, at its worst moment."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -52,31 +51,46 @@ def peak_bytes(ops: Iterable[Op], footprint: Footprint) -> dict[tuple[Tier, Kind
     anew counts twice until then. What a tier needs in all is the sum over its kinds,
     since stage buffers stay with their kind between one use and the next.
     """
-    now = Counter(footprint.resident())
-    peak = Counter(now)
-    on_device: dict[Buffer, Counter[tuple[Tier, Kind]]] = {}
-    homes: dict[Buffer, Counter[tuple[Tier, Kind]]] = {}
-    replaced: dict[Buffer, Counter[tuple[Tier, Kind]]] = {}
+    now = dict(footprint.resident())
+    peak = dict(now)
+    on_device: dict[Buffer, list[Bytes]] = {}
+    homes: dict[Buffer, Bytes] = {}
+    replaced: dict[Buffer, Bytes] = {}
     for op in ops:
         match op:
             case Load(buffer, step):
-                on_device[buffer] = Counter(footprint.loaded(buffer, step))
-                now.update(on_device[buffer])
+                on_device[buffer] = [footprint.loaded(buffer, step)]
+                _add(now, on_device[buffer][0])
             case Compute(step, layer, batch):
                 cell = Cell(step, layer, batch)
                 for buffer, size in footprint.computed(cell).items():
-                    on_device.setdefault(buffer, Counter()).update(size)
-                    now.update(size)
-                peak |= now + Counter(footprint.workspace(cell))
+                    on_device.setdefault(buffer, []).append(size)
+                    _add(now, size)
+                workspace = footprint.workspace(cell)
+                _add(now, workspace)
+                _raise(peak, now)
+                _add(now, workspace, -1)
             case Store(buffer, step):
-                replaced[buffer] = homes.get(buffer, Counter())
-                homes[buffer] = Counter(footprint.stored(buffer, step))
-                now.update(homes[buffer])
+                replaced[buffer] = homes.get(buffer, {})
+                homes[buffer] = footprint.stored(buffer, step)
+                _add(now, homes[buffer])
             case Free(buffer):
-                now.subtract(on_device.pop(buffer))
-                now.subtract(replaced.pop(buffer, Counter()))
-        peak |= now
-    return dict(peak)
+                _raise(peak, now)  # only here it falls
+                for size in (*on_device.pop(buffer), replaced.pop(buffer, {})):
+                    _add(now, size, -1)
+    _raise(peak, now)
+    return {key: nbytes for key, nbytes in peak.items() if nbytes > 0}
+
+
+def _add(now: dict[tuple[Tier, Kind], int], size: Bytes, sign: int = 1) -> None:
+    for key, nbytes in size.items():
+        now[key] = now.get(key, 0) + sign * nbytes
+
+
+def _raise(peak: dict[tuple[Tier, Kind], int], now: Bytes) -> None:
+    for key, nbytes in now.items():
+        if nbytes > peak.get(key, 0):
+            peak[key] = nbytes
 
 
 def by_tier(sizes: Bytes) -> dict[Tier, int]:

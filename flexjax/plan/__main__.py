@@ -1,0 +1,164 @@
+"""`python -m flexjax.plan`: says what a run will take before it begins."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+from flexjax.cli import run_command
+from flexjax.plan.hardware import Hardware, example_names, read_hardware
+from flexjax.plan.planner import allowed_policies, check_job, find_config, make_plan
+from flexjax.plan.predict import Job
+from flexjax.plan.report import plan_to_json, plan_to_text
+from flexjax.policy import to_json
+from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.sizes import format_bytes, parse_bytes
+from flexjax.store_format import DTYPES
+
+_CALIBRATE = "calibrate"
+_EXAMPLE = """examples:
+  python -m flexjax.plan calibrate
+  python -m flexjax.plan facebook/opt-175b --prompt-len 512 --gen-len 32 \\
+      --num-prompts 1000 --hardware t4-208gb
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flexjax.plan",
+        description="Finds the policy that does a job in the least time, and prints "
+        "what it will cost; no weight is read. Measures this machine the first time.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        help=f"a published model, or a folder; {_CALIBRATE}: measure this machine anew",
+    )
+    parser.add_argument("--prompt-len", type=int, default=512, metavar="N")
+    parser.add_argument("--gen-len", type=int, default=32, metavar="N")
+    parser.add_argument("--num-prompts", type=int, default=1000, metavar="N")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the weights"
+    )
+    for flag, what in (
+        ("--device-memory", "the device's memory"),
+        ("--host-memory", "the host's memory"),
+        ("--disk", "room to spill"),
+    ):
+        parser.add_argument(
+            flag, metavar="SIZE", help=f"{what}, such as 16GiB, instead of what is free"
+        )
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="a machine's file, or one of " + ", ".join(example_names()),
+    )
+    parser.add_argument("--offload-dir", metavar="DIR", help="where to spill to")
+    parser.add_argument(
+        "--allow-quantized",
+        action="store_true",
+        help="try weights and KV cache of 4 and 8 bits too",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the plan here")
+    parser.add_argument(
+        "--policy-json", metavar="FILE", help="write a policy.json for --policy here"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the parsed command line."""
+    for flag in ("json", "policy_json"):
+        if (name := getattr(args, flag)) is not None:
+            ensure_writable(f"--{flag.replace('_', '-')}", pathlib.Path(name))
+    if args.model == _CALIBRATE:
+        print(_figures(_measured(args, anew=True)))
+        return
+    job = Job(
+        prompt_len=args.prompt_len, gen_len=args.gen_len, num_prompts=args.num_prompts
+    )
+    config = find_config(args.model)
+    check_job(job, config)
+    hardware = _with_budgets(args, _hardware(args))
+    allowed = allowed_policies(
+        quantized=args.allow_quantized, host_attention=not hardware.device_is_host
+    )
+    plan, model = make_plan(config, DTYPES[args.dtype], hardware, job, allowed)
+    if args.json is not None:
+        _write(args.json, plan_to_json(plan, model, hardware))
+    if args.policy_json is not None:
+        _write(args.policy_json, to_json(plan.policy))
+    print(plan_to_text(plan, model, hardware))
+
+
+def _write(name: str, values: object) -> None:
+    write_atomically(pathlib.Path(name), json.dumps(values, indent=1).encode() + b"\n")
+
+
+def _hardware(args: argparse.Namespace) -> Hardware:
+    if args.hardware is None:
+        return _measured(args, anew=False)
+    return read_hardware(args.hardware)
+
+
+def _measured(args: argparse.Namespace, *, anew: bool) -> Hardware:
+    # Slow to load, and not needed for a machine that is described.
+    import jax
+
+    from checkpoints_tools.resolve import default_cache
+    from flexjax.plan.calibrate import calibrated
+
+    folder = args.offload_dir or default_cache()
+    return calibrated(
+        pathlib.Path(folder),
+        jax.devices()[0],
+        progress=lambda text: print(text, file=sys.stderr),
+        anew=anew,
+    )
+
+
+def _with_budgets(args: argparse.Namespace, hardware: Hardware) -> Hardware:
+    given = {
+        "device_memory_bytes": args.device_memory,
+        "host_memory_bytes": args.host_memory,
+        "disk_bytes": args.disk,
+    }
+    if hardware.device_is_host and args.device_memory is not None:
+        raise ValueError(
+            "--device-memory has no effect where the device is the host's processor: "
+            "give --host-memory, which is the memory of both"
+        )
+    sizes = {name: parse_bytes(text) for name, text in given.items() if text}
+    return dataclasses.replace(hardware, **sizes)
+
+
+def _figures(hardware: Hardware) -> str:
+    """A machine's figures as a table."""
+    lines = [hardware.name]
+    for field in dataclasses.fields(Hardware):
+        value = getattr(hardware, field.name)
+        if field.name == "name" or value is None:
+            continue
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for key, figure in items:
+            lines.append(f"  {f'{field.name} {key}':40} {_figure(field.name, figure)}")
+    return "\n".join(lines)
+
+
+def _figure(name: str, value: float) -> str:
+    if name.endswith("flops_per_s"):
+        return f"{value / 1e12:.3f} TFLOP/s"
+    if name.endswith("bytes_per_s"):
+        return f"{value / 1e9:.2f} GB/s"
+    if name.endswith("_bytes"):
+        return format_bytes(int(value))
+    if name == "call_s":
+        return f"{value * 1e6:.0f} us"
+    return str(value) if isinstance(value, bool) else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, build_parser()))

@@ -1,0 +1,103 @@
+"""The policy of a run that names none: all on the device, or what a search finds."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flexjax.checkpoint import WeightStore
+from flexjax.memory.capacity import free_bytes
+from flexjax.memory.link import Device, is_shared
+from flexjax.plan.calibrate import calibrated
+from flexjax.plan.closed_form import Model
+from flexjax.plan.hardware import Hardware
+from flexjax.plan.predict import Job
+from flexjax.plan.report import format_seconds, policy_in_words
+from flexjax.plan.search import Plan, fits, memory_budgets, search
+from flexjax.policy import Policy
+from flexjax.sizes import format_bytes
+
+# Rows of a batch that leave nothing to be gained by more, and the most that are tried.
+ENOUGH_ROWS, MOST_ROWS = 64, 256
+
+
+class Choice(NamedTuple):
+    """A policy, why it was chosen in two lines, and its plan where one was made."""
+
+    policy: Policy
+    reason: str
+    plan: Plan | None = None
+
+
+def choose_policy(
+    store: WeightStore,
+    job: Job,
+    *,
+    device: Device,
+    offload_dir: pathlib.Path,
+    progress: Callable[[str], object],
+) -> Choice:
+    """The best policy for a job with a model that is there.
+
+    Where all of it fits on the device there is nothing to plan. Otherwise the machine
+    is measured, if it never was before, and a policy is searched.
+
+    Args:
+        store: the model's weights.
+        job: what is to be generated.
+        device: that computes.
+        offload_dir: where a run would spill to.
+        progress: is told what takes long, in a few words.
+
+    Raises:
+        ValueError: not even one prompt fits.
+        OSError: the disk failed while it was measured.
+    """
+    model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
+    template = _template(store)
+    free = free_bytes(device, offload_dir)
+    budgets = memory_budgets(free, device_is_host=is_shared(device))
+    for batch_size in _device_sizes(job.num_prompts):
+        policy = dataclasses.replace(template, batch_size=batch_size)
+        if fits(model, policy, budgets, job, device_is_host=is_shared(device)):
+            return Choice(policy, _all_on_device(policy, job))
+    hardware = calibrated(offload_dir, device, progress)
+    plan = search(model, hardware, job, template)
+    return Choice(plan.policy, _as_planned(plan, hardware), plan)
+
+
+def _template(store: WeightStore) -> Policy:
+    """A policy that takes the weights as they are stored."""
+    how = store.quantization
+    if how is None:
+        return Policy()
+    return Policy(weight_bits=how.bits, group_size=how.group_size)
+
+
+def _device_sizes(num_prompts: int) -> list[int]:
+    """Batch sizes at which a model that is all on the device loses nothing."""
+    enough = min(num_prompts, ENOUGH_ROWS)
+    return sorted({enough, min(num_prompts, MOST_ROWS)}, reverse=True)
+
+
+def _all_on_device(policy: Policy, job: Job) -> str:
+    return (
+        f"policy: everything on the device, batches of {policy.batch_size}\n"
+        f"because {job.num_prompts} prompts of up to {job.prompt_len} tokens and "
+        f"{job.gen_len} new ones fit there with the whole model"
+    )
+
+
+def _as_planned(plan: Plan, hardware: Hardware) -> str:
+    prediction = plan.prediction
+    memory = (
+        hardware.host_memory_bytes
+        if hardware.device_is_host
+        else hardware.device_memory_bytes
+    )
+    return (
+        f"policy: {policy_in_words(plan)}\n"
+        f"because the device's {format_bytes(memory)} do not hold everything; expect "
+        f"{format_seconds(prediction.total_s)} ({prediction.tokens_per_s:.3g} tokens/s)"
+        f", bounded by {prediction.bottleneck.value}"
+    )

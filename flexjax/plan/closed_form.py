@@ -1,0 +1,314 @@
+"""Time and memory of a block as linear functions of its six placement fractions.
+
+Bytes of a run and seconds of its ops grow evenly with the fractions, but for rounding
+to whole tensors and rows. So they are taken from seven corners, where everything of a
+kind is on one tier: one with all on disk, and one for each fraction that is 1 instead.
+No formula of the engine's is written twice.
+"""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flexjax.memory.footprint import RunFootprint
+from flexjax.memory.layout import MOST_PARTS, Tensors, WeightLayout, lay_out
+from flexjax.models.config import OPTConfig
+from flexjax.plan.costs import RunCosts
+from flexjax.plan.hardware import Hardware
+from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
+from flexjax.schedule.simulate import DISK, Contention, Resource, add_seconds
+
+# The variables: the share of a kind on a tier; the rest is on disk.
+SHARES = tuple((kind, tier) for kind in Kind for tier in (Tier.DEVICE, Tier.HOST))
+LAYERS_AHEAD = 2  # that a plan has room for
+Bytes = Counter[tuple[Tier, Kind]]
+SomeBytes = Mapping[tuple[Tier, Kind], int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is known of a model before a weight is read."""
+
+    config: OPTConfig
+    dtype: np.dtype
+    tensors: Tensors
+    _layouts: dict[Any, WeightLayout] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def layout(self, policy: Policy, *, device_is_host: bool) -> WeightLayout:
+        """How it lies under a policy."""
+        # All that a layout depends on; a search asks for the same few over and over.
+        parts = min(policy.num_batches, MOST_PARTS)
+        weights = policy.weights
+        key = weights.device, weights.host, parts, device_is_host
+        if key not in self._layouts:
+            self._layouts[key] = lay_out(
+                self.config,
+                self.dtype,
+                self.tensors,
+                policy,
+                device_is_host=device_is_host,
+            )
+        return self._layouts[key]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A value by resource, or by tier and kind: `base` plus shares times `slopes`."""
+
+    base: Mapping[Any, float]
+    slopes: Mapping[tuple[Kind, Tier], Mapping[Any, float]]
+
+    def at(self, shares: Mapping[tuple[Kind, Tier], float]) -> dict[Any, float]:
+        total = dict(self.base)
+        for share, slope in self.slopes.items():
+            for key, value in slope.items():
+                total[key] = total.get(key, 0.0) + shares[share] * value
+        return total
+
+    @property
+    def keys(self) -> list[Any]:
+        found = dict.fromkeys(self.base)
+        for slope in self.slopes.values():
+            found |= dict.fromkeys(slope)
+        return list(found)
+
+    def slope(self, key: Any) -> list[float]:
+        """By share, in the order of `SHARES`."""
+        return [self.slopes[share].get(key, 0.0) for share in SHARES]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockForm:
+    """A block's seconds and bytes.
+
+    Attributes:
+        prefill, decode: seconds by resource.
+        bytes: peak bytes by tier and kind.
+    """
+
+    prefill: Linear
+    decode: Linear
+    bytes: Linear
+
+    def seconds(
+        self, shares: Mapping[tuple[Kind, Tier], float], contention: Contention
+    ) -> tuple[float, float]:
+        """Of prefill and decode: what the slowest resource takes."""
+        prefill_s = phase_seconds(self.prefill.at(shares), contention)
+        return prefill_s, phase_seconds(self.decode.at(shares), contention)
+
+
+def phase_seconds(terms: Mapping[Resource, float], contention: Contention) -> float:
+    """Of a phase whose resources all work at the same time: the largest term wins."""
+    compute_s = terms.get(Resource.COMPUTE, 0.0)
+    disk_s = max(terms.get(resource, 0.0) for resource in DISK)
+    return max(contention.seconds(disk_s, compute_s), *terms.values())
+
+
+def shares_of(policy: Policy) -> dict[tuple[Kind, Tier], float]:
+    """The variables' values under a policy."""
+    return {(k, tier): policy.placement(k).fraction(tier) for k, tier in SHARES}
+
+
+def with_shares(policy: Policy, shares: Mapping[tuple[Kind, Tier], float]) -> Policy:
+    """`policy` with other placements."""
+    return dataclasses.replace(
+        policy,
+        **{
+            kind.value: Placement(
+                device=shares[kind, Tier.DEVICE], host=shares[kind, Tier.HOST]
+            )
+            for kind in Kind
+        },
+    )
+
+
+def block_form(
+    model: Model, policy: Policy, hardware: Hardware, *, prompt_len: int, gen_len: int
+) -> BlockForm:
+    """The form of a whole block under `policy`, whatever its placements."""
+    corners = [
+        _Corner(model, corner, hardware, prompt_len, gen_len)
+        for corner in _corner_policies(policy)
+    ]
+    return BlockForm(
+        prefill=_linear([corner.prefill_s() for corner in corners]),
+        decode=_linear([corner.decode_s() for corner in corners]),
+        bytes=_linear([corner.peak_bytes() for corner in corners]),
+    )
+
+
+def _corner_policies(policy: Policy) -> list[Policy]:
+    nothing = dict.fromkeys(SHARES, 0.0)
+    return [with_shares(policy, nothing)] + [
+        with_shares(policy, nothing | {share: 1.0}) for share in SHARES
+    ]
+
+
+def _linear(values: list[Mapping[Any, float]]) -> Linear:
+    base, *others = values
+    return Linear(
+        base=base,
+        slopes={
+            share: {
+                key: other.get(key, 0.0) - base.get(key, 0.0)
+                for key in base.keys() | other.keys()
+            }
+            for share, other in zip(SHARES, others, strict=True)
+        },
+    )
+
+
+class _Corner:
+    """A block of which everything of a kind is on one tier.
+
+    So all its layers are alike, and all its batches: what holds for one holds for all.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        hardware: Hardware,
+        prompt_len: int,
+        gen_len: int,
+    ) -> None:
+        self._layout = layout = model.layout(
+            policy, device_is_host=hardware.device_is_host
+        )
+        work = layout.workload(
+            policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
+        )
+        ahead = min(LAYERS_AHEAD, work.num_layers - 1)
+        self._work = work = dataclasses.replace(work, layers_ahead=ahead)
+        self._sizes = RunFootprint(
+            work=work, policy=policy, weights=layout, scores=False
+        )
+        self._costs = RunCosts(self._sizes, hardware)
+
+    def prefill_s(self) -> dict[Resource, float]:
+        """Seconds by resource, when nothing else happens."""
+        return self._step_s(0)
+
+    def decode_s(self) -> dict[Resource, float]:
+        """The same of all steps after the prefill.
+
+        Steps grow evenly but for buckets of the cache: some of them stand for all.
+        """
+        last = self._work.gen_len - 1
+        total: dict[Resource, float] = dict.fromkeys(Resource, 0.0)
+        steps = sorted({round(step) for step in np.linspace(1, last, min(last, 5))})
+        for step in steps:
+            add_seconds(total, self._step_s(step), last / len(steps))
+        return total
+
+    def _step_s(self, step: int) -> dict[Resource, float]:
+        work, costs = self._work, self._costs
+        total = dict(self._weights_s)
+        cell, cache, hidden = Cell(step, 0, 0), Cache(0, 0), Hidden(0)
+        cells = work.num_decoder_layers * work.num_batches
+        for seconds in (
+            costs.compute(cell),
+            costs.load(hidden, step),
+            costs.store(hidden, step),
+            costs.load(cache, step) if step > 0 else {},
+            costs.store(cache, step) if work.keeps_cache(step) else {},
+        ):
+            add_seconds(total, seconds, cells)
+        return total
+
+    @functools.cached_property
+    def _weights_s(self) -> dict[Resource, float]:
+        """Of what is the same in every step: all weights, and the head."""
+        work, costs = self._work, self._costs
+        total: dict[Resource, float] = dict.fromkeys(Resource, 0.0)
+        for layer in range(work.num_layers):
+            for part in range(work.num_parts):
+                add_seconds(total, costs.load(Weights(layer, part), 0))
+            if not work.is_decoder(layer):
+                head = costs.compute(Cell(0, layer, 0))
+                add_seconds(total, head, work.num_batches)
+        return total
+
+    def peak_bytes(self) -> Bytes:
+        return peak_from_above(self._sizes, alike=True)
+
+
+def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Bytes:
+    """What `flexjax.schedule.footprint.peak_bytes` would say of `zigzag`, or more.
+
+    Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, two
+    caches and two hidden states.
+
+    Args:
+        sizes: of a run.
+        alike: all its caches are alike, and all its hidden states.
+    """
+    work = sizes.work
+    last = work.gen_len - 1
+    total = Counter(sizes.resident())
+    layers = [
+        _sum(sizes.loaded(Weights(layer, part), 0) for part in range(work.num_parts))
+        for layer in (range(1) if alike else range(work.num_layers))
+    ]
+    _add(total, _most(layers), work.layers_ahead + 1)
+    cells = [
+        Cache(layer, batch)
+        for layer in range(work.num_decoder_layers)
+        for batch in range(work.num_batches)
+    ]
+    if last > 0:
+        stored = _homes(sizes, cells, last - 1, alike=alike)
+        _add(total, _sum(stored))
+        _add(total, _most(stored), 2)
+        some = cells[:1] if alike else cells
+        _add(total, _most([sizes.loaded(cache, last) for cache in some]), 2)
+    states = [Hidden(batch) for batch in range(work.num_batches)]
+    stored = _homes(sizes, states, 0, alike=alike)
+    _add(total, _sum(stored))
+    _add(total, _most(stored), 2)
+    _add(total, sizes.loaded(Hidden(0), 0), 2)
+    for size in sizes.computed(Cell(0, 0, 0)).values():
+        _add(total, size, 2)
+    _add(total, _most([sizes.workspace(Cell(step, 0, 0)) for step in (0, last)]))
+    return total
+
+
+def _homes(
+    sizes: RunFootprint,
+    buffers: Sequence[Cache] | Sequence[Hidden],
+    step: int,
+    *,
+    alike: bool,
+) -> list[SomeBytes]:
+    if alike:
+        return [sizes.stored(buffers[0], step)] * len(buffers)
+    return [sizes.stored(buffer, step) for buffer in buffers]
+
+
+def _sum(sizes: Iterable[SomeBytes]) -> Bytes:
+    total: Bytes = Counter()
+    for size in sizes:
+        _add(total, size)
+    return total
+
+
+def _most(sizes: Iterable[SomeBytes]) -> Bytes:
+    """The largest of each kind on each tier."""
+    most: Bytes = Counter()
+    for size in sizes:
+        for key, nbytes in size.items():
+            most[key] = max(most[key], nbytes)
+    return most
+
+
+def _add(total: Bytes, more: SomeBytes, times: int = 1) -> None:
+    for key, nbytes in more.items():
+        total[key] += times * nbytes

@@ -1,0 +1,170 @@
+"""Seconds of every op of a run on a machine: what `simulate` asks about a schedule."""
+
+import dataclasses
+import functools
+
+from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
+from flexjax.memory.layout import WeightLayout
+from flexjax.memory.placement import Rows
+from flexjax.models.config import layer_tensors
+from flexjax.plan.hardware import Hardware
+from flexjax.policy import Policy, Tier
+from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
+from flexjax.schedule.simulate import Resource, Seconds, add_seconds
+from flexjax.sparse import kept_slots
+from flexjax.workload import Workload, prefill_rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunCosts:
+    """Seconds of a run's ops, which move the bytes of `run`, on `hardware`."""
+
+    run: RunFootprint
+    hardware: Hardware
+
+    @property
+    def work(self) -> Workload:
+        return self.run.work
+
+    @property
+    def policy(self) -> Policy:
+        return self.run.policy
+
+    @property
+    def weights(self) -> WeightLayout:
+        return self.run.weights
+
+    def load(self, buffer: Buffer, step: int) -> Seconds:
+        match buffer:
+            case Weights(layer, part):
+                return self._load_weights(layer, part)
+            case Cache():
+                return self._load_cache(buffer, step)
+            case Hidden(batch):
+                rows = hidden_rows(self.policy, self.work, Hidden(batch))
+                return self._load_rows(
+                    rows, self.work.seq_len(step) * self.run.hidden_bytes
+                )
+
+    def compute(self, cell: Cell) -> Seconds:
+        work, hardware = self.work, self.hardware
+        seconds = {Resource.COMPUTE: hardware.call_s}
+        if not work.is_decoder(cell.layer):
+            block = cell.layer - work.num_decoder_layers
+            span = self.weights.head.span(block, self.weights.config.vocab_size)
+            size = (span.stop - span.start) * self.weights.config.embed_dim
+            seconds[Resource.COMPUTE] += hardware.product_s(work.batch_size, size)
+        elif cell.step == 0:
+            seconds[Resource.COMPUTE] += self._prefill_s
+        else:
+            size = self._layer_weights
+            seconds[Resource.COMPUTE] += hardware.product_s(work.batch_size, size)
+            add_seconds(seconds, self._attention(cell))
+        return seconds
+
+    def store(self, buffer: Cache | Hidden, step: int) -> Seconds:
+        work = self.work
+        if isinstance(buffer, Hidden):
+            rows = hidden_rows(self.policy, work, buffer)
+            return self._store_rows(rows, work.seq_len(step) * self.run.hidden_bytes)
+        rows = cache_rows(self.policy, work, buffer)
+        return self._store_rows(rows, work.seq_len(step) * self.run.cache_slot_bytes)
+
+    def _load_weights(self, layer: int, part: int) -> Seconds:
+        seconds: dict[Resource, float] = {}
+        moved = self.weights.moved_bytes(layer, part)
+        self._add_read(seconds, moved[Tier.DISK])
+        self._add_to_device(seconds, moved[Tier.HOST] + moved[Tier.DISK])
+        if wide := self.weights.widened_bytes(layer, part):
+            bits = self.policy.weight_bits
+            assert bits is not None
+            rate = self.hardware.dequantized_bytes_per_s[bits]
+            add_seconds(seconds, {Resource.COMPUTE: wide / rate})
+        return seconds
+
+    def _load_cache(self, buffer: Cache, step: int) -> Seconds:
+        seconds: dict[Resource, float] = {}
+        rows = cache_rows(self.policy, self.work, buffer)
+        slot_bytes = self.run.cache_slot_bytes
+        # What is on disk is read as far as it is in use, a host's array is lent whole.
+        used = self.work.past_len(step)
+        self._add_read(seconds, rows.disk * used * slot_bytes)
+        for tier, count in zip(Tier, rows, strict=True):
+            route = self.run.routes[tier]
+            if tier is Tier.DEVICE or route.on_host:
+                continue
+            slots: float = self.work.cache_slots(step - 1)
+            if route.gathers:
+                kept = kept_slots(self.policy.attention_sparsity, int(slots))
+                slots = (slots + kept) / 2  # keys whole, and of values what they choose
+            self._add_to_device(seconds, count * slots * slot_bytes)
+        return seconds
+
+    def _load_rows(self, rows: Rows, row_bytes: int) -> Seconds:
+        seconds: dict[Resource, float] = {}
+        self._add_read(seconds, rows.disk * row_bytes)
+        self._add_to_device(seconds, (rows.host + rows.disk) * row_bytes)
+        return seconds
+
+    def _store_rows(self, rows: Rows, row_bytes: int) -> Seconds:
+        seconds: dict[Resource, float] = {}
+        rate = self.hardware.from_device_bytes_per_s
+        if rate is not None:
+            moved = (rows.host + rows.disk) * row_bytes
+            seconds[Resource.FROM_DEVICE] = moved / rate
+        written = rows.disk * row_bytes
+        seconds[Resource.DISK_WRITE] = written / self.hardware.disk_write_bytes_per_s
+        return seconds
+
+    def _add_read(self, seconds: dict[Resource, float], nbytes: float) -> None:
+        spent_s = nbytes / self.hardware.disk_read_bytes_per_s
+        add_seconds(seconds, {Resource.DISK_READ: spent_s})
+
+    def _add_to_device(self, seconds: dict[Resource, float], nbytes: float) -> None:
+        rate = self.hardware.to_device_bytes_per_s
+        if rate is not None:
+            add_seconds(seconds, {Resource.TO_DEVICE: nbytes / rate})
+
+    def _attention(self, cell: Cell) -> Seconds:
+        """Of new tokens to what is cached, by where that happens."""
+        hardware = self.hardware
+        seconds = {Resource.COMPUTE: 0.0, Resource.HOST_ATTENTION: 0.0}
+        rows = cache_rows(self.policy, self.work, Cache(cell.layer, cell.batch))
+        slots = self.work.cache_slots(cell.step - 1)
+        head_bytes = 2 * self.weights.config.hidden_size * self.weights.dtype.itemsize
+        for tier, count in zip(Tier, rows, strict=True):
+            wide_bytes = count * slots * head_bytes
+            on_host = self.run.routes[tier].on_host
+            resource = Resource.HOST_ATTENTION if on_host else Resource.COMPUTE
+            rate = (
+                hardware.host_attention_bytes_per_s
+                if on_host
+                else hardware.attention_bytes_per_s
+            )
+            seconds[resource] += wide_bytes / rate
+            if (how := self.run.cache_as) is not None:
+                rate = hardware.dequantized_bytes_per_s[how.bits]
+                seconds[resource] += wide_bytes / rate
+        return seconds
+
+    @functools.cached_property
+    def _prefill_s(self) -> float:
+        """Of a layer on a batch of whole prompts."""
+        work, hardware = self.work, self.hardware
+        batch, seq = work.batch_size, work.prompt_len
+        rows = prefill_rows(batch, seq)
+        groups = batch // rows
+        products_s = groups * hardware.product_s(rows * seq, self._layer_weights)
+        flops = 4 * batch * seq * seq * self.weights.config.hidden_size
+        return products_s + flops / hardware.prefill_attention_flops_per_s
+
+    @functools.cached_property
+    def _layer_weights(self) -> int:
+        """Elements of a decoder layer's matrices."""
+        config, tensors = self.weights.config, self.weights.tensors
+        shapes = (
+            tensors[name].used_shape
+            for name in layer_tensors(config, 0)
+            if name.startswith("layers.0.")
+        )
+        return sum(shape[0] * shape[1] for shape in shapes if len(shape) == 2)

@@ -1,0 +1,232 @@
+"""A machine in figures: what it holds, and how fast it moves and computes.
+
+Figures are measured (`flexjax.plan.calibrate`) or described; as JSON they carry their
+units in their names. `examples/` has some machines.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from flexjax.policy import BITS, Tier
+from flexjax.safe_files import write_atomically
+from flexjax.schedule.simulate import Contention
+
+VERSION = 1
+EXAMPLES = pathlib.Path(__file__).parent / "examples"
+_TABLES = ("product_flops_per_s", "dequantized_bytes_per_s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What the cost model knows of a machine.
+
+    Attributes:
+        name: of the machine, for people.
+        device_is_host: whether the device computes in the host's memory.
+        device_memory_bytes: that a run may use; of no meaning where the device is the
+            host.
+        host_memory_bytes: likewise, all of a CPU's.
+        disk_bytes: that a run may spill.
+        disk_read_bytes_per_s, disk_write_bytes_per_s: of the offload folder.
+        to_device_bytes_per_s, from_device_bytes_per_s: of copies between host and
+            device; None where the device is the host, which needs none.
+        product_flops_per_s: of a product of bfloat16 matrices, by the number of rows
+            that the weights are multiplied with; two operations a multiplication.
+        prefill_attention_flops_per_s: of attention to a whole prompt, scores that are
+            masked counted too.
+        attention_bytes_per_s: of keys and values, for one new token a row.
+        host_attention_bytes_per_s: the same on the host's processor.
+        dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.
+        call_s: fixed cost of a call of a layer step.
+        compute_beside_disk, disk_beside_compute: fraction of its speed that each keeps
+            while the other is busy.
+    """
+
+    name: str
+    device_is_host: bool
+    device_memory_bytes: int
+    host_memory_bytes: int
+    disk_bytes: int
+    disk_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    to_device_bytes_per_s: float | None = None
+    from_device_bytes_per_s: float | None = None
+    product_flops_per_s: Mapping[int, float]
+    prefill_attention_flops_per_s: float
+    attention_bytes_per_s: float
+    host_attention_bytes_per_s: float
+    dequantized_bytes_per_s: Mapping[int, float]
+    call_s: float = 0.0
+    compute_beside_disk: float = 1.0
+    disk_beside_compute: float = 1.0
+
+    @property
+    def free_bytes(self) -> dict[Tier, int]:
+        """What each tier could take."""
+        return {
+            Tier.DEVICE: self.device_memory_bytes,
+            Tier.HOST: self.host_memory_bytes,
+            Tier.DISK: self.disk_bytes,
+        }
+
+    @property
+    def contention(self) -> Contention:
+        return Contention(
+            compute_beside_disk=self.compute_beside_disk,
+            disk_beside_compute=self.disk_beside_compute,
+        )
+
+    def product_s(self, rows: int, num_weights: int) -> float:
+        """Seconds of the product of `rows` rows with matrices of so many elements.
+
+        Between two measured numbers of rows, time grows evenly; past the last, with
+        the rows.
+        """
+        counts = sorted(self.product_flops_per_s)
+        spent = [2 * count / self.product_flops_per_s[count] for count in counts]
+        if rows > counts[-1]:
+            return num_weights * spent[-1] * rows / counts[-1]
+        return num_weights * float(np.interp(rows, counts, spent))
+
+
+def validate_hardware(hardware: Hardware) -> Hardware:
+    """Returns `hardware`.
+
+    Raises:
+        ValueError: a figure is none that a machine can have; the message names it.
+    """
+    if type(hardware.device_is_host) is not bool:
+        raise ValueError(
+            f"device_is_host is {hardware.device_is_host!r}, expected true or false"
+        )
+    for name, value in _figures(hardware):
+        if name.endswith("memory_bytes") or name in ("disk_bytes", "call_s"):
+            _check(name, value, least=0)
+        elif name in ("compute_beside_disk", "disk_beside_compute"):
+            _check(name, value, above=0, most=1)
+        else:
+            _check(name, value, above=0)
+    if not hardware.device_is_host:
+        for name in ("to_device_bytes_per_s", "from_device_bytes_per_s"):
+            if getattr(hardware, name) is None:
+                raise ValueError(f"{name} is missing: this device has its own memory")
+    if not hardware.product_flops_per_s:
+        raise ValueError("product_flops_per_s is empty; give it some numbers of rows")
+    if (fewest := min(hardware.product_flops_per_s)) < 1:
+        raise ValueError(f"product_flops_per_s has {fewest} rows, expected 1 or more")
+    if missing := set(BITS) - set(hardware.dequantized_bytes_per_s):
+        raise ValueError(f"dequantized_bytes_per_s lacks {min(missing)} bits")
+    return hardware
+
+
+def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
+    """Every number of a machine, with its name."""
+    for field in dataclasses.fields(Hardware):
+        value = getattr(hardware, field.name)
+        if field.name in _TABLES:
+            yield from ((f"{field.name} of {key}", rate) for key, rate in value.items())
+        elif field.name in ("name", "device_is_host"):
+            continue
+        elif value is not None or field.default is not None:  # None where it may be
+            yield field.name, value
+
+
+def _check(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Also of an integer that no float can hold.
+    is_finite = is_number and abs(value) <= sys.float_info.max
+    if is_finite and least <= value <= most and value > above:
+        return
+    wanted = f"at least {least:g}" if math.isfinite(least) else f"more than {above:g}"
+    if math.isfinite(most):
+        wanted += f" and at most {most:g}"
+    raise ValueError(f"{name} is {value!r}, expected a number of {wanted}")
+
+
+def hardware_to_json(hardware: Hardware) -> dict[str, Any]:
+    """A JSON object that `hardware_from_json` reads back."""
+    return {"version": VERSION} | dataclasses.asdict(hardware)
+
+
+def hardware_from_json(values: Any) -> Hardware:
+    """Reads what `hardware_to_json` wrote.
+
+    Raises:
+        ValueError: not such an object, of another version, or with absurd figures.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, expected an object")
+    fields = dict(values)
+    if fields.pop("version", None) != VERSION:
+        raise ValueError(
+            f"version is {values.get('version')!r}, this flexjax reads {VERSION}: "
+            "calibrate anew"
+        )
+    known = {field.name for field in dataclasses.fields(Hardware)}
+    required = {
+        field.name
+        for field in dataclasses.fields(Hardware)
+        if field.default is dataclasses.MISSING
+    }
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"a machine has no {unknown[0]!r}")
+    if missing := sorted(required - set(fields)):
+        raise ValueError(f"{missing[0]} is missing")
+    for name in _TABLES:
+        fields[name] = _with_numbers(name, fields[name])
+    return validate_hardware(Hardware(**fields))
+
+
+def _with_numbers(name: str, table: Any) -> dict[int, float]:
+    """A table whose keys, which JSON makes texts, are numbers again."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} is {table!r}, expected an object of figures")
+    try:
+        return {int(key): value for key, value in table.items()}
+    except ValueError as error:
+        raise ValueError(f"{name} has a key that is no number: {error}") from error
+
+
+def read_hardware(name: str) -> Hardware:
+    """Reads a machine's file; or one of `examples`, by its name.
+
+    Raises:
+        ValueError: there is no such file, or it describes no machine.
+    """
+    path = pathlib.Path(name)
+    if not path.exists() and name in example_names():
+        path = EXAMPLES / f"{name}.json"
+    try:
+        return hardware_from_json(json.loads(path.read_text()))
+    except OSError as error:
+        raise ValueError(
+            f"hardware {name} cannot be read: {error.strerror}; give a file, or one of "
+            f"{', '.join(example_names())}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"hardware {path}: {error}") from error
+
+
+def write_hardware(path: pathlib.Path, hardware: Hardware) -> None:
+    """Writes what `read_hardware` reads."""
+    text = json.dumps(hardware_to_json(hardware), indent=1)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def example_names() -> list[str]:
+    """Machines that come with flexjax."""
+    return sorted(path.stem for path in EXAMPLES.glob("*.json"))

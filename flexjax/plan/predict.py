@@ -1,0 +1,207 @@
+"""What a policy will do with a job: its seconds, and its peak bytes."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from flexjax.memory.footprint import RunFootprint
+from flexjax.memory.layout import WeightLayout
+from flexjax.plan.closed_form import (
+    LAYERS_AHEAD,
+    Model,
+    block_form,
+    peak_from_above,
+    phase_seconds,
+    shares_of,
+)
+from flexjax.plan.costs import RunCosts
+from flexjax.plan.hardware import Hardware
+from flexjax.policy import Kind, Policy, Tier
+from flexjax.schedule.emit import EMITTERS, serial_step
+from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden
+from flexjax.schedule.simulate import (
+    Resource,
+    Seconds,
+    add_seconds,
+    simulate,
+    total_seconds,
+)
+from flexjax.workload import Workload
+
+# What is simulated of a long run, in compute calls, and of its steps and layers at the
+# least: the rest takes as much longer than its slowest resource as this does.
+MOST_CELLS = 4_000
+LEAST_STEPS, LEAST_LAYERS = 3, 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be generated.
+
+    Attributes:
+        prompt_len: tokens of the longest prompt.
+        gen_len: tokens that each prompt gets.
+        num_prompts: of about this length.
+    """
+
+    prompt_len: int
+    gen_len: int
+    num_prompts: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a job will take.
+
+    Attributes:
+        prefill_s, decode_s: of all blocks.
+        num_tokens: that are generated.
+        prefill_terms, decode_terms: seconds of each resource, when nothing else
+            happens.
+    """
+
+    prefill_s: float
+    decode_s: float
+    num_tokens: int
+    prefill_terms: Mapping[Resource, float]
+    decode_terms: Mapping[Resource, float]
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.total_s
+
+    @property
+    def terms(self) -> dict[Resource, float]:
+        """Seconds of each resource in the whole job."""
+        total = dict(self.prefill_terms)
+        add_seconds(total, self.decode_terms)
+        return total
+
+    @property
+    def bottleneck(self) -> Resource:
+        """The resource that is needed longest."""
+        return max(self.terms, key=lambda resource: self.terms[resource])
+
+    def idle_share(self, resource: Resource) -> float:
+        """The share of the time for which a resource is not needed."""
+        return max(0.0, 1.0 - self.terms[resource] / self.total_s)
+
+
+def predict(model: Model, policy: Policy, hardware: Hardware, job: Job) -> Prediction:
+    """What a policy takes for a job, by simulation of its first block."""
+    prefill_s = decode_s = 0.0
+    terms: list[dict[Resource, float]] = [{}, {}]
+    stretch: list[float] | None = None
+    for work, times in _blocks(
+        model.layout(policy, device_is_host=hardware.device_is_host), policy, job
+    ):
+        block = dataclasses.replace(
+            policy, batch_size=work.batch_size, num_batches=work.num_batches
+        )
+        form = block_form(
+            model, block, hardware, prompt_len=job.prompt_len, gen_len=job.gen_len
+        )
+        if stretch is None:
+            stretch = _stretch(model, policy, hardware, work)
+        shares = shares_of(policy)
+        seconds = form.seconds(shares, hardware.contention)
+        prefill_s += times * stretch[0] * seconds[0]
+        decode_s += times * stretch[1] * seconds[1]
+        add_seconds(terms[0], form.prefill.at(shares), times)
+        add_seconds(terms[1], form.decode.at(shares), times)
+    return Prediction(
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        num_tokens=job.num_prompts * job.gen_len,
+        prefill_terms=terms[0],
+        decode_terms=terms[1],
+    )
+
+
+def _stretch(
+    model: Model, policy: Policy, hardware: Hardware, work: Workload
+) -> list[float]:
+    """How much longer prefill and decode take than their slowest resource."""
+    layout = model.layout(policy, device_is_host=hardware.device_is_host)
+    sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
+    part, contention = _Part(work, RunCosts(sizes, hardware)), hardware.contention
+    run = simulate(EMITTERS[policy.schedule], part.work, part, contention)
+    last = part.work.gen_len - 1
+    first_s = run.step_ends_s[0]
+    stretch = []
+    for seconds, steps in (
+        (first_s, range(1)),
+        (run.step_ends_s[last] - first_s, range(1, last + 1)),
+    ):
+        terms: dict[Resource, float] = {}
+        for step in steps:
+            ops = serial_step(part.work, step, range(work.num_batches))
+            add_seconds(terms, total_seconds(part, ops))
+        stretch.append(seconds / phase_seconds(terms, contention) if steps else 1.0)
+    return stretch
+
+
+def predict_peak(
+    model: Model, policy: Policy, job: Job, *, device_is_host: bool
+) -> Mapping[tuple[Tier, Kind], int]:
+    """Bytes of a job's largest block, the first, by tier and kind: as many or more."""
+    layout = model.layout(policy, device_is_host=device_is_host)
+    work, _ = next(_blocks(layout, policy, job))
+    sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
+    return peak_from_above(sizes)
+
+
+def _blocks(
+    layout: WeightLayout, policy: Policy, job: Job
+) -> Iterator[tuple[Workload, int]]:
+    """The shapes of a job's blocks, and how often each occurs."""
+    whole, rest = divmod(job.num_prompts, policy.block_size)
+    for num_rows, times in ((policy.block_size, whole), (rest, 1)):
+        if num_rows and times:
+            work = layout.workload(
+                policy,
+                prompt_len=job.prompt_len,
+                gen_len=job.gen_len,
+                num_rows=num_rows,
+            )
+            ahead = min(LAYERS_AHEAD, work.num_layers - 1)
+            yield dataclasses.replace(work, layers_ahead=ahead), times
+
+
+class _Part:
+    """Costs of some of a run's layers, spread over all, in its first steps."""
+
+    def __init__(self, work: Workload, costs: RunCosts) -> None:
+        self._costs, self._whole = costs, work
+        least = min(LEAST_STEPS, work.gen_len)
+        most = MOST_CELLS // (least * work.num_batches) - work.num_head_blocks
+        num_layers = min(work.num_decoder_layers, max(LEAST_LAYERS, most))
+        cells = work.num_batches * (num_layers + work.num_head_blocks)
+        self.work = dataclasses.replace(
+            work,
+            num_decoder_layers=num_layers,
+            gen_len=min(work.gen_len, max(least, MOST_CELLS // cells)),
+        )
+
+    def load(self, buffer: Buffer, step: int) -> Seconds:
+        if not isinstance(buffer, Hidden):
+            buffer = dataclasses.replace(buffer, layer=self._layer(buffer.layer))
+        return self._costs.load(buffer, step)
+
+    def compute(self, cell: Cell) -> Seconds:
+        return self._costs.compute(cell._replace(layer=self._layer(cell.layer)))
+
+    def store(self, buffer: Cache | Hidden, step: int) -> Seconds:
+        if isinstance(buffer, Cache):
+            buffer = dataclasses.replace(buffer, layer=self._layer(buffer.layer))
+        return self._costs.store(buffer, step)
+
+    def _layer(self, layer: int) -> int:
+        """Which layer of the whole run one of the part is."""
+        whole, part = self._whole.num_decoder_layers, self.work.num_decoder_layers
+        if layer >= part:
+            return layer - part + whole
+        return layer * whole // part

@@ -1,0 +1,102 @@
+"""The linear program over a block's six placement fractions.
+
+FlexGen's (arXiv 2303.06865, section 4.3), over `closed_form`'s terms.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import linprog
+
+from flexjax.plan.closed_form import SHARES, BlockForm, Linear
+from flexjax.plan.hardware import Hardware
+from flexjax.policy import Kind, Tier
+from flexjax.schedule.simulate import DISK, Contention, Resource
+
+
+class Solved(NamedTuple):
+    """The fractions of a block, its seconds, and what a byte more of memory saves."""
+
+    shares: dict[tuple[Kind, Tier], float]
+    block_s: float
+    worth_s: dict[Tier, float]  # of a byte more
+
+
+def solve(
+    form: BlockForm, hardware: Hardware, budgets: Mapping[Tier, int]
+) -> Solved | None:
+    """The fractions that take the least time; None where nothing fits."""
+    rows: list[list[float]] = []  # coefficients of shares, prefill and decode
+    limits: list[float] = []
+    for phase, linear in enumerate((form.prefill, form.decode)):
+        own = [-1.0, 0.0] if phase == 0 else [0.0, -1.0]
+        for base, slope in _lines(linear, hardware.contention):
+            rows.append([*slope, *own])
+            limits.append(-base)
+    for kind in Kind:
+        rows.append([float(share[0] is kind) for share in SHARES] + [0.0, 0.0])
+        limits.append(1.0)
+    # A hidden state is waited for in every call, so none goes by the disk.
+    rows.append([-float(kind is Kind.ACTIVATIONS) for kind, _ in SHARES] + [0.0, 0.0])
+    limits.append(-1.0)
+    pools = memories(hardware.device_is_host)
+    scale = 1 / 2**30  # so that all numbers of the program are of a size
+    for tiers in pools:
+        keys = [key for key in form.bytes.keys if key[0] in tiers]
+        slope = np.sum([form.bytes.slope(key) for key in keys], axis=0)
+        base = sum(form.bytes.base.get(key, 0.0) for key in keys)
+        rows.append([*(slope * scale), 0.0, 0.0])
+        limits.append((budgets[tiers[0]] - base) * scale)
+    apart = not hardware.device_is_host
+    bounds = [(0, 1 if apart or tier is Tier.DEVICE else 0) for _, tier in SHARES]
+    # The least of several equal plans moves the least: a little is gained by nearness.
+    nearness = [-1e-6 if tier is Tier.DEVICE else -5e-7 for _, tier in SHARES]
+    result = linprog(
+        [*nearness, 1.0, 1.0],
+        A_ub=np.array(rows),
+        b_ub=limits,
+        bounds=[*bounds, (0, None), (0, None)],
+        method="highs",
+    )
+    if result.status != 0:
+        return None
+    worth = -result.ineqlin.marginals[-len(pools) :] * scale
+    return Solved(
+        shares=dict(zip(SHARES, result.x[: len(SHARES)].tolist(), strict=True)),
+        block_s=float(result.x[-2] + result.x[-1]),
+        worth_s={t[0]: float(w) for t, w in zip(pools, worth, strict=True)},
+    )
+
+
+def memories(device_is_host: bool) -> list[tuple[Tier, ...]]:
+    """The tiers that share each memory."""
+    if device_is_host:
+        return [(Tier.DEVICE, Tier.HOST), (Tier.DISK,)]
+    return [(tier,) for tier in Tier]
+
+
+def _lines(
+    linear: Linear, contention: Contention
+) -> Iterator[tuple[float, list[float]]]:
+    """Seconds that a phase takes at least, as linear functions of the shares.
+
+    One for each resource; and two for compute beside each direction of the disk, whose
+    larger one is `Contention.seconds`.
+    """
+    compute = (
+        linear.base.get(Resource.COMPUTE, 0.0),
+        np.array(linear.slope(Resource.COMPUTE)),
+    )
+    slower = contention.compute_beside_disk
+    slower_disk = contention.disk_beside_compute
+    for resource in Resource:
+        base, slope = linear.base.get(resource, 0.0), np.array(linear.slope(resource))
+        yield base, slope.tolist()
+        if resource in DISK:
+            for own, other in (
+                (1.0, (1 - slower_disk) / slower),
+                ((1 - slower) / slower_disk, 1.0),
+            ):
+                both = own * slope + other * compute[1]
+                yield own * base + other * compute[0], both.tolist()

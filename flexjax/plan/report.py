@@ -1,0 +1,146 @@
+"""A plan as text for people and as JSON for programs."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flexjax.plan.closed_form import Model
+from flexjax.plan.hardware import Hardware, hardware_to_json
+from flexjax.plan.predict import predict
+from flexjax.plan.search import Plan
+from flexjax.policy import Kind, Tier, to_json
+from flexjax.schedule.footprint import by_tier
+from flexjax.schedule.simulate import Resource
+from flexjax.sizes import format_bytes
+
+
+def plan_to_json(plan: Plan, model: Model, hardware: Hardware) -> dict[str, Any]:
+    """A plan as plain values, with their units in the names."""
+    prediction = plan.prediction
+    return {
+        "policy": to_json(plan.policy),
+        "job": dataclasses.asdict(plan.job),
+        "tokens_per_s": prediction.tokens_per_s,
+        "prefill_s": prediction.prefill_s,
+        "decode_s": prediction.decode_s,
+        "total_s": prediction.total_s,
+        "bottleneck": prediction.bottleneck.value,
+        "terms_s": {
+            phase: _by_name(terms)
+            for phase, terms in (
+                ("prefill", prediction.prefill_terms),
+                ("decode", prediction.decode_terms),
+            )
+        },
+        "bytes": {
+            tier.value: {kind.value: plan.peak.get((tier, kind), 0) for kind in Kind}
+            for tier in Tier
+        },
+        "budget_bytes": {tier.value: size for tier, size in plan.budgets.items()},
+        "saved_s": saved_s(plan, model, hardware),
+        "hardware": hardware_to_json(hardware),
+    }
+
+
+def saved_s(plan: Plan, model: Model, hardware: Hardware) -> dict[str, float]:
+    """Seconds of the job that more of something would save.
+
+    One more GiB of each memory by the linear program's own account, which holds for a
+    little more; a disk twice as fast by simulation of the same policy.
+    """
+    blocks = plan.job.num_prompts / plan.policy.block_size
+    saved = {
+        f"1 GiB more on {tier.value}": worth * blocks
+        for tier, worth in plan.worth_s.items()
+    }
+    faster = dataclasses.replace(
+        hardware,
+        disk_read_bytes_per_s=2 * hardware.disk_read_bytes_per_s,
+        disk_write_bytes_per_s=2 * hardware.disk_write_bytes_per_s,
+    )
+    then = predict(model, plan.policy, faster, plan.job)
+    saved["disk twice as fast"] = plan.prediction.total_s - then.total_s
+    return saved
+
+
+def plan_to_text(plan: Plan, model: Model, hardware: Hardware) -> str:
+    """What `python -m flexjax.plan` prints."""
+    return "\n".join(_lines(plan, model, hardware))
+
+
+def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
+    prediction, job = plan.prediction, plan.job
+    yield f"machine: {hardware.name}"
+    yield (
+        f"job: {job.num_prompts} prompts of {job.prompt_len} tokens, {job.gen_len} "
+        "new ones each"
+    )
+    yield f"policy: {policy_in_words(plan)}"
+    yield ""
+    yield (
+        f"{'':12}"
+        + "".join(f"{kind.value:>14}" for kind in Kind)
+        + (f"{'in all':>14}{'may use':>14}")
+    )
+    held = by_tier(plan.peak)
+    for tier in Tier:
+        sizes = [plan.peak.get((tier, kind), 0) for kind in Kind]
+        cells = [format_bytes(size) for size in (*sizes, held[tier])]
+        shared = hardware.device_is_host and tier is Tier.HOST
+        cells.append("(device's)" if shared else format_bytes(plan.budgets[tier]))
+        yield f"{tier.value:12}" + "".join(f"{cell:>14}" for cell in cells)
+    yield ""
+    yield (
+        f"prefill {format_seconds(prediction.prefill_s)}, decode "
+        f"{format_seconds(prediction.decode_s)}, in all "
+        f"{format_seconds(prediction.total_s)}: {prediction.tokens_per_s:.3g} tokens/s"
+    )
+    yield f"{'seconds of':16}{'prefill':>10}{'decode':>10}{'idle':>8}"
+    for resource in Resource:
+        terms = [
+            phase.get(resource, 0.0)
+            for phase in (prediction.prefill_terms, prediction.decode_terms)
+        ]
+        if any(terms):
+            mark = "  <- bottleneck" if resource is prediction.bottleneck else ""
+            yield (
+                f"{resource.value:16}{terms[0]:10.1f}{terms[1]:10.1f}"
+                f"{prediction.idle_share(resource):8.0%}{mark}"
+            )
+    yield ""
+    for what, seconds in saved_s(plan, model, hardware).items():
+        yield f"{what} would save {format_seconds(max(0.0, seconds))}"
+
+
+def policy_in_words(plan: Plan) -> str:
+    """The policy in one line."""
+    policy = plan.policy
+    words = [f"{policy.num_batches} batches of {policy.batch_size}"]
+    for kind in Kind:
+        shares = ", ".join(
+            f"{policy.placement(kind).fraction(tier):.1%} {tier.value}"
+            for tier in Tier
+            if policy.placement(kind).fraction(tier) >= 0.0005
+        )
+        words.append(f"{kind.value} {shares}")
+    words += [
+        f"{name} {bits}"
+        for name in ("weight_bits", "kv_cache_bits")
+        if (bits := getattr(policy, name)) is not None
+    ]
+    if policy.host_attention:
+        words.append("host attention")
+    return "; ".join(words)
+
+
+def format_seconds(seconds: float) -> str:
+    """A time as people read it."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _by_name(terms: Mapping[Resource, float]) -> dict[str, float]:
+    return {resource.value: seconds for resource, seconds in terms.items()}

@@ -1,0 +1,327 @@
+"""When a schedule's ops would happen on a machine: the executor's lanes, without it.
+
+Time flows as a fluid: between two events every resource works at a constant speed. A
+lane does its tasks in the order of issue; a task begins when those that it waits for
+are done; lanes that use the same resource share it; and only a `Free` holds up the
+issue of further ops. So what is simulated is what the executor does, but for the time
+that issuing takes.
+"""
+
+import collections
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from flexjax.schedule.emit import Alive
+from flexjax.schedule.ops import (
+    Buffer,
+    Cache,
+    Cell,
+    Compute,
+    Free,
+    Hidden,
+    Load,
+    Op,
+    Store,
+    Weights,
+)
+from flexjax.workload import Workload
+
+
+class Resource(enum.Enum):
+    """What an op takes time of."""
+
+    DISK_READ = "disk read"
+    DISK_WRITE = "disk write"
+    TO_DEVICE = "host to device"
+    FROM_DEVICE = "device to host"
+    COMPUTE = "compute"
+    HOST_ATTENTION = "host attention"
+
+    __hash__ = object.__hash__  # Enum's own is slow, and members are keys of every op
+
+
+DISK = (Resource.DISK_READ, Resource.DISK_WRITE)
+Seconds = Mapping[Resource, float]
+
+
+class Costs(Protocol):
+    """Seconds of every op, by resource, when nothing else happens."""
+
+    def load(self, buffer: Buffer, step: int) -> Seconds: ...
+    def compute(self, cell: Cell) -> Seconds: ...
+    def store(self, buffer: Cache | Hidden, step: int) -> Seconds: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contention:
+    """How fast disk and compute are beside each other, as a fraction of their speed.
+
+    Where the device is the host's own processor, a disk takes some of its time.
+    """
+
+    compute_beside_disk: float = 1.0
+    disk_beside_compute: float = 1.0
+
+    def seconds(self, disk_s: float, compute_s: float) -> float:
+        """What both take that begin together, and have all to do at once."""
+        slower_disk, slower = self.disk_beside_compute, self.compute_beside_disk
+        return max(
+            disk_s + compute_s * (1 - slower_disk) / slower,
+            compute_s + disk_s * (1 - slower) / slower_disk,
+        )
+
+
+ALONE = Contention()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What became of a simulated run.
+
+    Attributes:
+        seconds: of the whole.
+        step_ends_s: when each step's last compute call ended.
+        busy_s: of each resource, when nothing else happens.
+    """
+
+    seconds: float
+    step_ends_s: Mapping[int, float]
+    busy_s: Mapping[Resource, float]
+
+    def idle_share(self, resource: Resource) -> float:
+        """The share of the time for which a resource would not have been needed."""
+        return max(0.0, 1.0 - self.busy_s.get(resource, 0.0) / self.seconds)
+
+
+class _Queue(enum.IntEnum):
+    """Whose order of issue is kept. The disk does one task of its two at a time."""
+
+    DISK_NOW = 0
+    DISK_AHEAD = 1
+    WEIGHTS = 2
+    CACHE_IN = 3
+    CACHE_OUT = 4
+    HIDDEN = 5
+    PROJECT = 6
+    ATTENTION = 7
+    COMPUTE = 8
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Task:
+    """Stages that one queue does one after the other."""
+
+    stages: list[tuple[Resource, float]]
+    after: list["_Task"]
+    is_done: bool = False
+    end_s: float = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return all(task.is_done for task in self.after)
+
+
+def simulate(
+    emit: Callable[[Workload, Alive], Iterable[Op]],
+    work: Workload,
+    costs: Costs,
+    contention: Contention = ALONE,
+) -> Simulated:
+    """Runs what `emit` makes of `work` on lanes that take the time `costs` says.
+
+    Nobody ends early; but as in a run, a batch is asked for its next step only once its
+    last one is done.
+    """
+    run = _Run(costs, contention)
+    for op in emit(work, run.alive):
+        match op:
+            case Load(buffer, step):
+                run.load(buffer, step)
+            case Compute(step, layer, batch):
+                run.compute(Cell(step, layer, batch))
+            case Store(buffer, step):
+                run.store(buffer, step)
+            case Free(buffer):
+                run.free(buffer)
+    run.drain()
+    return Simulated(
+        seconds=run.now_s, step_ends_s=dict(run.step_ends_s), busy_s=dict(run.busy_s)
+    )
+
+
+class _Run:
+    """The lanes, what is in them, and the time."""
+
+    def __init__(self, costs: Costs, contention: Contention) -> None:
+        self._costs, self._contention = costs, contention
+        self._queues: dict[_Queue, collections.deque[_Task]] = {
+            queue: collections.deque() for queue in _Queue
+        }
+        self._loads: dict[Buffer, _Task] = {}
+        self._uses: dict[Buffer, list[_Task]] = {}  # a `Free` waits for them
+        self._layer_parts: dict[int, list[Weights]] = {}
+        self._stored: dict[Cache | Hidden, _Task] = {}  # the last of each
+        self._computed: dict[int, _Task] = {}  # the last of each batch
+        self.now_s = 0.0
+        self.step_ends_s: dict[int, float] = {}
+        self.busy_s = dict.fromkeys(Resource, 0.0)
+        self._ends: list[tuple[int, _Task]] = []  # (step, compute call)
+
+    def alive(self, step: int, batch: int) -> bool:
+        """Waits for the batch's last token, as a run does before it goes on."""
+        if step > 0:
+            self._advance([self._computed[batch]])
+        return True
+
+    def load(self, buffer: Buffer, step: int) -> None:
+        seconds = self._costs.load(buffer, step)
+        disk = [(r, s) for r, s in seconds.items() if r in DISK and s > 0]
+        rest = [(r, s) for r, s in seconds.items() if r not in DISK]
+        after = []
+        if not isinstance(buffer, Weights) and buffer in self._stored:
+            after.append(self._stored[buffer])
+        if isinstance(buffer, Hidden) and buffer.batch in self._computed:
+            after.append(self._computed[buffer.batch])  # of a new step, its last token
+        if disk:
+            ahead = isinstance(buffer, Weights)
+            queue = _Queue.DISK_AHEAD if ahead else _Queue.DISK_NOW
+            after = [self._add(queue, disk, after)]
+        match buffer:
+            case Weights(layer):
+                lane = _Queue.WEIGHTS
+                self._layer_parts.setdefault(layer, []).append(buffer)
+            case Cache():
+                lane = _Queue.CACHE_IN
+            case Hidden():
+                lane = _Queue.HIDDEN
+        task = self._add(lane, rest, after)
+        self._loads[buffer] = task
+        self._uses[buffer] = [task]
+
+    def compute(self, cell: Cell) -> None:
+        seconds = dict(self._costs.compute(cell))
+        cache, hidden = Cache(cell.layer, cell.batch), Hidden(cell.batch)
+        weights = self._layer_parts[cell.layer]
+        inputs: list[Buffer] = [*weights, hidden, cache]
+        after = [self._loads[buffer] for buffer in inputs if buffer in self._loads]
+        if (host_s := seconds.pop(Resource.HOST_ATTENTION, 0.0)) > 0:
+            # As the engine does: projections, attention, and what comes after it.
+            half = [(r, s / 2) for r, s in seconds.items()]
+            project = self._add(_Queue.PROJECT, half, after)
+            at_host = [(Resource.HOST_ATTENTION, host_s)]
+            after = [self._add(_Queue.ATTENTION, at_host, [project])]
+            stages = list(half)
+        else:
+            stages = list(seconds.items())
+        task = self._add(_Queue.COMPUTE, stages, after)
+        for buffer in (*weights, hidden):
+            self._uses.setdefault(buffer, []).append(task)
+        self._uses.setdefault(cache, []).append(task)
+        self._computed[cell.batch] = task
+        self._ends.append((cell.step, task))
+
+    def store(self, buffer: Cache | Hidden, step: int) -> None:
+        stages = list(self._costs.store(buffer, step).items())
+        lane = _Queue.CACHE_OUT if isinstance(buffer, Cache) else _Queue.HIDDEN
+        task = self._add(lane, stages, [self._computed[buffer.batch]])
+        self._stored[buffer] = task
+        self._uses[buffer].append(task)
+
+    def free(self, buffer: Buffer) -> None:
+        self._advance(self._uses.pop(buffer))
+        self._loads.pop(buffer, None)
+        if isinstance(buffer, Weights):
+            self._layer_parts[buffer.layer].remove(buffer)
+
+    def drain(self) -> None:
+        self._advance([task for queue in self._queues.values() for task in queue])
+        for step, task in self._ends:
+            self.step_ends_s[step] = max(self.step_ends_s.get(step, 0.0), task.end_s)
+
+    def _add(
+        self, queue: _Queue, stages: list[tuple[Resource, float]], after: list[_Task]
+    ) -> _Task:
+        for resource, seconds in stages:
+            self.busy_s[resource] += seconds
+        task = _Task([stage for stage in stages[::-1] if stage[1] > 0], after)
+        self._queues[queue].append(task)
+        return task
+
+    def _advance(self, until: list[_Task]) -> None:
+        """Lets time pass until all of `until` are done."""
+        while True:
+            while self._end_idle():
+                pass  # what ended may have been waited for
+            if all(task.is_done for task in until):
+                return
+            self._pass_time(self._heads())
+
+    def _pass_time(self, heads: list[_Task]) -> None:
+        """Lets `heads` work until the first of them has done its stage."""
+        speeds = self._speeds([task.stages[-1][0] for task in heads])
+        passed_s = min(
+            task.stages[-1][1] / speeds[task.stages[-1][0]] for task in heads
+        )
+        self.now_s += passed_s
+        for task in heads:
+            resource, left_s = task.stages[-1]
+            left_s -= passed_s * speeds[resource]
+            if left_s > 1e-9 * max(1e-3, self.now_s):
+                task.stages[-1] = resource, left_s
+            else:
+                task.stages.pop()
+
+    def _end_idle(self) -> bool:
+        """Ends the tasks that have nothing left to do; whether there were any."""
+        found = False
+        for tasks in self._queues.values():
+            while tasks and not tasks[0].stages and tasks[0].is_ready:
+                task = tasks.popleft()
+                task.is_done, task.end_s = True, self.now_s
+                task.after = []  # its past is not needed any more
+                found = True
+        return found
+
+    def _heads(self) -> list[_Task]:
+        """The tasks that work now: the first of each queue, if it is ready."""
+        heads = [
+            tasks[0] for tasks in self._queues.values() if tasks and tasks[0].is_ready
+        ]
+        now, ahead = self._queues[_Queue.DISK_NOW], self._queues[_Queue.DISK_AHEAD]
+        if now and ahead and now[0] in heads and ahead[0] in heads:
+            heads.remove(ahead[0])  # the disk is taken by what is more urgent
+        return heads
+
+    def _speeds(self, used: Iterable[Resource]) -> dict[Resource, float]:
+        """How fast each task is that uses a resource."""
+        counts = Counter(used)
+        speeds = {resource: 1.0 / count for resource, count in counts.items()}
+        busy_disks = [resource for resource in DISK if resource in counts]
+        if busy_disks and Resource.COMPUTE in counts:
+            speeds[Resource.COMPUTE] *= self._contention.compute_beside_disk
+            for resource in busy_disks:
+                speeds[resource] *= self._contention.disk_beside_compute
+        return speeds
+
+
+def total_seconds(costs: Costs, ops: Iterable[Op]) -> dict[Resource, float]:
+    """Seconds that `ops` take of each resource, when nothing else happens."""
+    total = dict.fromkeys(Resource, 0.0)
+    for op in ops:
+        match op:
+            case Load(buffer, step):
+                add_seconds(total, costs.load(buffer, step))
+            case Compute(step, layer, batch):
+                add_seconds(total, costs.compute(Cell(step, layer, batch)))
+            case Store(buffer, step):
+                add_seconds(total, costs.store(buffer, step))
+    return total
+
+
+def add_seconds(total: dict[Resource, float], more: Seconds, times: float = 1) -> None:
+    """Adds `more`, so many times."""
+    for resource, seconds in more.items():
+        total[resource] = total.get(resource, 0.0) + times * seconds

@@ -1,0 +1,307 @@
+"""Calibration gives figures that a machine can have, leaves nothing, and is kept."""
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import pytest
+
+from checkpoints_tools.resolve import CACHE_VARIABLE
+from flexjax import extents
+from flexjax.memory import disk_queue
+from flexjax.models.config import OPTConfig
+from flexjax.plan import calibrate, scratch
+from flexjax.plan.hardware import (
+    VERSION,
+    Hardware,
+    read_hardware,
+    validate_hardware,
+    write_hardware,
+)
+from flexjax.plan.scratch import scratch_file
+from tests.common import ApartLink, WatchedOs, files, flexjax_threads, in_time
+
+DEVICE = jax.devices()[0]
+PIECE_BYTES = 4096
+MOST_PARTS = 4
+NAMES = ["device_memory_bytes", "host_memory_bytes", "disk_bytes"]
+is_apart = pytest.mark.skipif(DEVICE.platform != "cpu", reason="it is apart anyway")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """A measurement of a moment."""
+    monkeypatch.setattr(disk_queue, "REQUEST_BYTES", PIECE_BYTES)
+    tiny = OPTConfig(hidden_size=16, num_attention_heads=2, ffn_dim=32)
+    for name, value in {
+        "LIMIT_S": 1e-3,
+        "MOST_REPEATS": 2,
+        "LAYER": tiny,
+        "ROWS": (1, 4),
+        "PROMPTS": (2, 2, 4, 8),
+        "CACHE": (2, 2, 4, 8),
+        "WIDENED": (2, 128),
+        "SMALLEST": tiny,
+        "LINK_BYTES": 1 << 12,
+        "LINK_REPEATS": 1,
+        "BESIDE_ROWS": 4,
+        "BESIDE_S": 1e-3,
+    }.items():
+        monkeypatch.setattr(calibrate, name, value)
+    for name, value in {
+        "SCRATCH_BYTES": MOST_PARTS * 2 * PIECE_BYTES,
+        "PART_BYTES": 2 * PIECE_BYTES,
+        "BUFFER_BYTES": 4 * PIECE_BYTES,
+        "PARTS_AHEAD": 2,
+    }.items():
+        monkeypatch.setattr(scratch, name, value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "not" / "there" / "yet"
+
+
+@pytest.fixture
+def _measures_nothing(monkeypatch):
+    """All but the disk is left out."""
+    for name in (
+        "_product_rate",
+        "_attention_rate",
+        "_prefill_attention_rate",
+        "_dequantized_rate",
+        "_call_s",
+    ):
+        monkeypatch.setattr(calibrate, name, lambda *_: 1.0)
+    monkeypatch.setattr(calibrate, "_contention", lambda *_: {})
+    monkeypatch.setattr(calibrate, "_copy_rates", lambda *_: COPY_RATES)
+
+
+COPY_RATES = {"to_device_bytes_per_s": 1.0, "from_device_bytes_per_s": 1.0}
+
+
+def assert_nothing_is_left(folder: pathlib.Path) -> None:
+    assert list(folder.iterdir()) == []
+    assert not flexjax_threads()
+
+
+@is_apart
+def test_a_cpu_gets_figures_that_a_machine_can_have(folder):
+    machine = calibrate.calibrate(folder, DEVICE)
+    assert validate_hardware(machine) is machine
+    assert machine.device_is_host
+    assert machine.to_device_bytes_per_s is machine.from_device_bytes_per_s is None
+    assert machine.host_attention_bytes_per_s == machine.attention_bytes_per_s
+    assert [*machine.product_flops_per_s] == [1, 4]
+    assert_nothing_is_left(folder)
+
+
+@pytest.fixture
+def _apart(monkeypatch):
+    """The device has memory of its own."""
+    monkeypatch.setattr(calibrate, "is_shared", lambda device: False)
+    monkeypatch.setattr(calibrate, "DeviceLink", ApartLink)
+
+
+@pytest.mark.usefixtures("_apart")
+def test_a_device_apart_gets_rates_of_copies_and_no_contention(folder):
+    heard: list[str] = []
+    machine = calibrate.calibrate(folder, DEVICE, heard.append)
+    assert validate_hardware(machine) is machine
+    assert not machine.device_is_host
+    assert machine.compute_beside_disk == machine.disk_beside_compute == 1.0
+    assert any("copies" in text for text in heard)
+    assert str(folder) in heard[0]
+    assert_nothing_is_left(folder)
+
+
+@pytest.mark.usefixtures("_measures_nothing")
+@pytest.mark.parametrize(
+    "broken", ["_layer_matrices", "_product_rate", "_attention_rate", "_call_s"]
+)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_whatever_fails_leaves_nothing(folder, monkeypatch, broken, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(calibrate, broken, fail)
+    with pytest.raises(error):
+        in_time(calibrate.calibrate, folder, DEVICE)
+    assert_nothing_is_left(folder)
+
+
+@pytest.mark.parametrize("call", ["open", "preadv", "pwritev"])
+@pytest.mark.parametrize("which", [0, 5])
+def test_an_error_of_the_disk_reaches_the_caller(folder, monkeypatch, call, which):
+    count = 0
+
+    def watch(made, path, is_direct, nbytes):
+        nonlocal count
+        count += made == call
+        if made == call and count > which:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return nbytes or None
+
+    monkeypatch.setattr(extents, "os", WatchedOs(watch))
+    with pytest.raises(OSError, match=f"{folder} .*: No space left.*; free some"):
+        in_time(calibrate.calibrate, folder, DEVICE)
+    assert_nothing_is_left(folder)
+
+
+def test_a_full_disk_is_heard_of_before_it_is_written(folder, monkeypatch):
+    def usage(path):
+        del path
+        return shutil._ntuple_diskusage(1 << 40, 1 << 40, PIECE_BYTES)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(OSError, match=f"not enough space in {folder}"):
+        calibrate.calibrate(folder, DEVICE)
+    assert_nothing_is_left(folder)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(OSError, match=f"cannot write into {file}"):
+        calibrate.calibrate(file, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("free_parts", "parts"), [(2, 1), (5, 3), (8, 4), (1000, MOST_PARTS)]
+)
+def test_a_scratch_file_takes_about_half_of_what_is_free(
+    tmp_path, monkeypatch, free_parts, parts
+):
+    def usage(path):
+        del path
+        return shutil._ntuple_diskusage(0, 0, free_parts * scratch.PART_BYTES)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with scratch_file(tmp_path):
+        (size,) = (
+            path.stat().st_size for path in files(tmp_path) if path.name == "scratch"
+        )
+    assert size == parts * scratch.PART_BYTES
+    assert_nothing_is_left(tmp_path)
+
+
+def test_a_slow_disk_gets_a_smaller_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "FILL_S", 0.0)
+    with scratch_file(tmp_path) as made:
+        sizes = [path.stat().st_size for path in files(tmp_path)]
+        assert max(sizes) == scratch.PART_BYTES
+        assert made.write_rate() > 0
+        assert made.read_rate() > 0
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_a_scratch_file_holds_what_was_written(tmp_path, monkeypatch, is_direct):
+    if not is_direct:
+
+        def watch(call, path, is_direct, nbytes):
+            if is_direct:
+                raise OSError(errno.EINVAL, "no direct I/O here")
+            return nbytes or None
+
+        monkeypatch.setattr(extents, "os", WatchedOs(watch))
+    with scratch_file(tmp_path) as made:
+        assert made.write_rate() > 0
+        assert made.read_rate() > 0
+        (path,) = (path for path in files(tmp_path) if path.name == "scratch")
+        data = path.read_bytes()
+    assert len(data) == scratch.SCRATCH_BYTES
+    assert len(set(data)) > 200, "some disks are quick with zeros"
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path, _measures_nothing):
+    """Counts calibrations, which are kept below `tmp_path`."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    made: list[Hardware] = []
+    measure = calibrate.calibrate
+
+    def counting(*args) -> Hardware:
+        made.append(measure(*args))
+        return made[-1]
+
+    monkeypatch.setattr(calibrate, "calibrate", counting)
+    return made
+
+
+def cached(tmp_path: pathlib.Path) -> pathlib.Path:
+    (path,) = (tmp_path / "cache" / "calibration").iterdir()
+    return path
+
+
+def without_budgets(machine: Hardware) -> Hardware:
+    return dataclasses.replace(machine, **dict.fromkeys(NAMES, 0))
+
+
+def test_a_machine_is_measured_once(tmp_path, folder, counted):
+    first = calibrate.calibrated(folder, DEVICE)
+    second = calibrate.calibrated(folder, DEVICE)
+    assert len(counted) == 1
+    assert without_budgets(first) == without_budgets(second)
+    assert without_budgets(first) == without_budgets(
+        read_hardware(str(cached(tmp_path)))
+    )
+    assert_nothing_is_left(folder)
+
+
+def test_budgets_are_those_of_now(tmp_path, folder, counted):
+    first = calibrate.calibrated(folder, DEVICE)
+    write_hardware(cached(tmp_path), without_budgets(first))
+    second = calibrate.calibrated(folder, DEVICE)
+    assert len(counted) == 1
+    assert all(getattr(second, name) > 0 for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", b"\xff\xfe", {"version": 0}], ids=str
+)
+def test_what_cannot_be_read_is_measured_anew(tmp_path, folder, counted, damage):
+    calibrate.calibrated(folder, DEVICE)
+    path = cached(tmp_path)
+    if isinstance(damage, dict):
+        damage = json.dumps(json.loads(path.read_text()) | damage)
+    path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    machine = calibrate.calibrated(folder, DEVICE)
+    assert len(counted) == 2
+    assert json.loads(path.read_text())["version"] == VERSION
+    assert validate_hardware(machine) is machine
+
+
+def test_a_cache_that_cannot_be_written_is_heard_of_first(
+    tmp_path, folder, counted, monkeypatch
+):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write into"):
+        calibrate.calibrated(folder, DEVICE)
+    assert not counted
+
+
+def test_a_failed_calibration_is_not_kept(tmp_path, folder, counted, monkeypatch):
+    def fail(*_):
+        raise OSError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "_layer_matrices", fail)
+        with pytest.raises(OSError, match="broken"):
+            calibrate.calibrated(folder, DEVICE)
+    assert not list((tmp_path / "cache" / "calibration").iterdir())
+    calibrate.calibrated(folder, DEVICE)
+    assert len(counted) == 1
+
+
+def test_a_machine_has_one_name_and_another_has_another(folder, monkeypatch):
+    name = calibrate.machine_id(folder, DEVICE)
+    assert name == calibrate.machine_id(folder, DEVICE)
+    assert name == calibrate.machine_id(folder / "below", DEVICE)
+    assert name.isalnum()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
+    assert calibrate.machine_id(folder, DEVICE) != name
