@@ -22,6 +22,7 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.runner import BlockRunner
 from flexjax.workload import Workload
 
+CLOSED = "this model is closed; make a new one to run it again"
 MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 
@@ -225,7 +226,7 @@ class Engine:
         """
         with self._running:
             if self._closed:
-                raise ValueError("this model is closed; make a new one to run it again")
+                raise ValueError(CLOSED)
             works = self._start(works, scores=scores)
             try:
                 yield works

@@ -12,8 +12,12 @@ from collections.abc import Sequence
 
 from flexjax.cli import run_command
 from flexjax.outputs import RequestOutput
-from flexjax.policy import to_json
-from flexjax.policy_args import add_policy_arguments, policy_from_args
+from flexjax.policy import Policy, to_json
+from flexjax.policy_args import (
+    add_policy_arguments,
+    is_planned,
+    policy_from_args,
+)
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
 from flexjax.sizes import format_bytes
@@ -123,7 +127,8 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
-    params, policy, prompts = _params(args), policy_from_args(args), _read_prompts(args)
+    params, prompts = _params(args), _read_prompts(args)
+    policy = None if is_planned(args) else policy_from_args(args)
     for flag in ("json", "trace"):
         if (name := getattr(args, flag)) is not None:
             ensure_writable(f"--{flag}", pathlib.Path(name))
@@ -142,10 +147,12 @@ def main(args: argparse.Namespace) -> None:
         trace=args.trace is not None,
     ) as llm:
         if prompts is None:
-            vocab_size, count = llm.config.vocab_size, policy.block_size
+            vocab_size, count = llm.config.vocab_size, (policy or Policy()).block_size
             prompts = _random_prompts(vocab_size, count, args.prompt_len)
         outputs = llm.generate(prompts, params)
         metrics, placement, spans = llm.metrics, llm.placement, llm.trace
+        policy, choice = llm.policy, llm.plan
+    assert policy is not None  # it has run
     if args.json is not None:  # first: a terminal may be closed, or know no Unicode
         report = {
             "outputs": [dataclasses.asdict(output) for output in outputs],
@@ -156,6 +163,8 @@ def main(args: argparse.Namespace) -> None:
         data = json.dumps(report, indent=1, ensure_ascii=False).encode()
         write_atomically(pathlib.Path(args.json), data)
     _print(outputs)
+    if choice is not None:
+        print(choice.reason, file=sys.stderr)
     print(_summary(metrics), file=sys.stderr)
     if args.trace is not None:
         write_trace(pathlib.Path(args.trace), spans)
@@ -258,7 +267,21 @@ def _summary(metrics: dict) -> str:
         f"({metrics['tokens_per_s']:.1f} tokens/s; prefill "
         f"{metrics['prefill']['seconds']:.2f} s), slowest: {metrics['slowest']}\n"
         f"moved: {moved or 'nothing'}\npeak: {peaks}; {rss} resident"
+        f"{_beside_measured(metrics)}"
     )
+
+
+def _beside_measured(metrics: dict) -> str:
+    """What was predicted, beside what came; nothing where no plan was made."""
+    predicted = metrics.get("predicted")
+    if predicted is None:
+        return ""
+    phases = ", ".join(
+        f"{phase} {metrics[phase]['seconds']:.1f} s for "
+        f"{predicted[f'{phase}_s']:.1f} s predicted"
+        for phase in ("prefill", "decode")
+    )
+    return f"\n{phases}"
 
 
 if __name__ == "__main__":

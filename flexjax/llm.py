@@ -1,9 +1,10 @@
 """The front door: text or token ids in, text and log-probabilities out."""
 
+import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +16,17 @@ from flexjax.blocks import Row
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
-from flexjax.metrics import metrics_report
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
-from flexjax.placement_report import placement_report
+from flexjax.plan.auto import Choice
+from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
+from flexjax.policy_args import AUTO
+from flexjax.prompts import Prompt, as_list, checked_ids, one_for_each
 from flexjax.sampling_params import SamplingParams
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "embedded_model"
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -35,8 +36,10 @@ class LLM:
         model: a folder with a Hugging Face checkpoint, a converted store, or a Hub id;
             None is the small model that comes with flexjax. A checkpoint is converted
             into a cache folder the first time.
-        policy: a `Policy`, or the path of a JSON file that holds one; None keeps
-            everything on the device.
+        policy: a `Policy`, or the path of a JSON file that holds one. "auto" leaves it
+            to the first call, whose prompts it is planned for: everything on the
+            device where it fits, else what `flexjax.plan` finds; a later call that asks
+            for more is planned anew.
         dtype: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, but
             bfloat16 for float16 on a CPU.
         offload_dir: where KV cache and activations on disk are spilled to, in a folder
@@ -55,7 +58,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        policy: Policy | str | os.PathLike[str] | None = None,
+        policy: Policy | str | os.PathLike[str] | None = AUTO,
         dtype: str = "auto",
         offload_dir: str | os.PathLike[str] | None = None,
         max_model_len: int | None = None,
@@ -63,15 +66,15 @@ class LLM:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        self.policy = _read_policy(policy)
+        given = _read_policy(policy)
         self._progress = sys.stderr.isatty() if progress is None else progress
         device = jax.devices()[0]
         folder = resolve_model(
             EMBEDDED_MODEL if model is None else model,
             dtype,
             platform=device.platform,
-            weight_bits=self.policy.weight_bits,
-            group_size=self.policy.group_size,
+            weight_bits=given.weight_bits if given else None,
+            group_size=(given or Policy()).group_size,
         )
         store = open_store(folder)
         self.config = store.config
@@ -79,17 +82,15 @@ class LLM:
         self._folder = folder
         self._tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
         spill = default_cache() if offload_dir is None else pathlib.Path(offload_dir)
-        with self._bar(_resident_bytes(store, self.policy), "loading", "B") as bar:
-            self._engine = Engine(
-                store,
-                self.policy,
-                offload_dir=spill,
-                device=device,
-                seed=seed,
-                on_weights=bar.update,
-                keeps_spans=trace,
-            )
-        self.placement = placement_report(self._engine.weights.layout, self.policy)
+        self._planned = PlannedEngine(
+            store,
+            given,
+            device=device,
+            offload_dir=spill,
+            seed=seed,
+            keeps_spans=trace,
+            loading=self._loading,
+        )
         self.metrics: dict[str, Any] = {}
 
     def __enter__(self) -> "LLM":
@@ -100,7 +101,22 @@ class LLM:
 
     def close(self) -> None:
         """Lets go of all memory and removes what was spilled; may be called again."""
-        self._engine.close()
+        self._planned.close()
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy that was given or planned; None before the first call plans it."""
+        return self._planned.policy
+
+    @property
+    def plan(self) -> Choice | None:
+        """How the policy was chosen, if none was given, once it is."""
+        return self._planned.choice
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """Requested and effective placement by kind and tier; empty before a plan."""
+        return self._planned.placement
 
     @property
     def trace(self) -> list[Span]:
@@ -108,7 +124,8 @@ class LLM:
 
         Empty unless the model was made with `trace=True`.
         """
-        return self._engine.timeline.spans
+        engine = self._planned.engine
+        return [] if engine is None else engine.timeline.spans
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -140,18 +157,22 @@ class LLM:
             ValueError: a prompt cannot be used; the message counts prompts from 0.
             OSError: a transfer failed; nothing of this call can be used.
         """
-        requests = _as_list(prompts)
-        params = _one_for_each(sampling_params, len(requests))
+        requests = as_list(prompts)
+        params = one_for_each(sampling_params, len(requests))
         rows = [
             self._row(index, prompt, row_params)
             for index, (prompt, row_params) in enumerate(
                 zip(requests, params, strict=True)
             )
         ]
-        most = sum(row.params.max_tokens for row in rows)
-        with self._bar(most, "generating", "token") as bar:
-            self._engine.generate(rows, self._on_tokens(bar, on_tokens))
-        self.metrics = metrics_report(self._engine.times, self._engine.ledger)
+        asked = [row.params.max_tokens for row in rows]
+        lengths = [len(row.prompt) for row in rows]
+        with (
+            self._planned.running(lengths, max(asked, default=1)) as engine,
+            self._bar(sum(asked), "generating", "token") as bar,
+        ):
+            engine.generate(rows, _updates(bar, engine, on_tokens))
+            self.metrics = self._planned.report(engine)
         return [
             self._output(row, prompt)
             for row, prompt in zip(rows, requests, strict=True)
@@ -172,12 +193,15 @@ class LLM:
         """
         sequences = [
             self._checked_ids(f"sequence {index}", list(sequence), 0)
-            for index, sequence in enumerate(_as_list(token_ids))
+            for index, sequence in enumerate(as_list(token_ids))
         ]
-        most = sum(map(len, sequences))
-        with self._bar(most, "scoring", "token") as bar:
-            scores = self._engine.score(sequences, self._on_tokens(bar))
-        self.metrics = metrics_report(self._engine.times, self._engine.ledger)
+        lengths = [len(sequence) for sequence in sequences]
+        with (
+            self._planned.running(lengths, 1) as engine,
+            self._bar(sum(lengths), "scoring", "token") as bar,
+        ):
+            scores = engine.score(sequences, _updates(bar, engine))
+            self.metrics = self._planned.report(engine)
         return scores
 
     def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
@@ -205,23 +229,14 @@ class LLM:
         )
 
     def _checked_ids(self, name: str, ids: list[Any], max_tokens: int) -> list[int]:
-        if not ids:
-            raise ValueError(f"{name} has no tokens; give it at least one")
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-                raise ValueError(f"{name} has {token!r}, which is not a token id")
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(
-                    f"{name} has token id {token}, but the vocabulary is "
-                    f"0..{self.config.vocab_size - 1}"
-                )
+        ids = checked_ids(name, ids, self.config.vocab_size)
         if len(ids) + max_tokens > self.max_model_len:
             wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
             raise ValueError(
                 f"{name} has {len(ids)} tokens{wanted}, but the model has positions "
                 f"for {self.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
-        return [int(token) for token in ids]
+        return ids
 
     def _output(self, row: Row, prompt: Prompt) -> RequestOutput:
         finish = row.checker.finish
@@ -258,6 +273,11 @@ class LLM:
             for table in tables
         ]
 
+    @contextlib.contextmanager
+    def _loading(self, nbytes: int) -> Iterator[Callable[[int], object]]:
+        with self._bar(nbytes, "loading", "B") as bar:
+            yield bar.update
+
     def _bar(self, total: int, label: str, unit: str) -> tqdm:
         return tqdm(
             total=total,
@@ -268,25 +288,27 @@ class LLM:
             file=sys.stderr,
         )
 
-    def _on_tokens(
-        self, bar: tqdm, then: Callable[[int], object] | None = None
-    ) -> Callable[[int], None]:
-        def update(count: int) -> None:
-            slowest = self._engine.times.slowest.value
-            bar.set_postfix_str(f"slowest: {slowest}", refresh=False)
-            bar.update(count)
-            if then is not None:
-                then(count)
 
-        return update
+def _updates(
+    bar: tqdm, engine: Engine, then: Callable[[int], object] | None = None
+) -> Callable[[int], None]:
+    """What a run calls when it has tokens."""
+
+    def update(count: int) -> None:
+        slowest = engine.times.slowest.value
+        bar.set_postfix_str(f"slowest: {slowest}", refresh=False)
+        bar.update(count)
+        if then is not None:
+            then(count)
+
+    return update
 
 
-def _read_policy(policy: Policy | str | os.PathLike[str] | None) -> Policy:
-    if policy is None:
-        return Policy()
+def _read_policy(policy: Policy | str | os.PathLike[str] | None) -> Policy | None:
+    """The policy that was given; None leaves it to a plan."""
     if isinstance(policy, Policy):
         return validate(policy)
-    return read_policy(pathlib.Path(policy))
+    return None if policy in (None, AUTO) else read_policy(pathlib.Path(policy))
 
 
 def _max_model_len(wanted: int | None, store: WeightStore) -> int:
@@ -301,45 +323,6 @@ def _max_model_len(wanted: int | None, store: WeightStore) -> int:
     return wanted
 
 
-def _as_list(prompts: Any) -> list[Any]:
-    """Prompts as a list; a text or a list of token ids alone is a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise ValueError(
-            f"prompts are {prompts!r}, expected texts or lists of token ids"
-        )
-    prompts = list(prompts)
-    is_one = bool(prompts) and isinstance(prompts[0], (int, np.integer))
-    return [prompts] if is_one else prompts
-
-
-def _one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    params = list(params)
-    if len(params) != count:
-        raise ValueError(
-            f"{len(params)} sampling_params for {count} prompts; give one for all, or "
-            "one for each"
-        )
-    for index, one in enumerate(params):
-        if not isinstance(one, SamplingParams):
-            raise ValueError(
-                f"sampling_params of prompt {index} are {one!r}, "
-                "expected SamplingParams"
-            )
-    return params
-
-
 def _cumulative(row: Row) -> float:
     pairs = zip(row.logprobs, row.checker.token_ids, strict=True)
     return sum(table[token].logprob for table, token in pairs)
-
-
-def _resident_bytes(store: WeightStore, policy: Policy) -> int:
-    """About what is read at the start; the bar may end a little early or late."""
-    total = sum(entry.nbytes for entry in store.tensors.values())
-    return round(total * (1.0 - policy.weights.disk))

@@ -254,11 +254,6 @@ def read_policy(path: pathlib.Path) -> Policy:
     Raises:
         ValueError: the file is missing, is not JSON or is not a policy.
     """
-    if str(path) == "auto":
-        raise ValueError(
-            "policy 'auto' is not supported by this version; give a Policy, the path "
-            "of a policy.json, or nothing to keep everything on the device"
-        )
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):

@@ -21,15 +21,20 @@ _PLAIN = (
     *("weight_bits", "kv_cache_bits", "group_size"),
     *("host_attention", "attention_sparsity"),
 )
+AUTO = "auto"
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `policy_from_args` reads."""
     group = parser.add_argument_group(
-        "policy", "where tensors live; what no argument places is on the device"
+        "policy",
+        "where tensors live; what no argument places is on the device, and if there is "
+        "none at all, a policy is planned for the prompts",
     )
-    group.add_argument("--policy", metavar="FILE", help="a policy.json")
+    group.add_argument(
+        "--policy", metavar="FILE", help=f"a policy.json; {AUTO}: plan one (default)"
+    )
     for kind in Kind:
         group.add_argument(
             _flag(kind),
@@ -110,6 +115,23 @@ def _add_flexgen_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compress-weight", action="store_true", help="weight_bits=4")
     group.add_argument("--compress-cache", action="store_true", help="kv_cache_bits=4")
+
+
+def is_planned(args: argparse.Namespace) -> bool:
+    """Whether the arguments leave the policy to a plan.
+
+    Raises:
+        ValueError: they do, and say something of it all the same.
+    """
+    names = [kind.value for kind in Kind]
+    names += [*_PLAIN, "percent", "overlap", "compress_weight", "compress_cache"]
+    given = [name for name in names if getattr(args, name) not in (None, False)]
+    if args.policy == AUTO and given:
+        raise ValueError(
+            f"--policy {AUTO} leaves the policy to a plan, but "
+            f"--{given[0].replace('_', '-')} says some of it: give one of them"
+        )
+    return args.policy == AUTO or (args.policy is None and not given)
 
 
 def policy_from_args(args: argparse.Namespace) -> Policy:

@@ -90,7 +90,9 @@ STAIRS = [
     # doors
     "cli",
     "tokenizer",
+    "prompts",
     "placement_report",
+    "planned_engine",
     "llm",
     "generate",
     "plan.__main__",

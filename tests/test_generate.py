@@ -103,7 +103,10 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         ),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
         (["--prompt", "a", "--policy", "nowhere.json"], "policy nowhere.json"),
-        (["--prompt", "a", "--policy", "auto"], "policy 'auto' is not supported"),
+        (
+            ["--prompt", "a", "--policy", "auto", "--batch-size", "2"],
+            "--batch-size says some of it",
+        ),
         (["--prompt", "a", "--path", "_DUMMY_"], "--path _DUMMY_ needs --model"),
         (["--prompt", "a", "--json", "/proc"], "--json /proc cannot be written"),
         (["--prompt", "a", "--trace", "/proc"], "--trace /proc cannot be written"),

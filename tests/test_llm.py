@@ -57,7 +57,7 @@ def test_a_hugging_face_folder_gives_hugging_faces_tokens(golden, tmp_path):
 
 
 def test_float16_becomes_bfloat16_on_a_cpu(golden):
-    with LLM(golden("opt-sharded-bin-f16").folder) as llm:
+    with LLM(golden("opt-sharded-bin-f16").folder, policy=Policy()) as llm:
         held = llm.placement["weights"]["device"]["bytes"]
         llm.generate([[5, 6]], dataclasses.replace(GREEDY, max_tokens=2))
     folders = [
@@ -254,7 +254,6 @@ def test_bad_parameters_are_refused_by_name(llm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "auto"}, "policy 'auto' is not supported"),
         ({"policy": "nowhere.json"}, r"policy nowhere.json cannot be read"),
         ({"policy": Policy(weights=Placement(device=1.5))}, "weights.*1.5"),
         ({"policy": Policy(weight_bits=3)}, "weight_bits is 3, expected 4, 8"),
@@ -319,7 +318,7 @@ def test_an_altered_weight_is_refused_by_name(golden, tmp_path):
     data[100] ^= 1
     chunk.write_bytes(data)
     with pytest.raises(ValueError, match=r"layers\.1\.fc1\.weight"):
-        LLM(store)
+        LLM(store, policy=Policy())
     policy = dataclasses.replace(SPILLS, weights=Placement())
     with (
         LLM(store, policy=policy, offload_dir=tmp_path) as llm,

@@ -70,7 +70,8 @@ class Linear:
         for share, slope in self.slopes.items():
             for key, value in slope.items():
                 total[key] = total.get(key, 0.0) + shares[share] * value
-        return total
+        # What is nothing may come out a little below it.
+        return {key: max(0.0, value) for key, value in total.items()}
 
     @property
     def keys(self) -> list[Any]:
@@ -214,9 +215,11 @@ class _Corner:
         total = dict(self._weights_s)
         cell, cache, hidden = Cell(step, 0, 0), Cache(0, 0), Hidden(0)
         cells = work.num_decoder_layers * work.num_batches
+        # The head reads hidden states too.
+        loads = work.num_layers * work.num_batches
+        add_seconds(total, costs.load(hidden, step), loads)
         for seconds in (
             costs.compute(cell),
-            costs.load(hidden, step),
             costs.store(hidden, step),
             costs.load(cache, step) if step > 0 else {},
             costs.store(cache, step) if work.keeps_cache(step) else {},

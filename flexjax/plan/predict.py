@@ -1,6 +1,7 @@
 """What a policy will do with a job: its seconds, and its peak bytes."""
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Mapping
 
 from flexjax.memory.footprint import RunFootprint
@@ -46,6 +47,14 @@ class Job:
     prompt_len: int
     gen_len: int
     num_prompts: int
+
+    def has(self, other: "Job") -> bool:
+        """Whether it asks for as much as another, of everything."""
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return all(map(operator.ge, mine, others))
+
+
+NOTHING = Job(prompt_len=0, gen_len=0, num_prompts=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

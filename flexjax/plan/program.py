@@ -14,6 +14,8 @@ from flexjax.plan.hardware import Hardware
 from flexjax.policy import Kind, Tier
 from flexjax.schedule.simulate import DISK, Contention, Resource
 
+STORE = (Tier.DISK, Kind.WEIGHTS)  # is there already, whatever a policy places
+
 
 class Solved(NamedTuple):
     """The fractions of a block, its seconds, and what a byte more of memory saves."""
@@ -43,7 +45,7 @@ def solve(
     pools = memories(hardware.device_is_host)
     scale = 1 / 2**30  # so that all numbers of the program are of a size
     for tiers in pools:
-        keys = [key for key in form.bytes.keys if key[0] in tiers]
+        keys = [key for key in form.bytes.keys if key[0] in tiers and key != STORE]
         slope = np.sum([form.bytes.slope(key) for key in keys], axis=0)
         base = sum(form.bytes.base.get(key, 0.0) for key in keys)
         rows.append([*(slope * scale), 0.0, 0.0])

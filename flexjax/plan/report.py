@@ -1,12 +1,12 @@
 """A plan as text for people and as JSON for programs."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
-from flexjax.plan.predict import predict
+from flexjax.plan.predict import Prediction, predict
 from flexjax.plan.search import Plan
 from flexjax.policy import Kind, Tier, to_json
 from flexjax.schedule.footprint import by_tier
@@ -16,22 +16,10 @@ from flexjax.sizes import format_bytes
 
 def plan_to_json(plan: Plan, model: Model, hardware: Hardware) -> dict[str, Any]:
     """A plan as plain values, with their units in the names."""
-    prediction = plan.prediction
     return {
         "policy": to_json(plan.policy),
         "job": dataclasses.asdict(plan.job),
-        "tokens_per_s": prediction.tokens_per_s,
-        "prefill_s": prediction.prefill_s,
-        "decode_s": prediction.decode_s,
-        "total_s": prediction.total_s,
-        "bottleneck": prediction.bottleneck.value,
-        "terms_s": {
-            phase: _by_name(terms)
-            for phase, terms in (
-                ("prefill", prediction.prefill_terms),
-                ("decode", prediction.decode_terms),
-            )
-        },
+        **prediction_to_json(plan.prediction),
         "bytes": {
             tier.value: {kind.value: plan.peak.get((tier, kind), 0) for kind in Kind}
             for tier in Tier
@@ -39,6 +27,24 @@ def plan_to_json(plan: Plan, model: Model, hardware: Hardware) -> dict[str, Any]
         "budget_bytes": {tier.value: size for tier, size in plan.budgets.items()},
         "saved_s": saved_s(plan, model, hardware),
         "hardware": hardware_to_json(hardware),
+    }
+
+
+def prediction_to_json(prediction: Prediction) -> dict[str, Any]:
+    """What a job will take, as plain values."""
+    return {
+        "tokens_per_s": prediction.tokens_per_s,
+        "prefill_s": prediction.prefill_s,
+        "decode_s": prediction.decode_s,
+        "total_s": prediction.total_s,
+        "bottleneck": prediction.bottleneck.value,
+        "terms_s": {
+            phase: {resource.value: seconds for resource, seconds in terms.items()}
+            for phase, terms in (
+                ("prefill", prediction.prefill_terms),
+                ("decode", prediction.decode_terms),
+            )
+        },
     }
 
 
@@ -115,7 +121,8 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
 def policy_in_words(plan: Plan) -> str:
     """The policy in one line."""
     policy = plan.policy
-    words = [f"{policy.num_batches} batches of {policy.batch_size}"]
+    batches = "1 batch" if policy.num_batches == 1 else f"{policy.num_batches} batches"
+    words = [f"{batches} of {policy.batch_size}"]
     for kind in Kind:
         shares = ", ".join(
             f"{policy.placement(kind).fraction(tier):.1%} {tier.value}"
@@ -140,7 +147,3 @@ def format_seconds(seconds: float) -> str:
     if seconds < 6000:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _by_name(terms: Mapping[Resource, float]) -> dict[str, float]:
-    return {resource.value: seconds for resource, seconds in terms.items()}

@@ -20,7 +20,7 @@ from flexjax.plan.closed_form import (
 )
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job, Prediction, predict, predict_peak
-from flexjax.plan.program import Solved, memories, solve
+from flexjax.plan.program import STORE, Solved, memories, solve
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.schedule.footprint import by_tier
 from flexjax.sizes import format_bytes
@@ -221,7 +221,7 @@ def _overflow(
     device_is_host: bool,
 ) -> dict[Tier, int]:
     """Bytes past each memory's budget, where there are any."""
-    held = by_tier(peak)
+    held = by_tier({key: size for key, size in peak.items() if key != STORE})
     over: dict[Tier, int] = {}
     for tiers in memories(device_is_host):
         excess = sum(held[tier] for tier in tiers) - budgets[tiers[0]]
@@ -246,6 +246,7 @@ def _nothing_fits(
     policy = with_shares(alone, dict.fromkeys(SHARES, 0.0))
     one = dataclasses.replace(job, num_prompts=1)
     peak = predict_peak(model, policy, one, device_is_host=hardware.device_is_host)
+    peak = {key: size for key, size in peak.items() if key != STORE}
     held = by_tier(peak)
     for tiers in memories(hardware.device_is_host):
         needed = sum(held[tier] for tier in tiers)

@@ -1,0 +1,146 @@
+"""An engine whose policy was given, or is planned for the first job that it gets."""
+
+import contextlib
+import logging
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flexjax.checkpoint import WeightStore
+from flexjax.engine import CLOSED, Engine
+from flexjax.memory.link import Device
+from flexjax.metrics import metrics_report
+from flexjax.placement_report import placement_report
+from flexjax.plan.auto import Choice, choose_policy
+from flexjax.plan.predict import NOTHING, Job
+from flexjax.plan.report import prediction_to_json
+from flexjax.policy import Policy
+from flexjax.store_format import TensorEntry
+
+logger = logging.getLogger(__name__)
+# Opens what is told of the bytes that are loaded, given how many there will be.
+Loading = Callable[[int], contextlib.AbstractContextManager[Callable[[int], object]]]
+
+
+class PlannedEngine:
+    """Makes an engine when it is known under which policy.
+
+    Args of the constructor:
+        store: the model's weights.
+        policy: validated; None plans one for each job that asks for more than the last.
+        device: that computes.
+        offload_dir: where to make the spill folder.
+        seed: of rows that have none of their own.
+        keeps_spans: see `Engine`.
+        loading: see `Loading`.
+
+    Attributes:
+        policy: of the engine; None before there is one.
+        choice: how it was planned, if it was.
+        placement: see `placement_report`; empty before there is an engine.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        policy: Policy | None,
+        *,
+        device: Device,
+        offload_dir: pathlib.Path,
+        seed: int,
+        keeps_spans: bool,
+        loading: Loading,
+    ) -> None:
+        self._store, self._device, self._offload_dir = store, device, offload_dir
+        self._seed, self._keeps_spans, self._loading = seed, keeps_spans, loading
+        self._is_auto, self._planned_for = policy is None, NOTHING
+        self._lock, self._is_closed = threading.Lock(), False
+        self.engine: Engine | None = None
+        self.policy: Policy | None = None
+        self.choice: Choice | None = None
+        self.placement: dict[str, Any] = {}
+        if policy is not None:
+            self._start(policy)
+
+    @contextlib.contextmanager
+    def running(self, lengths: Sequence[int], gen_len: int) -> Iterator[Engine]:
+        """The engine, under a policy that was given, or planned for as much as this.
+
+        One block runs at a time, since a plan may replace the engine.
+
+        Args:
+            lengths: tokens of each prompt.
+            gen_len: tokens to generate for each, at most.
+
+        Raises:
+            ValueError: nothing fits, or this is closed.
+            OSError: the disk failed.
+        """
+        job = Job(
+            prompt_len=max(lengths, default=1),
+            gen_len=gen_len,
+            num_prompts=max(1, len(lengths)),
+        )
+        with self._lock:
+            if self._is_closed:
+                raise ValueError(CLOSED)
+            if self._is_auto and not self._planned_for.has(job):
+                self._plan(job)
+            assert self.engine is not None
+            yield self.engine
+
+    def report(self, engine: Engine) -> dict[str, Any]:
+        """The metrics of its last call, beside what the plan said of its own job."""
+        report = metrics_report(engine.times, engine.ledger)
+        if self.choice is not None and self.choice.plan is not None:
+            report["predicted"] = prediction_to_json(self.choice.plan.prediction)
+        return report
+
+    def close(self) -> None:
+        """Lets go of all memory and removes what was spilled; may be called again."""
+        with self._lock:
+            self._is_closed = True
+            if self.engine is not None:
+                self.engine.close()
+
+    def _plan(self, job: Job) -> None:
+        # What the engine has is free again for the next one.
+        self._stop()
+        self.choice = choose_policy(
+            self._store,
+            job,
+            device=self._device,
+            offload_dir=self._offload_dir,
+            progress=logger.warning,
+        )
+        # What was searched takes long, or is far from what a user would expect.
+        level = logging.INFO if self.choice.plan is None else logging.WARNING
+        logger.log(level, "%s", self.choice.reason)
+        self._start(self.choice.policy)
+        self._planned_for = job
+
+    def _stop(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        self.engine, self._planned_for = None, NOTHING
+
+    def _start(self, policy: Policy) -> None:
+        with self._loading(_resident_bytes(self._store.tensors, policy)) as update:
+            self.engine = Engine(
+                self._store,
+                policy,
+                offload_dir=self._offload_dir,
+                device=self._device,
+                seed=self._seed,
+                on_weights=update,
+                keeps_spans=self._keeps_spans,
+            )
+        self.policy = policy
+        self.placement = placement_report(self.engine.weights.layout, policy)
+
+
+def _resident_bytes(tensors: Mapping[str, TensorEntry], policy: Policy) -> int:
+    """About what is read at the start; a bar may end a little early or late."""
+    total = sum(entry.nbytes for entry in tensors.values())
+    return round(total * (1.0 - policy.weights.disk))

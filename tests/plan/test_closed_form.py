@@ -1,0 +1,171 @@
+"""The closed form is the schedule's own bytes and seconds, summed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexjax.memory.footprint import RunFootprint, run_peak_bytes
+from flexjax.models.config import OPTConfig
+from flexjax.plan.closed_form import (
+    block_form,
+    peak_from_above,
+    phase_seconds,
+    shares_of,
+)
+from flexjax.plan.costs import RunCosts
+from flexjax.plan.planner import model_of
+from flexjax.plan.predict import Job, predict
+from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.schedule.emit import serial_step, zigzag
+from flexjax.schedule.footprint import by_tier
+from flexjax.schedule.simulate import Resource, simulate, total_seconds
+from tests.plan.test_hardware import MACHINE
+
+CONFIG = OPTConfig(
+    vocab_size=640,
+    hidden_size=128,
+    num_attention_heads=2,
+    ffn_dim=512,
+    num_hidden_layers=5,
+)
+APART = dataclasses.replace(MACHINE, product_flops_per_s={1: 1e9, 64: 1e10})
+SHARED = dataclasses.replace(
+    APART,
+    device_is_host=True,
+    to_device_bytes_per_s=None,
+    from_device_bytes_per_s=None,
+    compute_beside_disk=0.8,
+    disk_beside_compute=0.9,
+)
+CORNERS = [Placement(device=1.0), Placement(host=1.0), Placement()]
+placements = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(
+    lambda pair: Placement(device=pair[0], host=(1 - pair[0]) * pair[1])
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn, where=placements) -> Policy:
+    cache = draw(where)
+    return Policy(
+        weights=draw(where),
+        kv_cache=cache,
+        activations=draw(where),
+        batch_size=draw(st.integers(1, 9)),
+        num_batches=draw(st.integers(1, 5)),
+        weight_bits=draw(st.sampled_from([None, 4, 8])),
+        kv_cache_bits=draw(st.sampled_from([None, 4, 8])),
+        host_attention=draw(st.booleans()) and cache.device < 1.0,
+    )
+
+
+hardware_drawn = st.sampled_from([APART, SHARED])
+
+
+def run_of(policy, hardware, *, prompt_len=20, gen_len=5):
+    """The costs of a whole block, and its sizes."""
+    model = model_of(CONFIG, np.dtype(np.float16), policy)
+    layout = model.layout(policy, device_is_host=hardware.device_is_host)
+    work = layout.workload(
+        policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
+    )
+    work = dataclasses.replace(work, layers_ahead=min(2, work.num_layers - 1))
+    sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
+    form = block_form(model, policy, hardware, prompt_len=prompt_len, gen_len=gen_len)
+    return RunCosts(sizes, hardware), sizes, form
+
+
+def steps_s(costs, steps):
+    work = costs.work
+    ops = (op for s in steps for op in serial_step(work, s, range(work.num_batches)))
+    return total_seconds(costs, ops)
+
+
+@given(policy=policies(st.sampled_from(CORNERS)), hardware=hardware_drawn)
+@settings(deadline=None)
+def test_seconds_of_whole_placements_are_those_of_the_ops(policy, hardware):
+    costs, _, form = run_of(policy, hardware)
+    shares = shares_of(policy)
+    assert form.prefill.at(shares) == pytest.approx(steps_s(costs, [0]), abs=1e-9)
+    decode = steps_s(costs, range(1, costs.work.gen_len))
+    assert form.decode.at(shares) == pytest.approx(decode, abs=1e-9)
+
+
+@given(policy=policies(), hardware=hardware_drawn)
+@settings(deadline=None)
+def test_seconds_of_mixed_placements_are_within_a_tensor_and_a_row(policy, hardware):
+    """By one tensor's bytes in every step, and one row's in every pair of calls."""
+    costs, sizes, form = run_of(policy, hardware)
+    work, weights = costs.work, sizes.weights
+    slack = max(entry.nbytes for entry in weights.tensors.values())
+    slack += 2 * work.cache_slots(work.gen_len) * sizes.cache_slot_bytes
+    slack += 2 * work.num_decoder_layers * work.prompt_len * sizes.hidden_bytes
+    # How much of the table of logits travels, and in how many blocks, is rounded too.
+    slack += weights.tensors[CONFIG.head_table].nbytes
+    found, exact = form.prefill.at(shares_of(policy)), steps_s(costs, [0])
+    rates = {
+        Resource.DISK_READ: hardware.disk_read_bytes_per_s,
+        Resource.DISK_WRITE: hardware.disk_write_bytes_per_s,
+        Resource.TO_DEVICE: hardware.to_device_bytes_per_s,
+        Resource.FROM_DEVICE: hardware.from_device_bytes_per_s,
+    }
+    for resource, rate in rates.items():
+        if rate is not None:
+            off = abs(found[resource] - exact[resource]) * rate
+            assert off <= slack, resource
+
+
+@given(policy=policies(), hardware=hardware_drawn, gen_len=st.integers(1, 40))
+@settings(deadline=None)
+def test_the_quick_peak_is_never_below_the_schedule_s_own(policy, hardware, gen_len):
+    _, sizes, _ = run_of(policy, hardware, gen_len=gen_len)
+    above = peak_from_above(sizes)
+    exact = run_peak_bytes(sizes.work, policy, sizes.weights)
+    for key, nbytes in exact.items():
+        assert nbytes <= above[key], key
+    # And not far above it, where a few calls' worth of rows are not the most of it.
+    held, most = by_tier(exact), by_tier(above)
+    assert most[Tier.DISK] <= 2 * held[Tier.DISK] + 1e6
+
+
+@given(policy=policies(), hardware=hardware_drawn)
+@settings(deadline=None)
+def test_a_simulated_block_takes_at_least_what_the_form_says(policy, hardware):
+    """By the terms of its own ops, so that rounding plays no part."""
+    costs, _, _ = run_of(policy, hardware)
+    run = simulate(zigzag, costs.work, costs, hardware.contention)
+    steps = range(costs.work.gen_len)
+    bound_s = phase_seconds(steps_s(costs, steps), hardware.contention)
+    assert run.seconds >= bound_s * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("hardware", [APART, SHARED], ids=["apart", "shared"])
+def test_a_long_run_is_predicted_from_a_part_of_it(hardware, monkeypatch):
+    policy = Policy(weights=Placement(), kv_cache=Placement(host=0.5), num_batches=2)
+    model = model_of(CONFIG, np.dtype(np.float16), policy)
+    job = Job(prompt_len=20, gen_len=40, num_prompts=16)
+    whole = predict(model, policy, hardware, job)
+    monkeypatch.setattr("flexjax.plan.predict.MOST_CELLS", 30)
+    monkeypatch.setattr("flexjax.plan.predict.LEAST_LAYERS", 3)
+    part = predict(model, policy, hardware, job)
+    assert part.prefill_s == pytest.approx(whole.prefill_s, rel=0.15)
+    assert part.decode_s == pytest.approx(whole.decode_s, rel=0.15)
+
+
+def test_blocks_follow_each_other_and_the_last_may_be_smaller():
+    policy = Policy(batch_size=4, num_batches=2)
+    model = model_of(CONFIG, np.dtype(np.float16), policy)
+    times = {
+        count: predict(
+            model, policy, APART, Job(prompt_len=20, gen_len=3, num_prompts=count)
+        ).total_s
+        for count in (4, 8, 20)
+    }
+    assert times[20] == pytest.approx(2 * times[8] + times[4], rel=0.05)
+
+
+def test_every_kind_of_tensor_has_a_share_on_both_near_tiers():
+    shares = shares_of(Policy())
+    assert set(shares) == {(k, t) for k in Kind for t in (Tier.DEVICE, Tier.HOST)}

@@ -1,0 +1,68 @@
+"""The planner's command line."""
+
+import json
+
+import pytest
+
+from flexjax.cli import run_command
+from flexjax.plan.__main__ import build_parser, main
+from flexjax.policy import read_policy
+
+
+def run(*words) -> int:
+    return run_command(main, build_parser(), [str(word) for word in words])
+
+
+JOB = ("--prompt-len", 32, "--gen-len", 4, "--num-prompts", 20)
+SMALL = ("opt-125m", *JOB, "--hardware", "epyc-2-cores", "--host-memory", "900MiB")
+
+
+def test_a_plan_is_printed_and_written(tmp_path, capsys):
+    plan, policy = tmp_path / "plan.json", tmp_path / "policy.json"
+    assert run(*SMALL, "--json", plan, "--policy-json", policy) == 0
+    values = json.loads(plan.read_text())
+    assert {
+        *("policy", "tokens_per_s", "prefill_s", "decode_s", "total_s"),
+        *("bottleneck", "bytes"),
+    } <= set(values)
+    assert values["hardware"]["host_memory_bytes"] == 900 << 20
+    assert read_policy(policy).batch_size == values["policy"]["batch_size"]
+    assert "bottleneck" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("opt-9b", *JOB), "unknown model 'opt-9b'"),
+        ((*SMALL, "--num-prompts", 0), "num_prompts is 0"),
+        ((*SMALL, "--device-memory", "1GiB"), "--device-memory has no effect"),
+        ((*SMALL, "--disk", "much"), "'much' is not a size"),
+        ((*SMALL, "--hardware", "cray"), "hardware cray cannot be read"),
+        ((*SMALL, "--host-memory", "450MiB"), "not even one prompt of 32 tokens fits"),
+        ((*SMALL, "--json", "/dev/null/plan.json"), "cannot write into /dev/null"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, message, capsys):
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_calibrate_prints_every_figure(monkeypatch, capsys):
+    from flexjax.plan.hardware import read_hardware
+
+    asked = []
+
+    def calibrated(folder, device, progress, *, anew):
+        asked.append(anew)
+        progress("measuring")
+        return read_hardware("epyc-2-cores")
+
+    monkeypatch.setattr("flexjax.plan.calibrate.calibrated", calibrated)
+    assert run("calibrate") == 0
+    assert run("opt-125m", *JOB) == 0
+    out = capsys.readouterr().out
+    assert asked == [True, False]
+    for figure in ("TFLOP/s", "GB/s", "GiB", "us"):
+        assert figure in out

@@ -1,0 +1,169 @@
+"""What is found fits, runs as it is, and is no worse than what a person would try."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexjax.memory.footprint import run_peak_bytes
+from flexjax.plan import search as search_module
+from flexjax.plan.planner import (
+    allowed_policies,
+    check_job,
+    find_config,
+    make_plan,
+    model_of,
+)
+from flexjax.plan.predict import Job, predict
+from flexjax.plan.report import plan_to_json, plan_to_text
+from flexjax.plan.search import fits, memory_budgets, search
+from flexjax.policy import Kind, Placement, Policy, Tier, from_json, validate
+from flexjax.schedule.footprint import by_tier
+from tests.plan.test_closed_form import APART, CONFIG, SHARED
+
+DTYPE = np.dtype(np.float16)
+JOB = Job(prompt_len=20, gen_len=8, num_prompts=40)
+MODEL = model_of(CONFIG, DTYPE, Policy())
+
+
+@pytest.fixture(autouse=True)
+def no_reserve(monkeypatch):
+    """All of a small machine is to be used."""
+    monkeypatch.setattr(search_module, "RESERVED_BYTES", 0)
+    monkeypatch.setattr(search_module, "RESERVED", 0.0)
+
+
+def machine(base, device_kib, host_kib):
+    return dataclasses.replace(
+        base,
+        device_memory_bytes=device_kib << 10,
+        host_memory_bytes=host_kib << 10,
+        call_s=1e-6,
+    )
+
+
+machines = st.builds(
+    machine,
+    st.sampled_from([APART, SHARED]),
+    st.integers(4500, 20_000),
+    st.integers(4500, 20_000),
+)
+
+
+@given(hardware=machines)
+@settings(max_examples=10, deadline=None)
+def test_a_plan_fits_as_the_engine_counts_and_its_policy_is_valid(hardware):
+    plan = search(MODEL, hardware, JOB)
+    layout = MODEL.layout(plan.policy, device_is_host=hardware.device_is_host)
+    work = layout.workload(
+        plan.policy,
+        prompt_len=JOB.prompt_len,
+        gen_len=JOB.gen_len,
+        num_rows=min(plan.policy.block_size, JOB.num_prompts),
+    )
+    held = by_tier(run_peak_bytes(work, plan.policy, layout))
+    budgets = plan.budgets
+    if hardware.device_is_host:
+        assert held[Tier.DEVICE] + held[Tier.HOST] <= budgets[Tier.HOST]
+    else:
+        assert held[Tier.DEVICE] <= budgets[Tier.DEVICE]
+        assert held[Tier.HOST] <= budgets[Tier.HOST]
+    stored = layout.home_bytes()[Tier.DISK]  # is there whatever happens
+    assert held[Tier.DISK] - stored <= budgets[Tier.DISK]
+    values = plan_to_json(plan, MODEL, hardware)
+    assert from_json(values["policy"]) == validate(plan.policy)
+    assert values["total_s"] == pytest.approx(values["prefill_s"] + values["decode_s"])
+    assert plan.policy.activations.disk == pytest.approx(0)
+
+
+@pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])
+@pytest.mark.parametrize("kib", [4000, 8000])
+def test_no_policy_of_a_grid_is_predicted_to_be_much_faster(base, kib):
+    hardware = machine(base, kib, kib)
+    plan = search(MODEL, hardware, JOB)
+    shared = hardware.device_is_host
+    budgets = memory_budgets(hardware.free_bytes, device_is_host=shared)
+    shares = [Placement(), Placement(device=0.5), Placement(device=1.0)]
+    if not shared:
+        shares += [Placement(host=1.0), Placement(device=0.5, host=0.5)]
+    for weights, cache, batch_size, num_batches in itertools.product(
+        shares, shares, (8, 20, 40), (1, 2, 5)
+    ):
+        policy = Policy(
+            weights=weights,
+            kv_cache=cache,
+            batch_size=batch_size,
+            num_batches=num_batches,
+        )
+        if fits(MODEL, policy, budgets, JOB, device_is_host=shared):
+            found_s = predict(MODEL, policy, hardware, JOB).total_s
+            assert plan.prediction.total_s <= 1.05 * found_s, policy
+
+
+@pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])
+def test_more_memory_is_not_slower(base):
+    times = [
+        search(MODEL, machine(base, kib, kib), JOB).prediction.total_s
+        for kib in (4000, 6000, 12_000, 40_000)
+    ]
+    for less, more in itertools.pairwise(times):
+        assert more <= 1.05 * less
+
+
+def test_where_everything_fits_everything_is_on_the_device():
+    plan = search(MODEL, machine(APART, 10**6, 10**6), JOB)
+    for kind in Kind:
+        assert plan.policy.placement(kind).device == pytest.approx(1.0), kind
+
+
+def test_where_nothing_fits_it_is_said_where_and_by_how_much():
+    message = r"not even one prompt of 20 tokens fits.*device needs .* KiB.*of weights"
+    with pytest.raises(ValueError, match=message):
+        search(MODEL, machine(APART, 100, 10**6), JOB)
+
+
+def test_quantized_weights_are_tried_only_where_they_are_allowed():
+    # A disk so slow that fewer bytes win, whatever they cost.
+    hardware = dataclasses.replace(
+        machine(APART, 4000, 3000),
+        disk_read_bytes_per_s=1e6,
+        dequantized_bytes_per_s={4: 1e12, 8: 1e12},
+    )
+    for quantized in (False, True):
+        allowed = allowed_policies(quantized=quantized, host_attention=False)
+        plan, _ = make_plan(CONFIG, DTYPE, hardware, JOB, allowed)
+        assert (plan.policy.weight_bits is not None) == quantized
+
+
+def test_a_plan_in_words_names_every_tier_and_the_bottleneck():
+    hardware = machine(SHARED, 5000, 5000)
+    plan = search(MODEL, hardware, JOB)
+    text = plan_to_text(plan, MODEL, hardware)
+    for word in (*(tier.value for tier in Tier), "<- bottleneck", "tokens/s", "save"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        (Job(prompt_len=0, gen_len=1, num_prompts=1), "prompt_len is 0"),
+        (Job(prompt_len=1, gen_len=-1, num_prompts=1), "gen_len is -1"),
+        (Job(prompt_len=1, gen_len=1, num_prompts=0), "num_prompts is 0"),
+        (Job(prompt_len=2040, gen_len=32, num_prompts=1), "make 2072 tokens"),
+    ],
+)
+def test_jobs_that_no_policy_can_do_are_refused(job, message):
+    with pytest.raises(ValueError, match=message):
+        check_job(job, CONFIG)
+
+
+def test_a_model_is_a_name_a_store_or_a_checkpoint(golden):
+    assert find_config("facebook/opt-1.3b").num_hidden_layers == 24
+    checkpoint = golden("opt-pre-ln")
+    stored = find_config(str(checkpoint.store))
+    assert find_config(str(checkpoint.folder)) == stored
+    with pytest.raises(ValueError, match="unknown model 'opt-9b'"):
+        find_config("opt-9b")

@@ -1,0 +1,119 @@
+"""A policy that nobody gave: planned for the first job, and again for a larger one."""
+
+import dataclasses
+
+import pytest
+
+from flexjax.llm import LLM
+from flexjax.plan import auto, search
+from flexjax.plan.hardware import read_hardware
+from flexjax.policy import Kind, Policy, Tier
+from flexjax.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """One whose memory holds no more than some KiB, calibrated from a file."""
+    monkeypatch.setattr(search, "RESERVED_BYTES", 0)
+    described = dataclasses.replace(read_hardware("epyc-2-cores"), disk_bytes=1 << 30)
+    calibrations = []
+
+    def shrink(memory_bytes):
+        free = {Tier.DEVICE: memory_bytes, Tier.HOST: memory_bytes, Tier.DISK: 1 << 30}
+        monkeypatch.setattr(auto, "free_bytes", lambda *_: free)
+
+        def calibrated(folder, device, progress):
+            del folder, device, progress
+            calibrations.append(memory_bytes)
+            return dataclasses.replace(
+                described,
+                device_memory_bytes=memory_bytes,
+                host_memory_bytes=memory_bytes,
+            )
+
+        monkeypatch.setattr(auto, "calibrated", calibrated)
+        return calibrations
+
+    return shrink
+
+
+def token_ids(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_a_model_that_fits_is_all_on_the_device_and_nothing_is_measured(
+    golden, small_machine
+):
+    calibrations = small_machine(1 << 30)
+    checkpoint = golden("opt-pre-ln")
+    with LLM(checkpoint.store) as llm:
+        assert llm.policy is None
+        assert llm.placement == {}
+        outputs = llm.generate(checkpoint.prompts, GREEDY)
+        assert llm.policy == Policy(batch_size=len(checkpoint.prompts))
+        assert llm.placement["weights"]["device"]["effective"] == 1.0
+        assert llm.plan is not None
+        assert len(llm.plan.reason.splitlines()) == 2
+        assert "predicted" not in llm.metrics
+    expected = [ids[:4] for ids in checkpoint.greedy_ids]
+    assert token_ids(outputs) == expected
+    assert calibrations == []
+
+
+def test_a_model_that_does_not_fit_is_offloaded_and_says_what_to_expect(
+    golden, small_machine, tmp_path, caplog
+):
+    checkpoint = golden("opt-pre-ln")
+    with LLM(checkpoint.store, policy=Policy()) as whole:
+        whole.generate(checkpoint.prompts, GREEDY)
+        needed = whole.metrics["predicted_peak_bytes"]
+    small_machine(int(0.9 * needed["device"]))
+    with LLM(checkpoint.store, offload_dir=tmp_path) as llm:
+        outputs = llm.generate(checkpoint.prompts, GREEDY)
+        assert llm.policy is not None
+        on_device = [llm.policy.placement(kind).device for kind in Kind]
+        assert min(on_device) < 1.0 or llm.policy.batch_size < len(checkpoint.prompts)
+        assert llm.metrics["predicted"]["total_s"] > 0
+    expected = [ids[:4] for ids in checkpoint.greedy_ids]
+    assert token_ids(outputs) == expected
+    assert any("expect" in record.getMessage() for record in caplog.records)
+
+
+def test_a_smaller_job_keeps_the_plan_and_a_larger_one_is_planned_anew(
+    golden, small_machine
+):
+    small_machine(1 << 30)
+    checkpoint = golden("opt-pre-ln")
+    with LLM(checkpoint.store) as llm:
+        llm.generate(checkpoint.prompts[:2], GREEDY)
+        first = llm.plan
+        llm.generate(checkpoint.prompts[:1], GREEDY)
+        llm.score([[5, 6]])
+        assert llm.plan is first
+        llm.generate(checkpoint.prompts[:3], GREEDY)
+        assert llm.plan is not first
+        assert llm.policy is not None
+        assert llm.policy.batch_size == 3
+
+
+def test_where_not_even_one_prompt_fits_the_call_says_so(golden, small_machine):
+    small_machine(10_000)
+    with (
+        LLM(golden("opt-pre-ln").store) as llm,
+        pytest.raises(ValueError, match="not even one prompt"),
+    ):
+        llm.generate([[5, 6]], GREEDY)
+
+
+def test_a_closed_model_that_never_ran_says_so(golden):
+    llm = LLM(golden("opt-pre-ln").store)
+    llm.close()
+    with pytest.raises(ValueError, match="this model is closed"):
+        llm.generate([[5]], GREEDY)
+
+
+def test_prompts_may_be_none_at_all(golden):
+    with LLM(golden("opt-pre-ln").store) as llm:
+        assert llm.generate([], GREEDY) == []
