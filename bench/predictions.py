@@ -1,0 +1,179 @@
+"""What the planner says, beside what comes: times and bytes of a grid of policies.
+
+    python -m bench.predictions --json bench/results/predictions.json
+
+The machine is calibrated first, unless it was before. Every policy runs twice, the
+first time to compile; errors are of the second run's seconds.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.machine import describe_machine
+from bench.synthetic import weights_folder
+from checkpoints_tools.resolve import default_cache, resolve_model
+from flexjax.checkpoint import WeightStore, open_store
+from flexjax.cli import run_command
+from flexjax.llm import EMBEDDED_MODEL, LLM
+from flexjax.plan.calibrate import calibrated
+from flexjax.plan.closed_form import Model
+from flexjax.plan.hardware import Hardware, hardware_to_json
+from flexjax.plan.predict import Job, predict, predict_peak
+from flexjax.plan.report import prediction_to_json
+from flexjax.policy import Placement, Policy, Tier, to_json
+from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.sampling_params import SamplingParams
+from flexjax.schedule.footprint import by_tier
+
+DEVICE, HALF, DISK = Placement(device=1.0), Placement(device=0.5), Placement()
+PROMPT_LEN, GEN_LEN = 32, 8
+PHASES = ("prefill", "decode")
+
+
+def policies(model: str) -> Iterator[Policy]:
+    """Mixes of device and disk, in several shapes, some of them with 4 bits."""
+    large = model.endswith("6.7b")
+    shapes = [(32, 1), (16, 2)] if large else [(16, 1), (64, 1), (32, 2), (16, 4)]
+    weights = [DISK] if large else [DEVICE, HALF, DISK]
+    for (batch_size, num_batches), placed, cache in itertools.product(
+        shapes, weights, [DEVICE, DISK]
+    ):
+        policy = Policy(
+            weights=placed,
+            kv_cache=cache,
+            batch_size=batch_size,
+            num_batches=num_batches,
+        )
+        yield policy
+        if placed == DISK and num_batches != 1:
+            yield dataclasses.replace(policy, weight_bits=4)
+            if cache == DISK:
+                yield dataclasses.replace(policy, weight_bits=4, kv_cache_bits=4)
+
+
+def compare(
+    store: WeightStore, policy: Policy, hardware: Hardware, folder: pathlib.Path
+) -> dict[str, Any]:
+    """One policy's prediction and run, as JSON values."""
+    model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
+    job = Job(prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_prompts=policy.block_size)
+    predicted = predict(model, policy, hardware, job)
+    peak = predict_peak(model, policy, job, device_is_host=hardware.device_is_host)
+    shape = (job.num_prompts, job.prompt_len)
+    prompts = np.random.default_rng(0).integers(4, store.config.vocab_size, shape)
+    params = SamplingParams(max_tokens=GEN_LEN, temperature=0.0, ignore_eos=True)
+    with LLM(store.folder, policy=policy, offload_dir=folder) as llm:
+        for _ in range(2):
+            llm.generate(prompts.tolist(), params)
+        metrics = llm.metrics
+    measured = {f"{phase}_s": metrics[phase]["seconds"] for phase in PHASES}
+    measured["total_s"] = metrics["seconds"]
+    return {
+        "policy": to_json(policy),
+        "job": dataclasses.asdict(job),
+        "predicted": prediction_to_json(predicted),
+        "measured": measured | {"busy_s": {p: metrics[p]["busy_s"] for p in PHASES}},
+        "error": predicted.total_s / measured["total_s"] - 1,
+        "predicted_peak_bytes": {t.value: n for t, n in by_tier(peak).items()},
+        "measured_peak_bytes": metrics["peak_bytes"],
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Errors of all rows, as fractions of what was measured."""
+    errors = sorted(abs(row["error"]) for row in rows)
+    within = [
+        sum(row["predicted_peak_bytes"].values())
+        / sum(row["measured_peak_bytes"].values())
+        for row in rows
+    ]
+    return {
+        "policies": len(rows),
+        "median_error": statistics.median(errors),
+        "error_of_90_percent": errors[int(0.9 * (len(errors) - 1))],
+        "least_peak_ratio": min(within),
+        "most_peak_ratio": max(within),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the parsed command line."""
+    if args.json is not None:
+        ensure_writable("--json", args.json)
+    folder = default_cache()
+    hardware = calibrated(
+        folder, jax.devices()[0], lambda text: print(text, file=sys.stderr)
+    )
+    rows = []
+    for name in args.models:
+        weights = weights_folder(name)
+        for policy in policies(name):
+            store = open_store(
+                resolve_model(
+                    weights or EMBEDDED_MODEL,
+                    weight_bits=policy.weight_bits,
+                    group_size=policy.group_size,
+                )
+            )
+            row = {"model": name, **compare(store, policy, hardware, folder)}
+            rows.append(row)
+            print(_line(row), flush=True)
+    found = summary(rows)
+    print(json.dumps(found, indent=1))
+    if args.json is not None:
+        report = {
+            "summary": found,
+            "rows": rows,
+            "hardware": hardware_to_json(hardware),
+            "machine": describe_machine(folder),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": "python -m bench.predictions " + " ".join(args.models),
+        }
+        write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    policy, measured = row["policy"], row["measured"]
+    predicted = row["predicted"]
+    times = " ".join(
+        f"{phase} {measured[f'{phase}_s']:6.2f} s ({predicted[f'{phase}_s']:6.2f})"
+        for phase in PHASES
+    )
+    on_device = [policy[kind]["device"] for kind in ("weights", "kv_cache")]
+    bits = f"{policy['weight_bits'] or 16}/{policy['kv_cache_bits'] or 16} bits"
+    return (
+        f"{row['model']} {policy['num_batches']} x {policy['batch_size']:3}, on the "
+        f"{Tier.DEVICE.value} {on_device[0]:.1f} {on_device[1]:.1f}, {bits:10} {times} "
+        f"{row['error']:+.1%}"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.predictions",
+        description="Runs a grid of policies and compares times and bytes with what "
+        "the planner says.",
+    )
+    parser.add_argument(
+        "models", nargs="*", default=["opt-1.3b", "opt-6.7b"], help="published models"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="write the result here"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, build_parser()))
