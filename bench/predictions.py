@@ -93,9 +93,10 @@ def compare(
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Errors of all rows, as fractions of what was measured."""
     errors = sorted(abs(row["error"]) for row in rows)
+    memories = (Tier.DEVICE.value, Tier.HOST.value)
     within = [
-        sum(row["predicted_peak_bytes"].values())
-        / sum(row["measured_peak_bytes"].values())
+        sum(row["predicted_peak_bytes"][tier] for tier in memories)
+        / sum(row["measured_peak_bytes"][tier] for tier in memories)
         for row in rows
     ]
     return {

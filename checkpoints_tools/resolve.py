@@ -59,7 +59,7 @@ def resolve_model(
     if is_store(folder):
         manifest = read_manifest(folder)
         stored, how = manifest.dtype, manifest.quantization
-        wanted = _choose(dtype, stored, platform)
+        wanted = choose_dtype(dtype, stored, platform)
         if how is not None:
             asked: dict[str, str | int] = {} if dtype == AUTO else {"dtype": dtype}
             if weight_bits is not None:
@@ -71,7 +71,7 @@ def resolve_model(
         into = wanted.name if weight_bits is None else f"{weight_bits}-bit"
         logger.warning("%s holds %s: making a %s copy", folder, stored.name, into)
     source = open_source(folder)
-    wanted = _choose(dtype, source.dtype, platform)
+    wanted = choose_dtype(dtype, source.dtype, platform)
     name = folder.resolve().name if pathlib.Path(model).is_dir() else str(model)
     cache = default_cache() if cache_dir is None else pathlib.Path(cache_dir)
     how = None
@@ -115,7 +115,8 @@ def _ensure_stored_so(
             )
 
 
-def _choose(dtype: str, own: np.dtype, platform: str) -> np.dtype:
+def choose_dtype(dtype: str, own: np.dtype, platform: str) -> np.dtype:
+    """What a model is stored in that has `own` type; see `resolve_model`."""
     if dtype != AUTO:
         return DTYPES[dtype]
     if own == DTYPES["float16"] and platform == "cpu":

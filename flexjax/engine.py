@@ -1,7 +1,6 @@
 """Token ids in, token ids out: runs blocks of prompts, each as a schedule."""
 
 import contextlib
-import dataclasses
 import pathlib
 import threading
 from collections import Counter
@@ -13,7 +12,7 @@ from flexjax.blocks import GenerateRows, Row, ScoreRows
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, shortage
 from flexjax.memory.footprint import run_peak_bytes
-from flexjax.memory.layout import lay_out
+from flexjax.memory.layout import MOST_LAYERS_AHEAD, lay_out, looking_ahead
 from flexjax.memory.link import Device, is_shared
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
@@ -23,7 +22,6 @@ from flexjax.runner import BlockRunner
 from flexjax.workload import Workload
 
 CLOSED = "this model is closed; make a new one to run it again"
-MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 
 class Engine:
@@ -192,12 +190,7 @@ class Engine:
         self._transport.start()
         refusal: str | None = None
         for layers_ahead in range(MOST_LAYERS_AHEAD, 0, -1):
-            ahead = [
-                dataclasses.replace(
-                    work, layers_ahead=min(layers_ahead, work.num_layers - 1)
-                )
-                for work in works
-            ]
+            ahead = [looking_ahead(work, layers_ahead) for work in works]
             peak: Counter[tuple[Tier, Kind]] = Counter()
             for work in dict.fromkeys(ahead):
                 peak |= Counter(self.predict(work, scores=scores))

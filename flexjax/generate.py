@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     _add_sampling_arguments(parser)
-    add_policy_arguments(parser)
+    add_policy_arguments(parser, can_plan=True)
     parser.add_argument(
         "--prompt-len",
         type=int,
@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         data = json.dumps(report, indent=1, ensure_ascii=False).encode()
         write_atomically(pathlib.Path(args.json), data)
     _print(outputs)
-    if choice is not None:
+    if choice is not None and choice.plan is None:  # else it was said before the run
         print(choice.reason, file=sys.stderr)
     print(_summary(metrics), file=sys.stderr)
     if args.trace is not None:

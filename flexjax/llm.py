@@ -1,6 +1,7 @@
 """The front door: text or token ids in, text and log-probabilities out."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -89,7 +90,7 @@ class LLM:
             offload_dir=spill,
             seed=seed,
             keeps_spans=trace,
-            loading=self._loading,
+            loading=functools.partial(_loading, self._progress),
         )
         self.metrics: dict[str, Any] = {}
 
@@ -166,13 +167,14 @@ class LLM:
             )
         ]
         asked = [row.params.max_tokens for row in rows]
+        max_tokens = max(asked, default=1)
         lengths = [len(row.prompt) for row in rows]
         with (
-            self._planned.running(lengths, max(asked, default=1)) as engine,
+            self._planned.running(lengths, max_tokens) as engine,
             self._bar(sum(asked), "generating", "token") as bar,
         ):
             engine.generate(rows, _updates(bar, engine, on_tokens))
-            self.metrics = self._planned.report(engine)
+            self.metrics = self._planned.report(engine, lengths, max_tokens)
         return [
             self._output(row, prompt)
             for row, prompt in zip(rows, requests, strict=True)
@@ -201,7 +203,7 @@ class LLM:
             self._bar(sum(lengths), "scoring", "token") as bar,
         ):
             scores = engine.score(sequences, _updates(bar, engine))
-            self.metrics = self._planned.report(engine)
+            self.metrics = self._planned.report(engine, lengths, 1)
         return scores
 
     def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
@@ -273,20 +275,26 @@ class LLM:
             for table in tables
         ]
 
-    @contextlib.contextmanager
-    def _loading(self, nbytes: int) -> Iterator[Callable[[int], object]]:
-        with self._bar(nbytes, "loading", "B") as bar:
-            yield bar.update
-
     def _bar(self, total: int, label: str, unit: str) -> tqdm:
-        return tqdm(
-            total=total,
-            desc=label,
-            unit=unit,
-            unit_scale=True,
-            disable=not self._progress,
-            file=sys.stderr,
-        )
+        return _progress_bar(self._progress, total, label, unit)
+
+
+def _progress_bar(is_shown: bool, total: int, label: str, unit: str) -> tqdm:
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=True,
+        disable=not is_shown,
+        file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def _loading(is_shown: bool, nbytes: int) -> Iterator[Callable[[int], object]]:
+    """What is told of weights that are loaded; no method, so that no cycle is made."""
+    with _progress_bar(is_shown, nbytes, "loading", "B") as bar:
+        yield bar.update
 
 
 def _updates(

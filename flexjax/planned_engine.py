@@ -1,6 +1,7 @@
 """An engine whose policy was given, or is planned for the first job that it gets."""
 
 import contextlib
+import itertools
 import logging
 import pathlib
 import threading
@@ -15,8 +16,9 @@ from flexjax.placement_report import placement_report
 from flexjax.plan.auto import Choice, choose_policy
 from flexjax.plan.predict import NOTHING, Job
 from flexjax.plan.report import prediction_to_json
-from flexjax.policy import Policy
+from flexjax.policy import Kind, Policy, Tier
 from flexjax.store_format import TensorEntry
+from flexjax.workload import bucket
 
 logger = logging.getLogger(__name__)
 # Opens what is told of the bytes that are loaded, given how many there will be.
@@ -77,24 +79,22 @@ class PlannedEngine:
             ValueError: nothing fits, or this is closed.
             OSError: the disk failed.
         """
-        job = Job(
-            prompt_len=max(lengths, default=1),
-            gen_len=gen_len,
-            num_prompts=max(1, len(lengths)),
-        )
+        job = _job(lengths, gen_len)
         with self._lock:
             if self._is_closed:
                 raise ValueError(CLOSED)
-            if self._is_auto and not self._planned_for.has(job):
-                self._plan(job)
+            wanted = self._planned_for.joined(job)
+            if self._is_auto and wanted != self._planned_for:
+                self._plan(wanted)
             assert self.engine is not None
             yield self.engine
 
-    def report(self, engine: Engine) -> dict[str, Any]:
-        """The metrics of its last call, beside what the plan said of its own job."""
+    def report(self, engine: Engine, lengths: Sequence[int], gen_len: int) -> dict:
+        """The metrics of its last call, beside what was predicted of just that job."""
         report = metrics_report(engine.times, engine.ledger)
-        if self.choice is not None and self.choice.plan is not None:
-            report["predicted"] = prediction_to_json(self.choice.plan.prediction)
+        plan = None if self.choice is None else self.choice.plan
+        if plan is not None and plan.job == _job(lengths, gen_len):
+            report["predicted"] = prediction_to_json(plan.prediction)
         return report
 
     def close(self) -> None:
@@ -105,25 +105,31 @@ class PlannedEngine:
                 self.engine.close()
 
     def _plan(self, job: Job) -> None:
-        # What the engine has is free again for the next one.
-        self._stop()
-        self.choice = choose_policy(
+        held = dict.fromkeys(Tier, 0)  # which is free for another policy
+        if self.engine is not None:
+            for tier, kind in itertools.product((Tier.DEVICE, Tier.HOST), Kind):
+                held[tier] += self.engine.ledger.held(tier, kind)
+        choice = choose_policy(
             self._store,
             job,
             device=self._device,
             offload_dir=self._offload_dir,
+            held=held,
             progress=logger.warning,
         )
         # What was searched takes long, or is far from what a user would expect.
-        level = logging.INFO if self.choice.plan is None else logging.WARNING
-        logger.log(level, "%s", self.choice.reason)
-        self._start(self.choice.policy)
-        self._planned_for = job
+        level = logging.INFO if choice.plan is None else logging.WARNING
+        logger.log(level, "%s", choice.reason)
+        if choice.policy != self.policy:
+            self._stop()
+            self._start(choice.policy)
+        self.choice, self._planned_for = choice, job
 
     def _stop(self) -> None:
         if self.engine is not None:
             self.engine.close()
-        self.engine, self._planned_for = None, NOTHING
+        self.engine, self.policy, self.choice = None, None, None
+        self.placement, self._planned_for = {}, NOTHING
 
     def _start(self, policy: Policy) -> None:
         with self._loading(_resident_bytes(self._store.tensors, policy)) as update:
@@ -138,6 +144,14 @@ class PlannedEngine:
             )
         self.policy = policy
         self.placement = placement_report(self.engine.weights.layout, policy)
+
+
+def _job(lengths: Sequence[int], gen_len: int) -> Job:
+    return Job(
+        prompt_len=bucket(max(lengths, default=1)),
+        gen_len=gen_len,
+        num_prompts=max(1, len(lengths)),
+    )
 
 
 def _resident_bytes(tensors: Mapping[str, TensorEntry], policy: Policy) -> int:

@@ -54,7 +54,8 @@ class Placement:
 
     @property
     def disk(self) -> float:
-        return max(0.0, 1.0 - self.device - self.host)
+        rest = 1.0 - self.device - self.host
+        return rest if rest > 1e-9 else 0.0  # fractions such as 0.7 and 0.3 sum to 1
 
     def fraction(self, tier: Tier) -> float:
         return getattr(self, tier.value)

@@ -21,20 +21,22 @@ _PLAIN = (
     *("weight_bits", "kv_cache_bits", "group_size"),
     *("host_attention", "attention_sparsity"),
 )
+_SWITCHES = ("compress_weight", "compress_cache")
 AUTO = "auto"
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
-def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `policy_from_args` reads."""
+def add_policy_arguments(
+    parser: argparse.ArgumentParser, *, can_plan: bool = False
+) -> None:
+    """Adds the arguments that `policy_from_args` reads, and `is_planned` if it may."""
     group = parser.add_argument_group(
         "policy",
-        "where tensors live; what no argument places is on the device, and if there is "
-        "none at all, a policy is planned for the prompts",
+        "where tensors live; what no argument places is on the device"
+        + (", and if there is none at all, a policy is planned" if can_plan else ""),
     )
-    group.add_argument(
-        "--policy", metavar="FILE", help=f"a policy.json; {AUTO}: plan one (default)"
-    )
+    planned = f"; {AUTO}: plan one for the prompts (default)" if can_plan else ""
+    group.add_argument("--policy", metavar="FILE", help=f"a policy.json{planned}")
     for kind in Kind:
         group.add_argument(
             _flag(kind),
@@ -124,8 +126,9 @@ def is_planned(args: argparse.Namespace) -> bool:
         ValueError: they do, and say something of it all the same.
     """
     names = [kind.value for kind in Kind]
-    names += [*_PLAIN, "percent", "overlap", "compress_weight", "compress_cache"]
-    given = [name for name in names if getattr(args, name) not in (None, False)]
+    names += [*_PLAIN, "percent", "overlap"]
+    given = [name for name in names if getattr(args, name) is not None]
+    given += [name for name in _SWITCHES if getattr(args, name)]
     if args.policy == AUTO and given:
         raise ValueError(
             f"--policy {AUTO} leaves the policy to a plan, but "
@@ -141,6 +144,8 @@ def policy_from_args(args: argparse.Namespace) -> Policy:
         ValueError: two arguments say the same thing, or the policy cannot be used.
     """
     policy = Policy()
+    if args.policy == AUTO:
+        raise ValueError(f"--policy {AUTO} is for generating; give a policy.json here")
     if args.policy is not None:
         policy = read_policy(pathlib.Path(args.policy))
     changes: dict[str, object] = {}

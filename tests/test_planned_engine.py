@@ -27,11 +27,7 @@ def small_machine(monkeypatch):
         def calibrated(folder, device, progress):
             del folder, device, progress
             calibrations.append(memory_bytes)
-            return dataclasses.replace(
-                described,
-                device_memory_bytes=memory_bytes,
-                host_memory_bytes=memory_bytes,
-            )
+            return described
 
         monkeypatch.setattr(auto, "calibrated", calibrated)
         return calibrations
@@ -88,14 +84,31 @@ def test_a_smaller_job_keeps_the_plan_and_a_larger_one_is_planned_anew(
     checkpoint = golden("opt-pre-ln")
     with LLM(checkpoint.store) as llm:
         llm.generate(checkpoint.prompts[:2], GREEDY)
-        first = llm.plan
+        first, engine = llm.plan, llm._planned.engine
         llm.generate(checkpoint.prompts[:1], GREEDY)
         llm.score([[5, 6]])
         assert llm.plan is first
-        llm.generate(checkpoint.prompts[:3], GREEDY)
+        longer = dataclasses.replace(GREEDY, max_tokens=6)
+        llm.generate(checkpoint.prompts[:2], longer)
         assert llm.plan is not first
+        assert llm._planned.engine is engine  # under the same policy
+        llm.generate(checkpoint.prompts[:3], GREEDY)
         assert llm.policy is not None
         assert llm.policy.batch_size == 3
+
+
+def test_a_job_that_does_not_fit_leaves_what_ran_before(golden, small_machine):
+    checkpoint = golden("opt-pre-ln")
+    small_machine(1 << 30)
+    with LLM(checkpoint.store) as llm:
+        llm.generate(checkpoint.prompts[:1], GREEDY)
+        policy = llm.policy
+        small_machine(-(10**9))
+        with pytest.raises(ValueError, match="not even one prompt"):
+            llm.generate(checkpoint.prompts, GREEDY)
+        assert llm.policy == policy
+        outputs = llm.generate(checkpoint.prompts[:1], GREEDY)
+    assert token_ids(outputs) == [checkpoint.greedy_ids[0][:4]]
 
 
 def test_where_not_even_one_prompt_fits_the_call_says_so(golden, small_machine):

@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexjax.policy import Kind, Placement, Policy, Schedule, to_json
-from flexjax.policy_args import add_policy_arguments, policy_from_args
+from flexjax.policy_args import (
+    add_policy_arguments,
+    is_planned,
+    policy_from_args,
+)
 
 
 def read(*arguments):
@@ -171,3 +175,37 @@ def test_the_help_names_every_argument_of_a_policy():
     text = parser.format_help()
     for word in ("--weights", "--kv-cache", "--activations", "--num-batches", "zigzag"):
         assert word in text
+
+
+def planned(*words) -> bool:
+    parser = argparse.ArgumentParser()
+    add_policy_arguments(parser, can_plan=True)
+    return is_planned(parser.parse_args([str(word) for word in words]))
+
+
+def test_a_policy_is_planned_where_nothing_is_said_of_one():
+    assert planned()
+    assert planned("--policy", "auto")
+    assert planned("--offload-dir", "x")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--overlap", "false"),
+        ("--batch-size", 0),
+        ("--attention-sparsity", 0),
+        ("--compress-weight",),
+        ("--weights", "disk=1"),
+        ("--host-attention",),
+    ],
+)
+def test_whatever_is_said_is_not_planned_over(words):
+    assert not planned(*words)
+    with pytest.raises(ValueError, match=f"{words[0]} says some of it"):
+        planned("--policy", "auto", *words)
+
+
+def test_auto_is_refused_where_nothing_is_planned():
+    with pytest.raises(ValueError, match="--policy auto is for generating"):
+        read("--policy", "auto")

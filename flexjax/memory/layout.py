@@ -24,6 +24,7 @@ TOKEN_TABLE = "embed_tokens.weight"
 LEAST_ON_DISK = 64 << 10
 MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
 MOST_PARTS = 4  # in which a layer's weights travel
+MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 Tensors = Mapping[str, TensorEntry]
 
@@ -156,6 +157,11 @@ class WeightLayout:
             prompt_len=bucket(prompt_len),
             gen_len=gen_len,
         )
+
+
+def looking_ahead(work: Workload, layers: int = MOST_LAYERS_AHEAD) -> Workload:
+    """`work` with the weights of so many layers on their way, if there are as many."""
+    return dataclasses.replace(work, layers_ahead=min(layers, work.num_layers - 1))
 
 
 def lay_out(

@@ -7,14 +7,18 @@ import pathlib
 import sys
 
 from flexjax.cli import run_command
-from flexjax.plan.hardware import Hardware, example_names, read_hardware
-from flexjax.plan.planner import allowed_policies, check_job, find_config, make_plan
+from flexjax.plan.hardware import (
+    Hardware,
+    example_names,
+    hardware_to_json,
+    read_hardware,
+)
+from flexjax.plan.planner import allowed_policies, check_job, find_model, make_plan
 from flexjax.plan.predict import Job
 from flexjax.plan.report import plan_to_json, plan_to_text
 from flexjax.policy import to_json
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sizes import format_bytes, parse_bytes
-from flexjax.store_format import DTYPES
 
 _CALIBRATE = "calibrate"
 _EXAMPLE = """examples:
@@ -40,16 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-len", type=int, default=512, metavar="N")
     parser.add_argument("--gen-len", type=int, default=32, metavar="N")
     parser.add_argument("--num-prompts", type=int, default=1000, metavar="N")
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the weights"
-    )
     for flag, what in (
         ("--device-memory", "the device's memory"),
         ("--host-memory", "the host's memory"),
         ("--disk", "room to spill"),
     ):
         parser.add_argument(
-            flag, metavar="SIZE", help=f"{what}, such as 16GiB, instead of what is free"
+            flag,
+            metavar="SIZE",
+            help=f"{what}, such as 16GiB, instead of what is free; of a memory, a "
+            "twentieth and 400 MiB are left for what no plan counts",
         )
     parser.add_argument(
         "--hardware",
@@ -62,7 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="try weights and KV cache of 4 and 8 bits too",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the plan here")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help=f"write the plan here, or what {_CALIBRATE} measured, for --hardware",
+    )
     parser.add_argument(
         "--policy-json", metavar="FILE", help="write a policy.json for --policy here"
     )
@@ -71,22 +79,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
+    _check_flags(args)
     for flag in ("json", "policy_json"):
         if (name := getattr(args, flag)) is not None:
             ensure_writable(f"--{flag.replace('_', '-')}", pathlib.Path(name))
     if args.model == _CALIBRATE:
-        print(_figures(_measured(args, anew=True)))
+        hardware = _measured(args, anew=True)
+        if args.json is not None:
+            _write(args.json, hardware_to_json(hardware))
+        print(_figures(hardware))
         return
     job = Job(
         prompt_len=args.prompt_len, gen_len=args.gen_len, num_prompts=args.num_prompts
     )
-    config = find_config(args.model)
-    check_job(job, config)
-    hardware = _with_budgets(args, _hardware(args))
+    # A described machine computes float16 as it is stored only if it has a device.
+    hardware = None if args.hardware is None else read_hardware(args.hardware)
+    is_cpu = hardware is None or hardware.device_is_host
+    found = find_model(args.model, platform="cpu" if is_cpu else "gpu")
+    check_job(job, found.config)
+    hardware = _with_budgets(args, hardware or _measured(args, anew=False))
     allowed = allowed_policies(
-        quantized=args.allow_quantized, host_attention=not hardware.device_is_host
+        quantized=args.allow_quantized,
+        host_attention=not hardware.device_is_host,
+        base=found.template,
     )
-    plan, model = make_plan(config, DTYPES[args.dtype], hardware, job, allowed)
+    plan, model = make_plan(found, hardware, job, allowed)
     if args.json is not None:
         _write(args.json, plan_to_json(plan, model, hardware))
     if args.policy_json is not None:
@@ -98,10 +115,23 @@ def _write(name: str, values: object) -> None:
     write_atomically(pathlib.Path(name), json.dumps(values, indent=1).encode() + b"\n")
 
 
-def _hardware(args: argparse.Namespace) -> Hardware:
-    if args.hardware is None:
-        return _measured(args, anew=False)
-    return read_hardware(args.hardware)
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuses what cannot act beside something else."""
+    given = [
+        flag
+        for flag in ("device_memory", "host_memory", "disk", "hardware", "policy_json")
+        if getattr(args, flag) is not None
+    ]
+    if args.model == _CALIBRATE and given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} has no effect on {_CALIBRATE}, which "
+            "measures this machine as it is; leave it out"
+        )
+    if args.hardware is not None and args.offload_dir is not None:
+        raise ValueError(
+            "--offload-dir says which disk is measured, but --hardware describes one: "
+            "give one of them"
+        )
 
 
 def _measured(args: argparse.Namespace, *, anew: bool) -> Hardware:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flexjax.checkpoint import WeightStore
@@ -11,10 +11,12 @@ from flexjax.memory.link import Device, is_shared
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
+from flexjax.plan.planner import allowed_policies, best_plan
 from flexjax.plan.predict import Job
+from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words
-from flexjax.plan.search import Plan, fits, memory_budgets, search
-from flexjax.policy import Policy
+from flexjax.plan.search import Plan, fits, memory_budgets
+from flexjax.policy import Policy, Tier
 from flexjax.sizes import format_bytes
 
 # Rows of a batch that leave nothing to be gained by more, and the most that are tried.
@@ -35,6 +37,7 @@ def choose_policy(
     *,
     device: Device,
     offload_dir: pathlib.Path,
+    held: Mapping[Tier, int],
     progress: Callable[[str], object],
 ) -> Choice:
     """The best policy for a job with a model that is there.
@@ -47,6 +50,7 @@ def choose_policy(
         job: what is to be generated.
         device: that computes.
         offload_dir: where a run would spill to.
+        held: bytes of each tier that are not free, but would be for this run.
         progress: is told what takes long, in a few words.
 
     Raises:
@@ -55,14 +59,26 @@ def choose_policy(
     """
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     template = _template(store)
+    shared = is_shared(device)
     free = free_bytes(device, offload_dir)
-    budgets = memory_budgets(free, device_is_host=is_shared(device))
+    for tiers in memories(device_is_host=shared):
+        more = sum(held[tier] for tier in tiers)
+        free |= {tier: free[tier] + more for tier in tiers}
+    budgets = memory_budgets(free, device_is_host=shared)
     for batch_size in _device_sizes(job.num_prompts):
         policy = dataclasses.replace(template, batch_size=batch_size)
-        if fits(model, policy, budgets, job, device_is_host=is_shared(device)):
+        if fits(model, policy, budgets, job, device_is_host=shared):
             return Choice(policy, _all_on_device(policy, job))
-    hardware = calibrated(offload_dir, device, progress)
-    plan = search(model, hardware, job, template)
+    hardware = dataclasses.replace(
+        calibrated(offload_dir, device, progress),
+        device_memory_bytes=free[Tier.DEVICE],
+        host_memory_bytes=free[Tier.HOST],
+        disk_bytes=free[Tier.DISK],
+    )
+    allowed = allowed_policies(
+        quantized=False, host_attention=not shared, base=template
+    )
+    plan = best_plan([(model, policy) for policy in allowed], hardware, job)[0]
     return Choice(plan.policy, _as_planned(plan, hardware), plan)
 
 
@@ -97,7 +113,7 @@ def _as_planned(plan: Plan, hardware: Hardware) -> str:
     )
     return (
         f"policy: {policy_in_words(plan)}\n"
-        f"because the device's {format_bytes(memory)} do not hold everything; expect "
+        f"because {format_bytes(memory)} of the device are free; expect "
         f"{format_seconds(prediction.total_s)} ({prediction.tokens_per_s:.3g} tokens/s)"
         f", bounded by {prediction.bottleneck.value}"
     )

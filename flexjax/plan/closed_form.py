@@ -15,19 +15,25 @@ from typing import Any
 import numpy as np
 
 from flexjax.memory.footprint import RunFootprint
-from flexjax.memory.layout import MOST_PARTS, Tensors, WeightLayout, lay_out
+from flexjax.memory.layout import (
+    MOST_PARTS,
+    Tensors,
+    WeightLayout,
+    lay_out,
+    looking_ahead,
+)
 from flexjax.models.config import OPTConfig
 from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import Hardware
 from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.schedule.footprint import Bytes
 from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
 from flexjax.schedule.simulate import DISK, Contention, Resource, add_seconds
 
 # The variables: the share of a kind on a tier; the rest is on disk.
 SHARES = tuple((kind, tier) for kind in Kind for tier in (Tier.DEVICE, Tier.HOST))
-LAYERS_AHEAD = 2  # that a plan has room for
-Bytes = Counter[tuple[Tier, Kind]]
-SomeBytes = Mapping[tuple[Tier, Kind], int]
+MOST_SAMPLED = 5  # steps whose seconds stand for those of all
+Counted = Counter[tuple[Tier, Kind]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ class BlockForm:
 def phase_seconds(terms: Mapping[Resource, float], contention: Contention) -> float:
     """Of a phase whose resources all work at the same time: the largest term wins."""
     compute_s = terms.get(Resource.COMPUTE, 0.0)
-    disk_s = max(terms.get(resource, 0.0) for resource in DISK)
+    disk_s = sum(terms.get(resource, 0.0) for resource in DISK)
     return max(contention.seconds(disk_s, compute_s), *terms.values())
 
 
@@ -187,8 +193,7 @@ class _Corner:
         work = layout.workload(
             policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
         )
-        ahead = min(LAYERS_AHEAD, work.num_layers - 1)
-        self._work = work = dataclasses.replace(work, layers_ahead=ahead)
+        self._work = work = looking_ahead(work)
         self._sizes = RunFootprint(
             work=work, policy=policy, weights=layout, scores=False
         )
@@ -201,13 +206,15 @@ class _Corner:
     def decode_s(self) -> dict[Resource, float]:
         """The same of all steps after the prefill.
 
-        Steps grow evenly but for buckets of the cache: some of them stand for all.
+        Steps grow evenly but for buckets of the cache: some of them stand for all. The
+        last one is by itself, since it stores no cache.
         """
         last = self._work.gen_len - 1
-        total: dict[Resource, float] = dict.fromkeys(Resource, 0.0)
-        steps = sorted({round(step) for step in np.linspace(1, last, min(last, 5))})
+        total = self._step_s(last) if last else dict.fromkeys(Resource, 0.0)
+        count = max(0, last - 1)
+        steps = {round(s) for s in np.linspace(1, last - 1, min(count, MOST_SAMPLED))}
         for step in steps:
-            add_seconds(total, self._step_s(step), last / len(steps))
+            add_seconds(total, self._step_s(step), count / len(steps))
         return total
 
     def _step_s(self, step: int) -> dict[Resource, float]:
@@ -240,11 +247,11 @@ class _Corner:
                 add_seconds(total, head, work.num_batches)
         return total
 
-    def peak_bytes(self) -> Bytes:
+    def peak_bytes(self) -> Counted:
         return peak_from_above(self._sizes, alike=True)
 
 
-def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Bytes:
+def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     """What `flexjax.schedule.footprint.peak_bytes` would say of `zigzag`, or more.
 
     Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, two
@@ -290,28 +297,28 @@ def _homes(
     step: int,
     *,
     alike: bool,
-) -> list[SomeBytes]:
+) -> list[Bytes]:
     if alike:
         return [sizes.stored(buffers[0], step)] * len(buffers)
     return [sizes.stored(buffer, step) for buffer in buffers]
 
 
-def _sum(sizes: Iterable[SomeBytes]) -> Bytes:
-    total: Bytes = Counter()
+def _sum(sizes: Iterable[Bytes]) -> Counted:
+    total: Counted = Counter()
     for size in sizes:
         _add(total, size)
     return total
 
 
-def _most(sizes: Iterable[SomeBytes]) -> Bytes:
+def _most(sizes: Iterable[Bytes]) -> Counted:
     """The largest of each kind on each tier."""
-    most: Bytes = Counter()
+    most: Counted = Counter()
     for size in sizes:
         for key, nbytes in size.items():
             most[key] = max(most[key], nbytes)
     return most
 
 
-def _add(total: Bytes, more: SomeBytes, times: int = 1) -> None:
+def _add(total: Counted, more: Bytes, times: int = 1) -> None:
     for key, nbytes in more.items():
         total[key] += times * nbytes

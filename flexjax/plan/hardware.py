@@ -102,6 +102,8 @@ def validate_hardware(hardware: Hardware) -> Hardware:
     Raises:
         ValueError: a figure is none that a machine can have; the message names it.
     """
+    if not isinstance(hardware.name, str):
+        raise ValueError(f"name is {hardware.name!r}, expected a text")
     if type(hardware.device_is_host) is not bool:
         raise ValueError(
             f"device_is_host is {hardware.device_is_host!r}, expected true or false"
@@ -113,10 +115,17 @@ def validate_hardware(hardware: Hardware) -> Hardware:
             _check(name, value, above=0, most=1)
         else:
             _check(name, value, above=0)
-    if not hardware.device_is_host:
-        for name in ("to_device_bytes_per_s", "from_device_bytes_per_s"):
-            if getattr(hardware, name) is None:
-                raise ValueError(f"{name} is missing: this device has its own memory")
+    for name in ("to_device_bytes_per_s", "from_device_bytes_per_s"):
+        is_given = getattr(hardware, name) is not None
+        if is_given == hardware.device_is_host:
+            why = "is the host's processor" if is_given else "has its own memory"
+            what = "has no meaning" if is_given else "is missing"
+            raise ValueError(f"{name} {what}: this device {why}")
+    if hardware.compute_beside_disk + hardware.disk_beside_compute < 1:
+        raise ValueError(
+            "compute_beside_disk and disk_beside_compute sum to less than 1, but disk "
+            "and processor that take turns keep as much"
+        )
     if not hardware.product_flops_per_s:
         raise ValueError("product_flops_per_s is empty; give it some numbers of rows")
     if (fewest := min(hardware.product_flops_per_s)) < 1:

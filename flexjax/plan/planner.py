@@ -3,48 +3,79 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from checkpoints_tools.open_source import open_source
+from checkpoints_tools.resolve import AUTO, choose_dtype
 from flexjax.checkpoint import is_store, read_manifest
-from flexjax.models.config import OPTConfig, named_config, read_config
+from flexjax.models.config import OPTConfig, named_config
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job
 from flexjax.plan.search import Plan, search
 from flexjax.policy import Policy
 from flexjax.quant import Quantization
-from flexjax.store_format import planned_entries
+from flexjax.store_format import DTYPES, Manifest, planned_entries
 
 # What a user who allows quantized tensors gets tried, beside nothing: (weights, cache).
 QUANTIZED = ((8, None), (4, None), (8, 8), (4, 4))
 
 
-def find_config(model: str) -> OPTConfig:
-    """The configuration of a folder with a checkpoint or a store, or of a known model.
+class Found(NamedTuple):
+    """A model by its name: with its manifest where there is a store of it."""
+
+    config: OPTConfig
+    dtype: np.dtype
+    manifest: Manifest | None = None
+
+    @property
+    def template(self) -> Policy:
+        """A policy that takes the weights as they are stored."""
+        how = None if self.manifest is None else self.manifest.quantization
+        if how is None:
+            return Policy()
+        return Policy(weight_bits=how.bits, group_size=how.group_size)
+
+    def model(self, policy: Policy) -> Model:
+        """The model as it would be stored for a policy, or is already.
+
+        Raises:
+            ValueError: groups do not divide the rows of a tensor, which is named.
+        """
+        how = None
+        if policy.weight_bits is not None:
+            how = Quantization(
+                bits=policy.weight_bits,
+                group_size=policy.group_size,
+                dtype=self.dtype.name,
+            )
+        if self.manifest is not None and self.manifest.quantization == how:
+            tensors = self.manifest.tensors
+        else:
+            tensors = planned_entries(self.config, self.dtype, how)
+        return Model(config=self.config, dtype=self.dtype, tensors=tensors)
+
+
+def find_model(name: str, *, platform: str) -> Found:
+    """A folder with a checkpoint or a store, or a published model, in bfloat16.
+
+    Args:
+        name: of the folder or the model.
+        platform: JAX's name of what will compute: a CPU takes float16 as bfloat16.
 
     Raises:
         ValueError: it is neither.
     """
-    folder = pathlib.Path(model)
+    folder = pathlib.Path(name)
     if not folder.is_dir():
-        return named_config(model)
-    return read_manifest(folder).config if is_store(folder) else read_config(folder)
-
-
-def model_of(config: OPTConfig, dtype: np.dtype, policy: Policy) -> Model:
-    """The model as a policy would store it.
-
-    Raises:
-        ValueError: groups do not divide the rows of a tensor, which is named.
-    """
-    how = None
-    if policy.weight_bits is not None:
-        how = Quantization(
-            bits=policy.weight_bits, group_size=policy.group_size, dtype=dtype.name
-        )
-    tensors = planned_entries(config, dtype, how)
-    return Model(config=config, dtype=dtype, tensors=tensors)
+        return Found(named_config(name), DTYPES["bfloat16"])
+    if is_store(folder):
+        manifest = read_manifest(folder)
+        return Found(manifest.config, manifest.dtype, manifest)
+    source = open_source(folder)
+    return Found(source.config, choose_dtype(AUTO, source.dtype, platform))
 
 
 def allowed_policies(
@@ -67,32 +98,45 @@ def allowed_policies(
 
 
 def make_plan(
-    config: OPTConfig,
-    dtype: np.dtype,
-    hardware: Hardware,
-    job: Job,
-    allowed: Sequence[Policy],
+    found: Found, hardware: Hardware, job: Job, allowed: Sequence[Policy]
 ) -> tuple[Plan, Model]:
     """The best plan that one of `allowed` gives, and the model as it would be stored.
 
     Raises:
         ValueError: not even one prompt fits, whatever is allowed.
     """
-    best: tuple[Plan, Model] | None = None
+    models: list[tuple[Model, Policy]] = []
     refusal: ValueError | None = None
     for policy in allowed:
-        model = model_of(config, dtype, policy)
         try:
-            plan = search(model, hardware, job, policy)
-        except ValueError as error:
-            refusal = refusal or error
-            continue
-        if best is None or plan.prediction.total_s < best[0].prediction.total_s:
-            best = plan, model
-    if best is None:
+            models.append((found.model(policy), policy))
+        except ValueError as error:  # not every model's rows can be cut into groups
+            refusal = error
+    if not models:
         assert refusal is not None
         raise refusal
-    return best
+    return best_plan(models, hardware, job)
+
+
+def best_plan(
+    allowed: Sequence[tuple[Model, Policy]], hardware: Hardware, job: Job
+) -> tuple[Plan, Model]:
+    """The fastest of the plans that models get, each with what it is stored for.
+
+    Raises:
+        ValueError: none of them fits; the message is that of the first.
+    """
+    plans: list[tuple[Plan, Model]] = []
+    refusal: ValueError | None = None
+    for model, policy in allowed:
+        try:
+            plans.append((search(model, hardware, job, policy), model))
+        except ValueError as error:
+            refusal = refusal or error
+    if not plans:
+        assert refusal is not None
+        raise refusal
+    return min(plans, key=lambda pair: pair[0].prediction.total_s)
 
 
 def check_job(job: Job, config: OPTConfig) -> None:

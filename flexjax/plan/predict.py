@@ -1,13 +1,11 @@
 """What a policy will do with a job: its seconds, and its peak bytes."""
 
 import dataclasses
-import operator
 from collections.abc import Iterator, Mapping
 
 from flexjax.memory.footprint import RunFootprint
-from flexjax.memory.layout import WeightLayout
+from flexjax.memory.layout import WeightLayout, looking_ahead
 from flexjax.plan.closed_form import (
-    LAYERS_AHEAD,
     Model,
     block_form,
     peak_from_above,
@@ -16,7 +14,7 @@ from flexjax.plan.closed_form import (
 )
 from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import Hardware
-from flexjax.policy import Kind, Policy, Tier
+from flexjax.policy import Kind, Policy, Schedule, Tier
 from flexjax.schedule.emit import EMITTERS, serial_step
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden
 from flexjax.schedule.simulate import (
@@ -48,10 +46,11 @@ class Job:
     gen_len: int
     num_prompts: int
 
-    def has(self, other: "Job") -> bool:
-        """Whether it asks for as much as another, of everything."""
+    def joined(self, other: "Job") -> "Job":
+        """A job that asks for as much as either, of everything."""
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return all(map(operator.ge, mine, others))
+        prompt_len, gen_len, num_prompts = map(max, mine, others)
+        return Job(prompt_len=prompt_len, gen_len=gen_len, num_prompts=num_prompts)
 
 
 NOTHING = Job(prompt_len=0, gen_len=0, num_prompts=0)
@@ -100,7 +99,17 @@ class Prediction:
 
 
 def predict(model: Model, policy: Policy, hardware: Hardware, job: Job) -> Prediction:
-    """What a policy takes for a job, by simulation of its first block."""
+    """What a policy takes for a job, by simulation of its first block.
+
+    Raises:
+        ValueError: it runs one batch to its end after the other, so that no prefill
+            comes before all of the decode.
+    """
+    if policy.schedule is Schedule.ROW_BY_ROW:
+        raise ValueError(
+            f"a run with schedule={policy.schedule.value!r} cannot be predicted yet: "
+            "its phases are not one after the other"
+        )
     prefill_s = decode_s = 0.0
     terms: list[dict[Resource, float]] = [{}, {}]
     stretch: list[float] | None = None
@@ -176,8 +185,7 @@ def _blocks(
                 gen_len=job.gen_len,
                 num_rows=num_rows,
             )
-            ahead = min(LAYERS_AHEAD, work.num_layers - 1)
-            yield dataclasses.replace(work, layers_ahead=ahead), times
+            yield looking_ahead(work), times
 
 
 class _Part:

@@ -42,7 +42,7 @@ def solve(
     # A hidden state is waited for in every call, so none goes by the disk.
     rows.append([-float(kind is Kind.ACTIVATIONS) for kind, _ in SHARES] + [0.0, 0.0])
     limits.append(-1.0)
-    pools = memories(hardware.device_is_host)
+    pools = memories(device_is_host=hardware.device_is_host)
     scale = 1 / 2**30  # so that all numbers of the program are of a size
     for tiers in pools:
         keys = [key for key in form.bytes.keys if key[0] in tiers and key != STORE]
@@ -71,7 +71,7 @@ def solve(
     )
 
 
-def memories(device_is_host: bool) -> list[tuple[Tier, ...]]:
+def memories(*, device_is_host: bool) -> list[tuple[Tier, ...]]:
     """The tiers that share each memory."""
     if device_is_host:
         return [(Tier.DEVICE, Tier.HOST), (Tier.DISK,)]
@@ -83,22 +83,21 @@ def _lines(
 ) -> Iterator[tuple[float, list[float]]]:
     """Seconds that a phase takes at least, as linear functions of the shares.
 
-    One for each resource; and two for compute beside each direction of the disk, whose
-    larger one is `Contention.seconds`.
+    One for each resource; and two for compute beside the disk, which reads or writes,
+    whose larger one is `Contention.seconds`.
     """
-    compute = (
-        linear.base.get(Resource.COMPUTE, 0.0),
-        np.array(linear.slope(Resource.COMPUTE)),
-    )
+
+    def line(*resources: Resource) -> np.ndarray:
+        return np.sum(
+            [(linear.base.get(r, 0.0), *linear.slope(r)) for r in resources], 0
+        )
+
+    compute, disk = line(Resource.COMPUTE), line(*DISK)
     slower = contention.compute_beside_disk
     slower_disk = contention.disk_beside_compute
-    for resource in Resource:
-        base, slope = linear.base.get(resource, 0.0), np.array(linear.slope(resource))
-        yield base, slope.tolist()
-        if resource in DISK:
-            for own, other in (
-                (1.0, (1 - slower_disk) / slower),
-                ((1 - slower) / slower_disk, 1.0),
-            ):
-                both = own * slope + other * compute[1]
-                yield own * base + other * compute[0], both.tolist()
+    for found in (
+        *(line(resource) for resource in Resource),
+        disk + (1 - slower_disk) / slower * compute,
+        (1 - slower) / slower_disk * disk + compute,
+    ):
+        yield found[0], found[1:].tolist()

@@ -7,6 +7,7 @@ from typing import Any
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
 from flexjax.plan.predict import Prediction, predict
+from flexjax.plan.program import STORE
 from flexjax.plan.search import Plan
 from flexjax.policy import Kind, Tier, to_json
 from flexjax.schedule.footprint import by_tier
@@ -88,13 +89,15 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
         + "".join(f"{kind.value:>14}" for kind in Kind)
         + (f"{'in all':>14}{'may use':>14}")
     )
-    held = by_tier(plan.peak)
+    held = by_tier({key: size for key, size in plan.peak.items() if key != STORE})
     for tier in Tier:
         sizes = [plan.peak.get((tier, kind), 0) for kind in Kind]
         cells = [format_bytes(size) for size in (*sizes, held[tier])]
         shared = hardware.device_is_host and tier is Tier.HOST
         cells.append("(device's)" if shared else format_bytes(plan.budgets[tier]))
         yield f"{tier.value:12}" + "".join(f"{cell:>14}" for cell in cells)
+    store = sum(entry.nbytes for entry in model.tensors.values())
+    yield f"(on disk, the weights are the store's, {format_bytes(store)}, not spilled)"
     yield ""
     yield (
         f"prefill {format_seconds(prediction.prefill_s)}, decode "

@@ -185,6 +185,8 @@ def _rounded(
         if solved is None:
             return None
         policy = with_shares(candidate.policy, _floored(solved.shares))
+        if policy.kv_cache.device >= 1.0:  # there is nothing that it would act on
+            policy = dataclasses.replace(policy, host_attention=False)
         peak = predict_peak(model, policy, job, device_is_host=hardware.device_is_host)
         over = _overflow(peak, budgets, hardware.device_is_host)
         if not over:
@@ -209,9 +211,10 @@ def _floored(
         share: min(1.0, max(0.0, math.floor(value * 10_000 + 1e-6) / 10_000))
         for share, value in shares.items()
     }
-    # What flooring takes from the hidden states would be on disk.
-    kind = Kind.ACTIVATIONS
-    floored[kind, Tier.HOST] = round(1.0 - floored[kind, Tier.DEVICE], 4)
+    for kind in Kind:
+        device, host = shares[kind, Tier.DEVICE], shares[kind, Tier.HOST]
+        if device + host > 1 - 1e-6 and host > 0:  # nothing is to be on disk
+            floored[kind, Tier.HOST] = round(1.0 - floored[kind, Tier.DEVICE], 4)
     return floored
 
 
@@ -223,7 +226,7 @@ def _overflow(
     """Bytes past each memory's budget, where there are any."""
     held = by_tier({key: size for key, size in peak.items() if key != STORE})
     over: dict[Tier, int] = {}
-    for tiers in memories(device_is_host):
+    for tiers in memories(device_is_host=device_is_host):
         excess = sum(held[tier] for tier in tiers) - budgets[tiers[0]]
         if excess > 0:
             # At least as much as moves a fraction by a digit.
@@ -248,7 +251,7 @@ def _nothing_fits(
     peak = predict_peak(model, policy, one, device_is_host=hardware.device_is_host)
     peak = {key: size for key, size in peak.items() if key != STORE}
     held = by_tier(peak)
-    for tiers in memories(hardware.device_is_host):
+    for tiers in memories(device_is_host=hardware.device_is_host):
         needed = sum(held[tier] for tier in tiers)
         if needed <= budgets[tiers[0]]:
             continue

@@ -91,10 +91,6 @@ class Simulated:
     step_ends_s: Mapping[int, float]
     busy_s: Mapping[Resource, float]
 
-    def idle_share(self, resource: Resource) -> float:
-        """The share of the time for which a resource would not have been needed."""
-        return max(0.0, 1.0 - self.busy_s.get(resource, 0.0) / self.seconds)
-
 
 class _Queue(enum.IntEnum):
     """Whose order of issue is kept. The disk does one task of its two at a time."""
@@ -224,9 +220,12 @@ class _Run:
         self._ends.append((cell.step, task))
 
     def store(self, buffer: Cache | Hidden, step: int) -> None:
-        stages = list(self._costs.store(buffer, step).items())
+        seconds = self._costs.store(buffer, step)
         lane = _Queue.CACHE_OUT if isinstance(buffer, Cache) else _Queue.HIDDEN
-        task = self._add(lane, stages, [self._computed[buffer.batch]])
+        down = [(r, s) for r, s in seconds.items() if r not in DISK]
+        task = self._add(lane, down, [self._computed[buffer.batch]])
+        if disk := [(r, s) for r, s in seconds.items() if r in DISK and s > 0]:
+            task = self._add(_Queue.DISK_NOW, disk, [task])
         self._stored[buffer] = task
         self._uses[buffer].append(task)
 

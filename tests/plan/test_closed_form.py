@@ -16,11 +16,12 @@ from flexjax.plan.closed_form import (
     shares_of,
 )
 from flexjax.plan.costs import RunCosts
-from flexjax.plan.planner import model_of
+from flexjax.plan.planner import Found
 from flexjax.plan.predict import Job, predict
-from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import serial_step, zigzag
 from flexjax.schedule.footprint import by_tier
+from flexjax.schedule.ops import Weights
 from flexjax.schedule.simulate import Resource, simulate, total_seconds
 from tests.plan.test_hardware import MACHINE
 
@@ -66,7 +67,7 @@ hardware_drawn = st.sampled_from([APART, SHARED])
 
 def run_of(policy, hardware, *, prompt_len=20, gen_len=5):
     """The costs of a whole block, and its sizes."""
-    model = model_of(CONFIG, np.dtype(np.float16), policy)
+    model = Found(CONFIG, np.dtype(np.float16)).model(policy)
     layout = model.layout(policy, device_is_host=hardware.device_is_host)
     work = layout.workload(
         policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
@@ -83,10 +84,11 @@ def steps_s(costs, steps):
     return total_seconds(costs, ops)
 
 
+@pytest.mark.parametrize("gen_len", [1, 2, 5])
 @given(policy=policies(st.sampled_from(CORNERS)), hardware=hardware_drawn)
-@settings(deadline=None)
-def test_seconds_of_whole_placements_are_those_of_the_ops(policy, hardware):
-    costs, _, form = run_of(policy, hardware)
+@settings(deadline=None, max_examples=30)
+def test_seconds_of_whole_placements_are_those_of_the_ops(policy, hardware, gen_len):
+    costs, _, form = run_of(policy, hardware, gen_len=gen_len)
     shares = shares_of(policy)
     assert form.prefill.at(shares) == pytest.approx(steps_s(costs, [0]), abs=1e-9)
     decode = steps_s(costs, range(1, costs.work.gen_len))
@@ -125,9 +127,12 @@ def test_the_quick_peak_is_never_below_the_schedule_s_own(policy, hardware, gen_
     exact = run_peak_bytes(sizes.work, policy, sizes.weights)
     for key, nbytes in exact.items():
         assert nbytes <= above[key], key
-    # And not far above it, where a few calls' worth of rows are not the most of it.
+    # Nor is it above it by more than a layer, and a few calls' rows and workspaces.
+    layer = sizes.loaded(Weights(0, 0), 0)
+    room = 3 * sum(layer.values()) + 6 * policy.batch_size * 64 * 6 * CONFIG.ffn_dim
     held, most = by_tier(exact), by_tier(above)
-    assert most[Tier.DISK] <= 2 * held[Tier.DISK] + 1e6
+    for tier in Tier:
+        assert most[tier] <= 1.25 * held[tier] + room, tier
 
 
 @given(policy=policies(), hardware=hardware_drawn)
@@ -144,7 +149,7 @@ def test_a_simulated_block_takes_at_least_what_the_form_says(policy, hardware):
 @pytest.mark.parametrize("hardware", [APART, SHARED], ids=["apart", "shared"])
 def test_a_long_run_is_predicted_from_a_part_of_it(hardware, monkeypatch):
     policy = Policy(weights=Placement(), kv_cache=Placement(host=0.5), num_batches=2)
-    model = model_of(CONFIG, np.dtype(np.float16), policy)
+    model = Found(CONFIG, np.dtype(np.float16)).model(policy)
     job = Job(prompt_len=20, gen_len=40, num_prompts=16)
     whole = predict(model, policy, hardware, job)
     monkeypatch.setattr("flexjax.plan.predict.MOST_CELLS", 30)
@@ -154,9 +159,27 @@ def test_a_long_run_is_predicted_from_a_part_of_it(hardware, monkeypatch):
     assert part.decode_s == pytest.approx(whole.decode_s, rel=0.15)
 
 
+def test_long_runs_store_as_many_tokens_as_their_ops():
+    """Steps are sampled, but all store one token but for the last."""
+    policy = Policy(kv_cache=Placement(), weights=Placement())
+    costs, _, form = run_of(policy, APART, gen_len=60)
+    exact = steps_s(costs, range(1, 60))
+    found = form.decode.at(shares_of(policy))
+    assert found[Resource.DISK_WRITE] == pytest.approx(exact[Resource.DISK_WRITE])
+    read = found[Resource.DISK_READ]
+    assert read == pytest.approx(exact[Resource.DISK_READ], rel=0.02)
+
+
+def test_a_schedule_without_phases_is_not_predicted():
+    policy = Policy(schedule=Schedule.ROW_BY_ROW)
+    model = Found(CONFIG, np.dtype(np.float16)).model(policy)
+    with pytest.raises(ValueError, match="'row_by_row' cannot be predicted"):
+        predict(model, policy, APART, Job(prompt_len=20, gen_len=3, num_prompts=4))
+
+
 def test_blocks_follow_each_other_and_the_last_may_be_smaller():
     policy = Policy(batch_size=4, num_batches=2)
-    model = model_of(CONFIG, np.dtype(np.float16), policy)
+    model = Found(CONFIG, np.dtype(np.float16)).model(policy)
     times = {
         count: predict(
             model, policy, APART, Job(prompt_len=20, gen_len=3, num_prompts=count)

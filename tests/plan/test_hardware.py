@@ -49,6 +49,7 @@ RATES = [
     "attention_bytes_per_s",
     "host_attention_bytes_per_s",
 ]
+COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
 TABLES = ["product_flops_per_s", "dequantized_bytes_per_s"]
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, -1, True, "1", [], {}]
 
@@ -72,7 +73,7 @@ machines = st.builds(
     dequantized_bytes_per_s=st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
     call_s=st.floats(0, 10),
     **dict.fromkeys(BUDGETS, budgets),
-    **dict.fromkeys(FRACTIONS, st.floats(1e-3, 1)),
+    **dict.fromkeys(FRACTIONS, st.floats(0.5, 1)),
     **{name: rates for name in RATES if "device" not in name},
 )
 
@@ -141,7 +142,21 @@ def test_only_a_device_that_is_the_host_needs_no_copies(name):
     machine = with_figure(name, None)
     with pytest.raises(ValueError, match=f"{name} is missing"):
         validate_hardware(machine)
-    assert validate_hardware(dataclasses.replace(machine, device_is_host=True))
+    shared = dataclasses.replace(MACHINE, device_is_host=True, **dict.fromkeys(COPIES))
+    assert validate_hardware(shared)
+    with pytest.raises(ValueError, match=f"{name} has no meaning"):
+        validate_hardware(dataclasses.replace(shared, **{name: 1e9}))
+
+
+def test_disk_and_processor_keep_at_least_what_turns_would():
+    slow = dataclasses.replace(MACHINE, **dict.fromkeys(FRACTIONS, 0.4))
+    with pytest.raises(ValueError, match="sum to less than 1"):
+        validate_hardware(slow)
+
+
+def test_a_machine_s_name_is_a_text():
+    with pytest.raises(ValueError, match="name is 3, expected a text"):
+        validate_hardware(dataclasses.replace(MACHINE, name=3))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +191,8 @@ def test_an_unknown_field_is_refused():
 
 @pytest.mark.parametrize("field", dataclasses.fields(Hardware), ids=lambda f: f.name)
 def test_what_has_no_default_must_be_there(field):
-    values = hardware_to_json(dataclasses.replace(MACHINE, device_is_host=True))
+    shared = dataclasses.replace(MACHINE, device_is_host=True, **dict.fromkeys(COPIES))
+    values = hardware_to_json(shared)
     del values[field.name]
     if field.default is not dataclasses.MISSING:
         assert getattr(hardware_from_json(values), field.name) == field.default

@@ -6,6 +6,7 @@ import pytest
 
 from flexjax.cli import run_command
 from flexjax.plan.__main__ import build_parser, main
+from flexjax.plan.hardware import read_hardware
 from flexjax.policy import read_policy
 
 
@@ -33,7 +34,9 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("opt-9b", *JOB), "unknown model 'opt-9b'"),
+        (("opt-9b", *JOB, "--hardware", "h200"), "unknown model 'opt-9b'"),
+        (("calibrate", "--hardware", "h200"), "--hardware has no effect on calibrate"),
+        ((*SMALL, "--offload-dir", "x"), "--offload-dir says which disk is measured"),
         ((*SMALL, "--num-prompts", 0), "num_prompts is 0"),
         ((*SMALL, "--device-memory", "1GiB"), "--device-memory has no effect"),
         ((*SMALL, "--disk", "much"), "'much' is not a size"),
@@ -49,8 +52,8 @@ def test_bad_input_is_one_sentence(words, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_calibrate_prints_every_figure(monkeypatch, capsys):
-    from flexjax.plan.hardware import read_hardware
+def test_calibrate_prints_every_figure(monkeypatch, capsys, tmp_path):
+    machine = tmp_path / "machine.json"
 
     asked = []
 
@@ -60,7 +63,8 @@ def test_calibrate_prints_every_figure(monkeypatch, capsys):
         return read_hardware("epyc-2-cores")
 
     monkeypatch.setattr("flexjax.plan.calibrate.calibrated", calibrated)
-    assert run("calibrate") == 0
+    assert run("calibrate", "--json", machine) == 0
+    assert read_hardware(str(machine)) == read_hardware("epyc-2-cores")
     assert run("opt-125m", *JOB) == 0
     out = capsys.readouterr().out
     assert asked == [True, False]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from flexjax.memory.footprint import run_peak_bytes
 from flexjax.plan import search as search_module
 from flexjax.plan.planner import (
+    Found,
     allowed_policies,
     check_job,
-    find_config,
+    find_model,
     make_plan,
-    model_of,
 )
 from flexjax.plan.predict import Job, predict
 from flexjax.plan.report import plan_to_json, plan_to_text
@@ -26,7 +26,8 @@ from tests.plan.test_closed_form import APART, CONFIG, SHARED
 
 DTYPE = np.dtype(np.float16)
 JOB = Job(prompt_len=20, gen_len=8, num_prompts=40)
-MODEL = model_of(CONFIG, DTYPE, Policy())
+FOUND = Found(CONFIG, DTYPE)
+MODEL = FOUND.model(Policy())
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +135,7 @@ def test_quantized_weights_are_tried_only_where_they_are_allowed():
     )
     for quantized in (False, True):
         allowed = allowed_policies(quantized=quantized, host_attention=False)
-        plan, _ = make_plan(CONFIG, DTYPE, hardware, JOB, allowed)
+        plan, _ = make_plan(FOUND, hardware, JOB, allowed)
         assert (plan.policy.weight_bits is not None) == quantized
 
 
@@ -161,9 +162,17 @@ def test_jobs_that_no_policy_can_do_are_refused(job, message):
 
 
 def test_a_model_is_a_name_a_store_or_a_checkpoint(golden):
-    assert find_config("facebook/opt-1.3b").num_hidden_layers == 24
+    known = find_model("facebook/opt-1.3b", platform="cpu")
+    assert (known.config.num_hidden_layers, known.dtype.name) == (24, "bfloat16")
     checkpoint = golden("opt-pre-ln")
-    stored = find_config(str(checkpoint.store))
-    assert find_config(str(checkpoint.folder)) == stored
+    stored = find_model(str(checkpoint.store), platform="cpu")
+    made = find_model(str(checkpoint.folder), platform="cpu")
+    assert (made.config, made.dtype) == (stored.config, stored.dtype)
+    assert stored.dtype.name == "float32"
+    sizes = [
+        {name: entry.nbytes for name, entry in found.model(Policy()).tensors.items()}
+        for found in (stored, made)
+    ]
+    assert sizes[0] == sizes[1]
     with pytest.raises(ValueError, match="unknown model 'opt-9b'"):
-        find_config("opt-9b")
+        find_model("opt-9b", platform="cpu")

@@ -118,13 +118,5 @@ def test_a_cache_that_is_waited_for_overtakes_weights_that_are_not():
         {Resource.COMPUTE: 0.0},
     )
     run = simulate(zigzag, work, costs)
-    assert run.seconds == pytest.approx(run.busy_s[Resource.DISK_READ])
-
-
-def test_idle_time_is_what_a_resource_is_not_needed_for():
-    work = Workload(num_decoder_layers=3)
-    costs = DrawnCosts({Resource.DISK_READ: 3.0}, {}, {}, {Resource.COMPUTE: 1.0})
-    run = simulate(serial, work, costs)
-    assert run.idle_share(Resource.DISK_READ) == pytest.approx(1 / 4)
-    assert run.idle_share(Resource.COMPUTE) == pytest.approx(3 / 4)
-    assert run.idle_share(Resource.TO_DEVICE) == 1.0
+    moved_s = run.busy_s[Resource.DISK_READ] + run.busy_s[Resource.DISK_WRITE]
+    assert run.seconds == pytest.approx(moved_s)  # the disk is never idle
