@@ -78,6 +78,7 @@ STAIRS = [
     # plan
     "plan.hardware",
     "plan.scratch",
+    "plan.this_machine",
     "plan.calibrate",
     "plan.costs",
     "plan.closed_form",

@@ -185,7 +185,7 @@ def _figure(name: str, value: float) -> str:
         return f"{value / 1e9:.2f} GB/s"
     if name.endswith("_bytes"):
         return format_bytes(int(value))
-    if name == "call_s":
+    if name.startswith("call_s"):
         return f"{value * 1e6:.0f} us"
     return str(value) if isinstance(value, bool) else f"{value:.2f}"
 

@@ -6,32 +6,27 @@ read in a loop is larger than a processor's caches.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
+import itertools
 import math
-import os
 import pathlib
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from checkpoints_tools.resolve import default_cache
 from flexjax.attention import prefill_attention
 from flexjax.cached_attention import attend_step
 from flexjax.memory.buffers import page_aligned, typed
-from flexjax.memory.capacity import free_bytes
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import Device, DeviceLink, host_device, is_shared
 from flexjax.models.config import OPTConfig, decoder_layer_shapes, named_config
-from flexjax.models.opt import contract_last, unflatten
+from flexjax.models.opt import unflatten
 from flexjax.plan.hardware import (
     Hardware,
     read_hardware,
@@ -39,19 +34,21 @@ from flexjax.plan.hardware import (
     write_hardware,
 )
 from flexjax.plan.scratch import Scratch, scratch_file
+from flexjax.plan.this_machine import budgets, machine_id, machine_name
 from flexjax.policy import BITS, Kind, Policy
 from flexjax.quant import Quantization, dequantize_into, quantize
 from flexjax.safe_files import make_folder
-from flexjax.steps import decode_step
+from flexjax.steps import decode_step, prefill_step
 
 LIMIT_S, MOST_REPEATS = 0.5, 100  # a step is repeated until one of them is reached
-LAYER = named_config("opt-6.7b")  # gives the matrices: 0.4 GB of them
+LAYERS = (named_config("opt-1.3b"), named_config("opt-6.7b"))  # 0.1 and 0.4 GB each
 ROWS = (1, 16, 32, 64, 128, 256, 1024)
+PREFILL_ROWS, PROMPT_LEN = 1024, 128  # as many tokens as a prefill takes at a time
+PAST_SLOTS = 32
 PROMPTS = (8, 32, 128, 128)  # rows, heads, tokens, elements of a head
 CACHE = (32, 32, 160, 64)  # rows, heads, slots, elements of a head
 WIDENED = (4096, 4096)
-COPIES = 3  # of a cache, or of what is widened, which take turns
-SMALLEST = OPTConfig(hidden_size=64, num_attention_heads=2, ffn_dim=128)
+COPIES = 3  # of a layer, of a cache, or of what is widened, which take turns
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
 BESIDE_ROWS, BESIDE_S = 64, 3.0
 
@@ -89,25 +86,7 @@ def calibrated(
         make_folder(path.parent)  # heard of before a minute is spent
         hardware = calibrate(offload_dir, device, progress)
         write_hardware(path, hardware)
-    return dataclasses.replace(hardware, **_budgets(offload_dir, device))
-
-
-def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
-    """A name for what figures depend on: processors, memory, disk, and JAX's version.
-
-    A disk is known by the system's number for it.
-    """
-    folder = offload_dir.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    facts = [
-        _cpu_model(),
-        _num_cores(),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        _device_kind(device),
-        existing.stat().st_dev,
-        jax.__version__,
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return dataclasses.replace(hardware, **budgets(offload_dir, device))
 
 
 def calibrate(
@@ -124,74 +103,33 @@ def calibrate(
         OSError: the folder cannot be written, or its disk is full.
         ValueError: JAX was told not to use the host's processor.
     """
-    budgets, device_is_host = _budgets(offload_dir, device), is_shared(device)
-    host = device if device_is_host else host_device("a calibration")
+    device_is_host = is_shared(device)
     progress(f"measuring the disk of {offload_dir}")
     with scratch_file(offload_dir) as scratch:
         figures: dict[str, Any] = {
             "disk_write_bytes_per_s": scratch.write_rate(),
             "disk_read_bytes_per_s": scratch.read_rate(),
         }
-        progress("measuring products of matrices")
-        weights = _layer_matrices(device)
-        figures["product_flops_per_s"] = {
-            rows: _product_rate(rows, weights, device) for rows in ROWS
-        }
+        progress("measuring attention and quantization")
+        figures |= _attention_figures(device)
+        progress("measuring layers")
+        layers = [_Layers(config, device) for config in LAYERS]
+        figures |= _step_figures(layers, figures)
         if device_is_host:
-            progress("measuring the disk and products beside each other")
-            figures |= _contention(scratch, weights, device)
-        del weights
+            progress("measuring the disk and layers beside each other")
+            figures |= _contention(scratch, layers[-1])
+        del layers
     if not device_is_host:
         progress("measuring copies to the device and back")
         figures |= _copy_rates(device)
-    progress("measuring attention and quantization")
-    attention_rate = _attention_rate(device)
     return validate_hardware(
         Hardware(
-            name=_name(device),
+            name=machine_name(device),
             device_is_host=device_is_host,
-            prefill_attention_flops_per_s=_prefill_attention_rate(device),
-            attention_bytes_per_s=attention_rate,
-            host_attention_bytes_per_s=(
-                attention_rate if device_is_host else _attention_rate(host)
-            ),
-            dequantized_bytes_per_s={
-                bits: _dequantized_rate(bits, device) for bits in BITS
-            },
-            call_s=_call_s(device),
-            **budgets,
+            **budgets(offload_dir, device),
             **figures,
         )
     )
-
-
-def _budgets(offload_dir: pathlib.Path, device: Device) -> dict[str, Any]:
-    """What is free now, as fields of `Hardware`."""
-    free = free_bytes(device, offload_dir)
-    fields = ("device_memory_bytes", "host_memory_bytes", "disk_bytes")
-    return dict(zip(fields, free.values(), strict=True))
-
-
-def _name(device: Device) -> str:
-    host = f"{_cpu_model()}, {_num_cores()} cores"
-    return host if is_shared(device) else f"{_device_kind(device)}, {host}"
-
-
-def _device_kind(device: Device) -> str:
-    return getattr(device, "device_kind", device.platform)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _cpu_model() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []  # not Linux
-    named = (line.partition(":")[2] for line in lines if line.startswith("model name"))
-    return next(named, platform.machine()).strip()
 
 
 def _median_s(step: Callable[[Any], Any], state: Any) -> float:
@@ -215,37 +153,112 @@ def _random(shape: Sequence[int], device: Device) -> jax.Array:
     return jax.device_put(array, device)
 
 
-def _layer_matrices(device: Device) -> list[jax.Array]:
-    """Each takes what the one before it gives."""
-    shapes = decoder_layer_shapes(LAYER).values()
-    return [_random(shape, device) for shape in shapes if len(shape) == 2]
+class _Layers:
+    """Decoder layers of one size that take turns, so that none stays in a cache."""
+
+    def __init__(self, config: OPTConfig, device: Device) -> None:
+        shapes = decoder_layer_shapes(config)
+        self._params = [
+            unflatten({name: _random(shape, device) for name, shape in shapes.items()})
+            for _ in range(COPIES)
+        ]
+        self._turns = itertools.cycle(self._params)
+        self._config, self._device = config, device
+        self.num_weights = sum(
+            math.prod(shape) for shape in shapes.values() if len(shape) == 2
+        )
+
+    def decode(self, rows: int) -> Callable[[jax.Array], jax.Array]:
+        """A step of new tokens that attend to `PAST_SLOTS` slots."""
+        config = self._config
+        slots = (rows, config.num_attention_heads, PAST_SLOTS, config.head_dim)
+        past = ((_random(slots, self._device),), (_random(slots, self._device),))
+        start, length = np.zeros(rows, np.int32), np.int32(PAST_SLOTS)
+
+        def step(hidden: jax.Array) -> jax.Array:
+            params = next(self._turns)
+            return decode_step(params, hidden, (past,), start, length, config=config)[0]
+
+        return step
+
+    def decode_s(self, rows: int, attention_bytes_per_s: float) -> float:
+        """Seconds of a step without its attention."""
+        nbytes = rows * PAST_SLOTS * 2 * self._config.hidden_size * 2
+        seconds = _median_s(self.decode(rows), self.hidden(rows, 1))
+        return _without(seconds, nbytes / attention_bytes_per_s)
+
+    def prefill_s(self, rows: int, attention_flops_per_s: float) -> float:
+        """The same of a prefill of `rows` tokens, in prompts of `PROMPT_LEN`."""
+        prompts = rows // PROMPT_LEN
+        start = np.zeros(prompts, np.int32)
+
+        def step(hidden: jax.Array) -> jax.Array:
+            params = next(self._turns)
+            return prefill_step(params, hidden, start, config=self._config)[0]
+
+        flops = 4 * rows * PROMPT_LEN * self._config.hidden_size
+        seconds = _median_s(step, self.hidden(prompts, PROMPT_LEN))
+        return _without(seconds, flops / attention_flops_per_s)
+
+    def hidden(self, rows: int, tokens: int) -> jax.Array:
+        return _random((rows, 1, tokens, self._config.hidden_size), self._device)
 
 
-@jax.jit
-def _multiply(
-    x: Float[Array, "rows inputs"], weights: list[Float[Array, "_outputs _inputs"]]
-) -> Float[Array, "rows outputs"]:
-    for weight in weights:
-        x = contract_last(x, weight).astype(x.dtype)
-    return x
+def _without(seconds: float, part_s: float) -> float:
+    """What is left without a part, which was measured apart and may be too much."""
+    return max(seconds - part_s, 0.1 * seconds)
 
 
-def _product_rate(rows: int, weights: list[jax.Array], device: Device) -> float:
-    x = _random((rows, LAYER.hidden_size), device)
-    seconds = _median_s(lambda _: _multiply(x, weights), None)
-    return 2 * rows * sum(weight.size for weight in weights) / seconds
+def _attention_figures(device: Device) -> dict[str, Any]:
+    """Of attention, on the device and on the host, and of what is widened."""
+    rate = _attention_rate(device)
+    on_host = rate
+    if not is_shared(device):
+        on_host = _attention_rate(host_device("a calibration"))
+    return {
+        "prefill_attention_flops_per_s": _prefill_attention_rate(device),
+        "attention_bytes_per_s": rate,
+        "host_attention_bytes_per_s": on_host,
+        "dequantized_bytes_per_s": {
+            bits: _dequantized_rate(bits, device) for bits in BITS
+        },
+    }
 
 
-def _contention(
-    scratch: Scratch, weights: list[jax.Array], device: Device
-) -> dict[str, float]:
-    """What disk and products keep of their speeds while both go on."""
-    x = _random((BESIDE_ROWS, LAYER.hidden_size), device)
+def _step_figures(
+    layers: Sequence[_Layers], attention: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What products take, and what a call takes besides, by the number of rows.
+
+    Two sizes of layers tell the one from the other: what grows with the weights is
+    products, what stays is norms, activations and the call itself.
+    """
+    rates, calls = {}, {}
+    for rows in ROWS:
+        seconds = [
+            layer.decode_s(rows, attention["attention_bytes_per_s"])
+            if rows < PREFILL_ROWS
+            else layer.prefill_s(rows, attention["prefill_attention_flops_per_s"])
+            for layer in layers
+        ]
+        sizes = [layer.num_weights for layer in layers]
+        slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
+        # On a busy machine the smaller may come out as slow as the larger.
+        slope = max(slope, 0.5 * seconds[1] / sizes[1])
+        rates[rows] = 2 * rows / slope
+        calls[rows] = max(0.0, seconds[0] - slope * sizes[0])
+    return {"product_flops_per_s": rates, "call_s": calls}
+
+
+def _contention(scratch: Scratch, layers: _Layers) -> dict[str, float]:
+    """What disk and layer steps keep of their speeds while both go on."""
+    step, hidden = layers.decode(BESIDE_ROWS), layers.hidden(BESIDE_ROWS, 1)
 
     def computing_rate(limit_s: float) -> float:
+        nonlocal hidden
         count, begun_s, spent_s = 0, time.perf_counter(), 0.0
         while spent_s < limit_s:
-            jax.block_until_ready(_multiply(x, weights))
+            hidden = jax.block_until_ready(step(hidden))
             count, spent_s = count + 1, time.perf_counter() - begun_s
         return count / spent_s
 
@@ -327,17 +340,3 @@ def _dequantized_rate(bits: int, device: Device) -> float:
 
     outs = [jnp.zeros_like(wide, device=device) for _ in range(COPIES)]
     return COPIES * wide.nbytes / _median_s(step, outs)
-
-
-def _call_s(device: Device) -> float:
-    """Seconds of a layer step that has next to nothing to compute."""
-    shapes = decoder_layer_shapes(SMALLEST)
-    params = unflatten({name: _random(shapes[name], device) for name in shapes})
-    slot = (1, SMALLEST.num_attention_heads, 1, SMALLEST.head_dim)
-    past = ((_random(slot, device),), (_random(slot, device),))
-    start, length = np.zeros(1, np.int32), np.int32(1)
-
-    def step(hidden: jax.Array) -> jax.Array:
-        return decode_step(params, hidden, (past,), start, length, config=SMALLEST)[0]
-
-    return _median_s(step, _random((1, 1, 1, SMALLEST.hidden_size), device))

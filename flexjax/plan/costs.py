@@ -48,17 +48,17 @@ class RunCosts:
 
     def compute(self, cell: Cell) -> Seconds:
         work, hardware = self.work, self.hardware
-        seconds = {Resource.COMPUTE: hardware.call_s}
+        seconds = {Resource.COMPUTE: 0.0}
         if not work.is_decoder(cell.layer):
             block = cell.layer - work.num_decoder_layers
             span = self.weights.head.span(block, self.weights.config.vocab_size)
             size = (span.stop - span.start) * self.weights.config.embed_dim
-            seconds[Resource.COMPUTE] += hardware.product_s(work.batch_size, size)
+            seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size)
         elif cell.step == 0:
             seconds[Resource.COMPUTE] += self._prefill_s
         else:
             size = self._layer_weights
-            seconds[Resource.COMPUTE] += hardware.product_s(work.batch_size, size)
+            seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size)
             add_seconds(seconds, self._attention(cell))
         return seconds
 
@@ -154,7 +154,7 @@ class RunCosts:
         batch, seq = work.batch_size, work.prompt_len
         rows = prefill_rows(batch, seq)
         groups = batch // rows
-        products_s = groups * hardware.product_s(rows * seq, self._layer_weights)
+        products_s = groups * hardware.layer_s(rows * seq, self._layer_weights)
         flops = 4 * batch * seq * seq * self.weights.config.hidden_size
         return products_s + flops / hardware.prefill_attention_flops_per_s
 

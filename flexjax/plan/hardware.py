@@ -18,9 +18,9 @@ from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
 from flexjax.schedule.simulate import Contention
 
-VERSION = 1
+VERSION = 2
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
-_TABLES = ("product_flops_per_s", "dequantized_bytes_per_s")
+_TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Hardware:
         attention_bytes_per_s: of keys and values, for one new token a row.
         host_attention_bytes_per_s: the same on the host's processor.
         dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.
-        call_s: fixed cost of a call of a layer step.
+        call_s: what a call of a layer step takes besides, by the number of rows: norms,
+            activations, and the call itself.
         compute_beside_disk, disk_beside_compute: fraction of its speed that each keeps
             while the other is busy.
     """
@@ -63,7 +64,7 @@ class Hardware:
     attention_bytes_per_s: float
     host_attention_bytes_per_s: float
     dequantized_bytes_per_s: Mapping[int, float]
-    call_s: float = 0.0
+    call_s: Mapping[int, float]
     compute_beside_disk: float = 1.0
     disk_beside_compute: float = 1.0
 
@@ -83,17 +84,23 @@ class Hardware:
             disk_beside_compute=self.disk_beside_compute,
         )
 
-    def product_s(self, rows: int, num_weights: int) -> float:
-        """Seconds of the product of `rows` rows with matrices of so many elements.
+    def layer_s(self, rows: int, num_weights: int) -> float:
+        """Seconds of a call of a layer that multiplies `rows` rows with its matrices.
 
         Between two measured numbers of rows, time grows evenly; past the last, with
-        the rows.
+        the rows. `num_weights` are the elements of all matrices.
         """
-        counts = sorted(self.product_flops_per_s)
-        spent = [2 * count / self.product_flops_per_s[count] for count in counts]
-        if rows > counts[-1]:
-            return num_weights * spent[-1] * rows / counts[-1]
-        return num_weights * float(np.interp(rows, counts, spent))
+        products = {
+            count: 2 * count / rate for count, rate in self.product_flops_per_s.items()
+        }
+        return num_weights * _between(products, rows) + _between(self.call_s, rows)
+
+
+def _between(seconds: Mapping[int, float], rows: int) -> float:
+    counts = sorted(seconds)
+    most = counts[-1]
+    found = np.interp(rows, counts, [seconds[count] for count in counts])
+    return float(found) * max(1.0, rows / most)
 
 
 def validate_hardware(hardware: Hardware) -> Hardware:
@@ -109,12 +116,18 @@ def validate_hardware(hardware: Hardware) -> Hardware:
             f"device_is_host is {hardware.device_is_host!r}, expected true or false"
         )
     for name, value in _figures(hardware):
-        if name.endswith("memory_bytes") or name in ("disk_bytes", "call_s"):
+        if name.endswith("memory_bytes") or name.startswith(("disk_bytes", "call_s")):
             _check(name, value, least=0)
         elif name in ("compute_beside_disk", "disk_beside_compute"):
             _check(name, value, above=0, most=1)
         else:
             _check(name, value, above=0)
+    _check_together(hardware)
+    return hardware
+
+
+def _check_together(hardware: Hardware) -> None:
+    """Refuses figures that cannot stand beside each other."""
     for name in ("to_device_bytes_per_s", "from_device_bytes_per_s"):
         is_given = getattr(hardware, name) is not None
         if is_given == hardware.device_is_host:
@@ -126,13 +139,14 @@ def validate_hardware(hardware: Hardware) -> Hardware:
             "compute_beside_disk and disk_beside_compute sum to less than 1, but disk "
             "and processor that take turns keep as much"
         )
-    if not hardware.product_flops_per_s:
-        raise ValueError("product_flops_per_s is empty; give it some numbers of rows")
-    if (fewest := min(hardware.product_flops_per_s)) < 1:
-        raise ValueError(f"product_flops_per_s has {fewest} rows, expected 1 or more")
+    for name in ("product_flops_per_s", "call_s"):
+        table = getattr(hardware, name)
+        if not table:
+            raise ValueError(f"{name} is empty; give it some numbers of rows")
+        if (fewest := min(table)) < 1:
+            raise ValueError(f"{name} has {fewest} rows, expected 1 or more")
     if missing := set(BITS) - set(hardware.dequantized_bytes_per_s):
         raise ValueError(f"dequantized_bytes_per_s lacks {min(missing)} bits")
-    return hardware
 
 
 def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import shutil
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +20,10 @@ from flexjax.memory.lanes import Timeline
 from flexjax.memory.spill import SpillFolder
 from flexjax.safe_files import ensure_space
 
-SCRATCH_BYTES = 2 << 30  # half of what is free where that is less
+SCRATCH_BYTES = 8 << 30  # half of what is free where that is less
 PART_BYTES, BUFFER_BYTES = 32 << 20, 256 << 20  # of one request, and of all memory
 PARTS_AHEAD = 4  # so that the queue never runs dry
 FILL_S = 5.0  # a slow disk gets a smaller file
-READ_PASSES = 3
 
 
 class Scratch:
@@ -57,13 +55,13 @@ class Scratch:
         return nbytes / seconds
 
     def read_rate(self) -> float:
-        """Bytes per second, the median of some passes."""
-        rates = []
-        for _ in range(READ_PASSES):
-            self._settle_s()
-            nbytes, seconds = self._move(read_extent, self._parts)
-            rates.append(nbytes / seconds)
-        return statistics.median(rates)
+        """Bytes per second of reading the file once.
+
+        A second time, what is behind a virtual disk may have kept it.
+        """
+        self._settle_s()
+        nbytes, seconds = self._move(read_extent, self._parts)
+        return nbytes / seconds
 
     def reading_rate(self, limit_s: float) -> float:
         """Bytes per second of reading over and over for so long."""

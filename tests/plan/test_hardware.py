@@ -36,7 +36,7 @@ MACHINE = Hardware(
     attention_bytes_per_s=2e10,
     host_attention_bytes_per_s=1e10,
     dequantized_bytes_per_s={4: 1e10, 8: 2e10},
-    call_s=1e-4,
+    call_s={1: 1e-4},
 )
 BUDGETS = ["device_memory_bytes", "host_memory_bytes", "disk_bytes"]
 FRACTIONS = ["compute_beside_disk", "disk_beside_compute"]
@@ -51,6 +51,7 @@ RATES = [
 ]
 COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
 TABLES = ["product_flops_per_s", "dequantized_bytes_per_s"]
+CALLS = "call_s"
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, -1, True, "1", [], {}]
 
 rates = st.floats(1e-3, 1e18)
@@ -71,7 +72,7 @@ machines = st.builds(
     name=st.text(),
     product_flops_per_s=st.dictionaries(st.integers(1, 1 << 20), rates, min_size=1),
     dequantized_bytes_per_s=st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
-    call_s=st.floats(0, 10),
+    call_s=st.dictionaries(st.integers(1, 1 << 20), st.floats(0, 10), min_size=1),
     **dict.fromkeys(BUDGETS, budgets),
     **dict.fromkeys(FRACTIONS, st.floats(0.5, 1)),
     **{name: rates for name in RATES if "device" not in name},
@@ -97,7 +98,7 @@ def test_a_machine_survives_its_file(tmp_path_factory, machine):
 
 def test_the_lists_above_name_every_figure():
     fields = {field.name for field in dataclasses.fields(Hardware)}
-    others = {"name", "device_is_host", "call_s"}
+    others = {"name", "device_is_host", CALLS}
     assert fields == {*BUDGETS, *FRACTIONS, *RATES, *TABLES} | others
 
 
@@ -117,7 +118,7 @@ def test_no_rate_of_a_table_is_absurd(name, value):
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, None], ids=str)
-@pytest.mark.parametrize("name", [*BUDGETS, "call_s"])
+@pytest.mark.parametrize("name", BUDGETS)
 def test_no_budget_is_absurd(name, value):
     with pytest.raises(ValueError, match=name):
         validate_hardware(with_figure(name, value))
@@ -228,15 +229,17 @@ def test_an_example_is_a_machine_as_it_would_be_written(name):
 @pytest.mark.parametrize("name", example_names())
 def test_more_rows_take_no_less_time(name):
     machine = read_hardware(name)
-    spent = [machine.product_s(rows, 10**6) for rows in range(1, 4096, 7)]
+    spent = [machine.layer_s(rows, 10**6) for rows in range(1, 4096, 7)]
     assert spent == sorted(spent)
 
 
 @given(machines, st.integers(1, 1 << 40))
-def test_a_product_takes_what_was_measured(machine, num_weights):
+def test_a_layer_takes_what_was_measured(machine, num_weights):
+    calls = dict.fromkeys(machine.product_flops_per_s, 1e-3)
+    machine = dataclasses.replace(machine, call_s=calls)
     for rows, flops_per_s in machine.product_flops_per_s.items():
-        expected = 2 * rows * num_weights / flops_per_s
-        assert machine.product_s(rows, num_weights) == pytest.approx(expected)
+        expected = 2 * rows * num_weights / flops_per_s + 1e-3
+        assert machine.layer_s(rows, num_weights) == pytest.approx(expected)
     most = max(machine.product_flops_per_s)
-    once = machine.product_s(most, num_weights)
-    assert machine.product_s(3 * most, num_weights) == pytest.approx(3 * once)
+    once = machine.layer_s(most, num_weights)
+    assert machine.layer_s(3 * most, num_weights) == pytest.approx(3 * once)

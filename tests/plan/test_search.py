@@ -42,7 +42,7 @@ def machine(base, device_kib, host_kib):
         base,
         device_memory_bytes=device_kib << 10,
         host_memory_bytes=host_kib << 10,
-        call_s=1e-6,
+        call_s={1: 1e-6},
     )
 
 

@@ -1,0 +1,61 @@
+"""Which machine this is, and what of it is free."""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+from flexjax.memory.capacity import free_bytes
+from flexjax.memory.link import Device, is_shared
+
+
+def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
+    """A name for what figures depend on: processors, memory, disk, and JAX's version.
+
+    A disk is known by the system's number for it.
+    """
+    folder = offload_dir.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    facts = [
+        _cpu_model(),
+        _num_cores(),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        _device_kind(device),
+        existing.stat().st_dev,
+        jax.__version__,
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def budgets(offload_dir: pathlib.Path, device: Device) -> dict[str, Any]:
+    """What is free now, as fields of `Hardware`."""
+    free = free_bytes(device, offload_dir)
+    fields = ("device_memory_bytes", "host_memory_bytes", "disk_bytes")
+    return dict(zip(fields, free.values(), strict=True))
+
+
+def machine_name(device: Device) -> str:
+    """What people call it."""
+    host = f"{_cpu_model()}, {_num_cores()} cores"
+    return host if is_shared(device) else f"{_device_kind(device)}, {host}"
+
+
+def _device_kind(device: Device) -> str:
+    return getattr(device, "device_kind", device.platform)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _cpu_model() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []  # not Linux
+    named = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+    return next(named, platform.machine()).strip()
