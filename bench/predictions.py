@@ -31,6 +31,7 @@ from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
 from flexjax.plan.predict import Job, predict, predict_peak
 from flexjax.plan.report import prediction_to_json
+from flexjax.plan.scratch import store_read_rate
 from flexjax.policy import Placement, Policy, Tier, to_json
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
@@ -127,7 +128,10 @@ def main(args: argparse.Namespace) -> None:
                     group_size=policy.group_size,
                 )
             )
-            row = {"model": name, **compare(store, policy, hardware, folder)}
+            measured = dataclasses.replace(
+                hardware, disk_read_bytes_per_s=store_read_rate(store)
+            )
+            row = {"model": name, **compare(store, policy, measured, folder)}
             rows.append(row)
             print(_line(row), flush=True)
     found = summary(rows)

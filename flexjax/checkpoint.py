@@ -19,6 +19,8 @@ from flexjax.store_format import (
     manifest_from_json,
 )
 
+EMBEDDED_MODEL = pathlib.Path(__file__).parent / "embedded_model"  # comes along
+
 
 def open_store(folder: str | os.PathLike[str]) -> "WeightStore":
     """Opens a finished weight store; finds missing and truncated files at once.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from checkpoints_tools.resolve import default_cache, resolve_model
 from flexjax.blocks import Row
-from flexjax.checkpoint import WeightStore, open_store
+from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
@@ -26,8 +26,6 @@ from flexjax.prompts import Prompt, as_list, checked_ids, one_for_each
 from flexjax.sampling_params import SamplingParams
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-EMBEDDED_MODEL = pathlib.Path(__file__).parent / "embedded_model"
 
 
 class LLM:

@@ -79,6 +79,7 @@ STAIRS = [
     "plan.hardware",
     "plan.scratch",
     "plan.this_machine",
+    "plan.step_rates",
     "plan.calibrate",
     "plan.costs",
     "plan.closed_form",

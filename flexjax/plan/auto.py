@@ -15,6 +15,7 @@ from flexjax.plan.planner import allowed_policies, best_plan
 from flexjax.plan.predict import Job
 from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words
+from flexjax.plan.scratch import store_read_rate
 from flexjax.plan.search import Plan, fits, memory_budgets
 from flexjax.policy import Policy, Tier
 from flexjax.sizes import format_bytes
@@ -74,6 +75,7 @@ def choose_policy(
         device_memory_bytes=free[Tier.DEVICE],
         host_memory_bytes=free[Tier.HOST],
         disk_bytes=free[Tier.DISK],
+        disk_read_bytes_per_s=store_read_rate(store),
     )
     allowed = allowed_policies(
         quantized=False, host_attention=not shared, base=template

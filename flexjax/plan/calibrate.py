@@ -6,27 +6,19 @@ read in a loop is larger than a processor's caches.
 
 import contextlib
 import dataclasses
-import itertools
-import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from checkpoints_tools.resolve import default_cache
-from flexjax.attention import prefill_attention
-from flexjax.cached_attention import attend_step
-from flexjax.memory.buffers import page_aligned, typed
+from flexjax.memory.buffers import page_aligned
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import Device, DeviceLink, host_device, is_shared
-from flexjax.models.config import OPTConfig, decoder_layer_shapes, named_config
-from flexjax.models.opt import unflatten
+from flexjax.memory.link import Device, DeviceLink, is_shared
 from flexjax.plan.hardware import (
     Hardware,
     read_hardware,
@@ -34,21 +26,18 @@ from flexjax.plan.hardware import (
     write_hardware,
 )
 from flexjax.plan.scratch import Scratch, scratch_file
+from flexjax.plan.step_rates import (
+    LAYERS,
+    LIMIT_S,
+    Layers,
+    attention_figures,
+    engine_call_s,
+    step_figures,
+)
 from flexjax.plan.this_machine import budgets, machine_id, machine_name
-from flexjax.policy import BITS, Kind, Policy
-from flexjax.quant import Quantization, dequantize_into, quantize
+from flexjax.policy import Kind
 from flexjax.safe_files import make_folder
-from flexjax.steps import decode_step, prefill_step
 
-LIMIT_S, MOST_REPEATS = 0.5, 100  # a step is repeated until one of them is reached
-LAYERS = (named_config("opt-1.3b"), named_config("opt-6.7b"))  # 0.1 and 0.4 GB each
-ROWS = (1, 16, 32, 64, 128, 256, 1024)
-PREFILL_ROWS, PROMPT_LEN = 1024, 128  # as many tokens as a prefill takes at a time
-PAST_SLOTS = 32
-PROMPTS = (8, 32, 128, 128)  # rows, heads, tokens, elements of a head
-CACHE = (32, 32, 160, 64)  # rows, heads, slots, elements of a head
-WIDENED = (4096, 4096)
-COPIES = 3  # of a layer, of a cache, or of what is widened, which take turns
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
 BESIDE_ROWS, BESIDE_S = 64, 3.0
 
@@ -111,10 +100,10 @@ def calibrate(
             "disk_read_bytes_per_s": scratch.read_rate(),
         }
         progress("measuring attention and quantization")
-        figures |= _attention_figures(device)
+        figures |= attention_figures(device)
         progress("measuring layers")
-        layers = [_Layers(config, device) for config in LAYERS]
-        figures |= _step_figures(layers, figures)
+        layers = [Layers(config, device) for config in LAYERS]
+        figures |= step_figures(layers, figures, engine_call_s(offload_dir, device))
         if device_is_host:
             progress("measuring the disk and layers beside each other")
             figures |= _contention(scratch, layers[-1])
@@ -132,125 +121,7 @@ def calibrate(
     )
 
 
-def _median_s(step: Callable[[Any], Any], state: Any) -> float:
-    """Median seconds of `step`, each time on what it returned before."""
-    state = jax.block_until_ready(step(state))  # compiles
-    spent: list[float] = []
-    while sum(spent) < LIMIT_S and len(spent) < MOST_REPEATS:
-        begun_s = time.perf_counter()
-        state = jax.block_until_ready(step(state))
-        spent.append(time.perf_counter() - begun_s)
-    return statistics.median(spent)
-
-
-def _random(shape: Sequence[int], device: Device) -> jax.Array:
-    """Values of bfloat16 on the device, from memory such as the engine's."""
-    values = 0.02 * np.random.default_rng(0).standard_normal(1 << 16, np.float32)
-    dtype = jnp.dtype("bfloat16")
-    buffer = page_aligned(math.prod(shape) * dtype.itemsize)
-    array = typed(buffer, tuple(shape), dtype)
-    array[...] = np.resize(values.astype(dtype), shape)
-    return jax.device_put(array, device)
-
-
-class _Layers:
-    """Decoder layers of one size that take turns, so that none stays in a cache."""
-
-    def __init__(self, config: OPTConfig, device: Device) -> None:
-        shapes = decoder_layer_shapes(config)
-        self._params = [
-            unflatten({name: _random(shape, device) for name, shape in shapes.items()})
-            for _ in range(COPIES)
-        ]
-        self._turns = itertools.cycle(self._params)
-        self._config, self._device = config, device
-        self.num_weights = sum(
-            math.prod(shape) for shape in shapes.values() if len(shape) == 2
-        )
-
-    def decode(self, rows: int) -> Callable[[jax.Array], jax.Array]:
-        """A step of new tokens that attend to `PAST_SLOTS` slots."""
-        config = self._config
-        slots = (rows, config.num_attention_heads, PAST_SLOTS, config.head_dim)
-        past = ((_random(slots, self._device),), (_random(slots, self._device),))
-        start, length = np.zeros(rows, np.int32), np.int32(PAST_SLOTS)
-
-        def step(hidden: jax.Array) -> jax.Array:
-            params = next(self._turns)
-            return decode_step(params, hidden, (past,), start, length, config=config)[0]
-
-        return step
-
-    def decode_s(self, rows: int, attention_bytes_per_s: float) -> float:
-        """Seconds of a step without its attention."""
-        nbytes = rows * PAST_SLOTS * 2 * self._config.hidden_size * 2
-        seconds = _median_s(self.decode(rows), self.hidden(rows, 1))
-        return _without(seconds, nbytes / attention_bytes_per_s)
-
-    def prefill_s(self, rows: int, attention_flops_per_s: float) -> float:
-        """The same of a prefill of `rows` tokens, in prompts of `PROMPT_LEN`."""
-        prompts = rows // PROMPT_LEN
-        start = np.zeros(prompts, np.int32)
-
-        def step(hidden: jax.Array) -> jax.Array:
-            params = next(self._turns)
-            return prefill_step(params, hidden, start, config=self._config)[0]
-
-        flops = 4 * rows * PROMPT_LEN * self._config.hidden_size
-        seconds = _median_s(step, self.hidden(prompts, PROMPT_LEN))
-        return _without(seconds, flops / attention_flops_per_s)
-
-    def hidden(self, rows: int, tokens: int) -> jax.Array:
-        return _random((rows, 1, tokens, self._config.hidden_size), self._device)
-
-
-def _without(seconds: float, part_s: float) -> float:
-    """What is left without a part, which was measured apart and may be too much."""
-    return max(seconds - part_s, 0.1 * seconds)
-
-
-def _attention_figures(device: Device) -> dict[str, Any]:
-    """Of attention, on the device and on the host, and of what is widened."""
-    rate = _attention_rate(device)
-    on_host = rate
-    if not is_shared(device):
-        on_host = _attention_rate(host_device("a calibration"))
-    return {
-        "prefill_attention_flops_per_s": _prefill_attention_rate(device),
-        "attention_bytes_per_s": rate,
-        "host_attention_bytes_per_s": on_host,
-        "dequantized_bytes_per_s": {
-            bits: _dequantized_rate(bits, device) for bits in BITS
-        },
-    }
-
-
-def _step_figures(
-    layers: Sequence[_Layers], attention: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What products take, and what a call takes besides, by the number of rows.
-
-    Two sizes of layers tell the one from the other: what grows with the weights is
-    products, what stays is norms, activations and the call itself.
-    """
-    rates, calls = {}, {}
-    for rows in ROWS:
-        seconds = [
-            layer.decode_s(rows, attention["attention_bytes_per_s"])
-            if rows < PREFILL_ROWS
-            else layer.prefill_s(rows, attention["prefill_attention_flops_per_s"])
-            for layer in layers
-        ]
-        sizes = [layer.num_weights for layer in layers]
-        slope = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
-        # On a busy machine the smaller may come out as slow as the larger.
-        slope = max(slope, 0.5 * seconds[1] / sizes[1])
-        rates[rows] = 2 * rows / slope
-        calls[rows] = max(0.0, seconds[0] - slope * sizes[0])
-    return {"product_flops_per_s": rates, "call_s": calls}
-
-
-def _contention(scratch: Scratch, layers: _Layers) -> dict[str, float]:
+def _contention(scratch: Scratch, layers: Layers) -> dict[str, float]:
     """What disk and layer steps keep of their speeds while both go on."""
     step, hidden = layers.decode(BESIDE_ROWS), layers.hidden(BESIDE_ROWS, 1)
 
@@ -296,47 +167,3 @@ def _copy_rates(device: Device) -> dict[str, float]:
         "to_device_bytes_per_s": statistics.median(there[1:]),
         "from_device_bytes_per_s": statistics.median(back[1:]),
     }
-
-
-def _prefill_attention_rate(device: Device) -> float:
-    batch, heads, seq, head_dim = PROMPTS
-    arrays = [_random(PROMPTS, device) for _ in ("query", "key", "value")]
-    start = np.zeros(batch, np.int32)
-    attend = jax.jit(prefill_attention)
-    seconds = _median_s(lambda _: attend(*arrays, start), None)
-    return 4 * batch * heads * seq * seq * head_dim / seconds
-
-
-def _attention_rate(device: Device) -> float:
-    """Bytes of keys and values per second; the caches take turns."""
-    batch, heads, slots, head_dim = CACHE
-    pasts = [
-        ((_random(CACHE, device),), (_random(CACHE, device),)) for _ in range(COPIES)
-    ]
-    new = _random((batch, heads, 1, head_dim), device)
-    start, length = np.zeros(batch, np.int32), np.int32(slots)
-
-    def step(query: jax.Array) -> jax.Array:
-        for past in pasts:
-            query = attend_step(query, (new, new), past, start, length)
-        return query
-
-    nbytes = sum(array.nbytes for array in jax.tree.leaves(pasts))
-    return nbytes / _median_s(step, new)
-
-
-def _dequantized_rate(bits: int, device: Device) -> float:
-    """Bytes of bfloat16 per second, into memory that is used again."""
-    how = Quantization(bits=bits, group_size=Policy().group_size, dtype="bfloat16")
-    wide = _random(WIDENED, device)
-    narrow = jax.jit(quantize, static_argnums=1)
-    data = [narrow(wide, how) for _ in range(COPIES)]
-
-    def step(outs: list[jax.Array]) -> list[jax.Array]:
-        return [
-            dequantize_into(out, codes, quantization=how)
-            for out, codes in zip(outs, data, strict=True)
-        ]
-
-    outs = [jnp.zeros_like(wide, device=device) for _ in range(COPIES)]
-    return COPIES * wide.nbytes / _median_s(step, outs)

@@ -54,6 +54,8 @@ class RunCosts:
             span = self.weights.head.span(block, self.weights.config.vocab_size)
             size = (span.stop - span.start) * self.weights.config.embed_dim
             seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size)
+            logits = work.batch_size * (span.stop - span.start)
+            seconds[Resource.COMPUTE] += logits / hardware.sampled_logits_per_s
         elif cell.step == 0:
             seconds[Resource.COMPUTE] += self._prefill_s
         else:

@@ -43,6 +43,7 @@ class Hardware:
             masked counted too.
         attention_bytes_per_s: of keys and values, for one new token a row.
         host_attention_bytes_per_s: the same on the host's processor.
+        sampled_logits_per_s: of choosing tokens.
         dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.
         call_s: what a call of a layer step takes besides, by the number of rows: norms,
             activations, and the call itself.
@@ -63,6 +64,7 @@ class Hardware:
     prefill_attention_flops_per_s: float
     attention_bytes_per_s: float
     host_attention_bytes_per_s: float
+    sampled_logits_per_s: float
     dequantized_bytes_per_s: Mapping[int, float]
     call_s: Mapping[int, float]
     compute_beside_disk: float = 1.0

@@ -12,9 +12,10 @@ import pytest
 
 from checkpoints_tools.resolve import CACHE_VARIABLE
 from flexjax import extents
+from flexjax.checkpoint import open_store
 from flexjax.memory import disk_queue
 from flexjax.models.config import OPTConfig
-from flexjax.plan import calibrate, scratch
+from flexjax.plan import calibrate, scratch, step_rates
 from flexjax.plan.hardware import (
     VERSION,
     Hardware,
@@ -48,6 +49,14 @@ def _small(monkeypatch):
         "PROMPTS": (2, 2, 4, 8),
         "CACHE": (2, 2, 4, 8),
         "WIDENED": (2, 128),
+        "LOGITS": (2, 8),
+        "ENGINE_ROWS": 2,
+        "ENGINE_TOKENS": 3,
+    }.items():
+        monkeypatch.setattr(step_rates, name, value)
+    for name, value in {
+        "LIMIT_S": 1e-3,
+        "LAYERS": step_rates.LAYERS,
         "LINK_BYTES": 1 << 12,
         "LINK_REPEATS": 1,
         "BESIDE_ROWS": 4,
@@ -71,15 +80,21 @@ def folder(tmp_path):
 @pytest.fixture
 def _measures_nothing(monkeypatch):
     """All but the disk is left out."""
-    for name in (
-        "_attention_rate",
-        "_prefill_attention_rate",
-        "_dequantized_rate",
-    ):
-        monkeypatch.setattr(calibrate, name, lambda *_: 1.0)
+    rates = dict.fromkeys(
+        (
+            "prefill_attention_flops_per_s",
+            "attention_bytes_per_s",
+            "host_attention_bytes_per_s",
+            "sampled_logits_per_s",
+        ),
+        1.0,
+    )
+    rates |= {"dequantized_bytes_per_s": {4: 1.0, 8: 1.0}}
+    monkeypatch.setattr(calibrate, "attention_figures", lambda *_: dict(rates))
+    monkeypatch.setattr(calibrate, "engine_call_s", lambda *_: 0.0)
     figures = {"product_flops_per_s": {1: 1.0}, "call_s": {1: 0.0}}
-    monkeypatch.setattr(calibrate, "_step_figures", lambda *_: figures)
-    monkeypatch.setattr(calibrate, "_Layers", lambda *_: None)
+    monkeypatch.setattr(calibrate, "step_figures", lambda *_: figures)
+    monkeypatch.setattr(calibrate, "Layers", lambda *_: None)
     monkeypatch.setattr(calibrate, "_contention", lambda *_: {})
     monkeypatch.setattr(calibrate, "_copy_rates", lambda *_: COPY_RATES)
 
@@ -124,7 +139,7 @@ def test_a_device_apart_gets_rates_of_copies_and_no_contention(folder):
 
 @pytest.mark.usefixtures("_measures_nothing")
 @pytest.mark.parametrize(
-    "broken", ["_Layers", "_step_figures", "_attention_rate", "_contention"]
+    "broken", ["Layers", "step_figures", "attention_figures", "engine_call_s"]
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_whatever_fails_leaves_nothing(folder, monkeypatch, broken, error):
@@ -185,11 +200,32 @@ def test_a_scratch_file_takes_about_half_of_what_is_free(
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with scratch_file(tmp_path):
-        (size,) = (
-            path.stat().st_size for path in files(tmp_path) if path.name == "scratch"
-        )
-    assert size == parts * scratch.PART_BYTES
+        sizes = [path.stat().st_size for path in scratch_files(tmp_path)]
+    assert sizes == parts * [scratch.PART_BYTES]
     assert_nothing_is_left(tmp_path)
+
+
+def scratch_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in files(folder) if path.name.startswith("scratch-")]
+
+
+def test_a_store_is_read_from_its_own_files(golden, monkeypatch):
+    store = open_store(golden("opt-pre-ln").store)
+    assert scratch.store_read_rate(store) > 0
+    monkeypatch.setattr(scratch, "STORE_S", 0.0)
+    assert scratch.store_read_rate(store) > 0
+    assert not flexjax_threads()
+
+
+def test_a_store_that_cannot_be_read_says_what_failed(golden, tmp_path):
+    folder = tmp_path / "store"
+    shutil.copytree(golden("opt-pre-ln").store, folder)
+    store = open_store(folder)
+    for chunk in (folder / "tensors" / "layers.1.fc1.weight").glob("c.*"):
+        chunk.unlink()
+    with pytest.raises(OSError, match=r"layers\.1\.fc1\.weight"):
+        in_time(scratch.store_read_rate, store)
+    assert not flexjax_threads()
 
 
 def test_a_slow_disk_gets_a_smaller_file(tmp_path, monkeypatch):
@@ -214,8 +250,7 @@ def test_a_scratch_file_holds_what_was_written(tmp_path, monkeypatch, is_direct)
     with scratch_file(tmp_path) as made:
         assert made.write_rate() > 0
         assert made.read_rate() > 0
-        (path,) = (path for path in files(tmp_path) if path.name == "scratch")
-        data = path.read_bytes()
+        data = b"".join(path.read_bytes() for path in scratch_files(tmp_path))
     assert len(data) == scratch.SCRATCH_BYTES
     assert len(set(data)) > 200, "some disks are quick with zeros"
 
@@ -293,7 +328,7 @@ def test_a_failed_calibration_is_not_kept(tmp_path, folder, counted, monkeypatch
         raise OSError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "_Layers", fail)
+        patch.setattr(calibrate, "Layers", fail)
         with pytest.raises(OSError, match="broken"):
             calibrate.calibrated(folder, DEVICE)
     assert not list((tmp_path / "cache" / "calibration").iterdir())

@@ -35,6 +35,7 @@ MACHINE = Hardware(
     prefill_attention_flops_per_s=3e11,
     attention_bytes_per_s=2e10,
     host_attention_bytes_per_s=1e10,
+    sampled_logits_per_s=1e9,
     dequantized_bytes_per_s={4: 1e10, 8: 2e10},
     call_s={1: 1e-4},
 )
@@ -48,6 +49,7 @@ RATES = [
     "prefill_attention_flops_per_s",
     "attention_bytes_per_s",
     "host_attention_bytes_per_s",
+    "sampled_logits_per_s",
 ]
 COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
 TABLES = ["product_flops_per_s", "dequantized_bytes_per_s"]
