@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json is not None:
         report = {
             "summary": found,
-            "rows": rows,
+            "predictions": rows,
             "hardware": hardware_to_json(hardware),
             "machine": describe_machine(folder),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -19,6 +19,8 @@ from bench.report_values import (
     Kernels,
     Phase,
     Precision,
+    Predicted,
+    Predictions,
     Quality,
     Rate,
     Result,
@@ -121,6 +123,14 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
                 "same top 1",
             )
             yield _table(columns, map(_precision_row, result.precisions))
+        if isinstance(result, Predictions):
+            yield (
+                f"Seconds predicted and measured, `{result.command}`: half of the "
+                f"errors are below {result.median_error:.1%}, nine in ten below "
+                f"{result.error_of_90_percent:.1%}:\n"
+            )
+            columns = ("policy", *PHASES, "error of all")
+            yield _table(columns, map(_predicted_row, result.rows))
 
 
 def _rate_row(rate: Rate) -> list[str]:
@@ -137,6 +147,14 @@ def _precision_row(row: Precision) -> list[str]:
         f"{row.perplexity:.3f}",
         f"{row.increase:+.2%}",
         f"{row.top_1_agreement:.1%}",
+    ]
+
+
+def _predicted_row(row: Predicted) -> list[str]:
+    return [
+        row.policy,
+        *(f"{row.predicted_s[p]:.2f} for {row.measured_s[p]:.2f}" for p in PHASES),
+        f"{row.error:+.1%}",
     ]
 
 

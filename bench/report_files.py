@@ -13,6 +13,8 @@ from bench.report_values import (
     Kernels,
     Phase,
     Precision,
+    Predicted,
+    Predictions,
     Quality,
     Rate,
     Result,
@@ -59,8 +61,8 @@ def _read(path: pathlib.Path) -> Result:
     if not kinds:
         raise ValueError(
             f"{path} is neither a trace nor a result of bench.run, bench.compare, "
-            "bench.kernels, bench.quality or bench.copy_routes; remove it, or name the "
-            "files that the report is of"
+            "bench.kernels, bench.quality, bench.predictions or bench.copy_routes; "
+            "remove it, or name the files that the report is of"
         )
     try:
         return kinds[0](path, values)
@@ -209,6 +211,30 @@ def _read_quality(path: pathlib.Path, values: Values) -> Quality:
     )
 
 
+def _read_predictions(path: pathlib.Path, values: Values) -> Predictions:
+    return Predictions(
+        path=path,
+        machine=machine_name(values["machine"]),
+        rows=[
+            Predicted(
+                f"{_short_model(row['model'])}, {row['policy']['num_batches']} x "
+                f"{row['policy']['batch_size']}, {row['policy']['weight_bits'] or 16}/"
+                f"{row['policy']['kv_cache_bits'] or 16} bits, "
+                + (_placement(row["policy"]) or "all on the device"),
+                *(
+                    {phase: float(row[told][f"{phase}_s"]) for phase in PHASES}
+                    for told in ("predicted", "measured")
+                ),
+                float(row["error"]),
+            )
+            for row in values["predictions"]
+        ],
+        median_error=float(values["summary"]["median_error"]),
+        error_of_90_percent=float(values["summary"]["error_of_90_percent"]),
+        command=str(values["command"]),
+    )
+
+
 def _read_trace(path: pathlib.Path, values: Values) -> Trace:
     lanes: dict[str, list[Work]] = {}
     for event in sorted(
@@ -229,6 +255,7 @@ _KINDS: Mapping[str, Callable[[pathlib.Path, Values], Result]] = {
     "routes": _read_copies,
     "kernels": _read_kernels,
     "quality": _read_quality,
+    "predictions": _read_predictions,
     "tokens_per_s": _read_run,
 }
 

@@ -129,6 +129,27 @@ class Quality:
     command: str
 
 
+class Predicted(NamedTuple):
+    """A policy, and seconds as they were predicted and measured, by phase."""
+
+    policy: str
+    predicted_s: Mapping[str, float]
+    measured_s: Mapping[str, float]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """A result of `bench.predictions`; errors are fractions of what was measured."""
+
+    path: pathlib.Path
+    machine: str
+    rows: Sequence[Predicted]
+    median_error: float
+    error_of_90_percent: float
+    command: str
+
+
 class Work(NamedTuple):
     """A span of a trace."""
 
@@ -145,4 +166,4 @@ class Trace:
     lanes: Mapping[str, Sequence[Work]]
 
 
-Result = Run | Comparison | Copies | Kernels | Quality | Trace
+Result = Run | Comparison | Copies | Kernels | Quality | Predictions | Trace
