@@ -215,23 +215,27 @@ def _read_predictions(path: pathlib.Path, values: Values) -> Predictions:
     return Predictions(
         path=path,
         machine=machine_name(values["machine"]),
-        rows=[
-            Predicted(
-                f"{_short_model(row['model'])}, {row['policy']['num_batches']} x "
-                f"{row['policy']['batch_size']}, {row['policy']['weight_bits'] or 16}/"
-                f"{row['policy']['kv_cache_bits'] or 16} bits, "
-                + (_placement(row["policy"]) or "all on the device"),
-                *(
-                    {phase: float(row[told][f"{phase}_s"]) for phase in PHASES}
-                    for told in ("predicted", "measured")
-                ),
-                float(row["error"]),
-            )
-            for row in values["predictions"]
-        ],
+        rows=[_read_predicted(row) for row in values["predictions"]],
         median_error=float(values["summary"]["median_error"]),
         error_of_90_percent=float(values["summary"]["error_of_90_percent"]),
         command=str(values["command"]),
+    )
+
+
+def _read_predicted(row: Values) -> Predicted:
+    policy = row["policy"]
+    seconds = {
+        told: {phase: float(row[told][f"{phase}_s"]) for phase in PHASES}
+        for told in ("predicted", "measured")
+    }
+    return Predicted(
+        policy=f"{_short_model(row['model'])}, {policy['num_batches']} x "
+        f"{policy['batch_size']}, {policy['weight_bits'] or 16}/"
+        f"{policy['kv_cache_bits'] or 16} bits, "
+        + (_placement(policy) or "all on the device"),
+        predicted_s=seconds["predicted"],
+        measured_s=seconds["measured"],
+        error=float(row["error"]),
     )
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from bench.predictions import GEN_LEN, PROMPT_LEN, compare, policies, summary
+from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.plan.hardware import read_hardware
 from flexjax.policy import Placement, Policy, validate
@@ -38,7 +39,8 @@ def test_errors_count_by_size_and_bytes_without_the_disk():
 def test_a_policy_is_predicted_and_run(tmp_path):
     policy = Policy(weights=Placement(), kv_cache=Placement(), batch_size=2)
     hardware = read_hardware("epyc-2-cores")
-    found = compare(open_store(EMBEDDED_MODEL), policy, hardware, tmp_path)
+    store = open_store(resolve_model(EMBEDDED_MODEL))
+    found = compare(store, policy, hardware, tmp_path)
     assert found["job"] == {
         "prompt_len": PROMPT_LEN,
         "gen_len": GEN_LEN,

@@ -93,7 +93,9 @@ def search(
             break
     if not plans:
         raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
-    return min(plans, key=lambda plan: plan.prediction.total_s)
+    best = min(plans, key=lambda plan: plan.prediction.total_s)
+    peak = predict_peak(model, best.policy, job, device_is_host=shared)
+    return dataclasses.replace(best, peak=peak)
 
 
 def memory_budgets(
@@ -121,7 +123,7 @@ def fits(
     device_is_host: bool,
 ) -> bool:
     """Whether a policy needs no more for a job than budgets allow."""
-    peak = predict_peak(model, policy, job, device_is_host=device_is_host)
+    peak = predict_peak(model, policy, job, device_is_host=device_is_host, quickly=True)
     return not _overflow(peak, budgets, device_is_host)
 
 
@@ -187,7 +189,13 @@ def _rounded(
         policy = with_shares(candidate.policy, _floored(solved.shares))
         if policy.kv_cache.device >= 1.0:  # there is nothing that it would act on
             policy = dataclasses.replace(policy, host_attention=False)
-        peak = predict_peak(model, policy, job, device_is_host=hardware.device_is_host)
+        peak = predict_peak(
+            model,
+            policy,
+            job,
+            device_is_host=hardware.device_is_host,
+            quickly=True,
+        )
         over = _overflow(peak, budgets, hardware.device_is_host)
         if not over:
             return Plan(
