@@ -49,7 +49,7 @@ endef
 help:
 	@echo "make setup    the environment in .venv (EXTRAS=dev,cuda for an NVIDIA GPU)"
 	@echo "make peers    what bench.compare compares with, in .venv-peers (Python 3.11)"
-	@echo "make demo     the embedded model writes, with its tensors on all three tiers"
+	@echo "make demo     a plan for a larger model, and the embedded one writes from all tiers"
 	@echo "make test     linters, type checker and the whole test suite"
 	@echo "make lint     only the linters and the type checker"
 	@echo "make format   lets ruff rewrite the code"
@@ -106,6 +106,7 @@ $(PEERS_READY): bench/peers/constraints.txt
 	touch $(PEERS_READY)
 
 demo: setup
+	$(PYTHON) -m flexjax.plan facebook/opt-6.7b --hardware t4-208gb --num-prompts 144
 	$(PYTHON) -m flexjax.generate \
 	  --prompt "It is a truth universally acknowledged, that" "She had never seen" \
 	  "My dear Miss Woodhouse," "The rain had stopped, and" \
