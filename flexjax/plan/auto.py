@@ -11,7 +11,7 @@ from flexjax.memory.link import Device, is_shared
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.planner import allowed_policies, best_plan
+from flexjax.plan.planner import allowed_policies, best_plan, template_of
 from flexjax.plan.predict import Job
 from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words
@@ -59,7 +59,7 @@ def choose_policy(
         OSError: the disk failed while it was measured.
     """
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
-    template = _template(store)
+    template = template_of(store.quantization)
     shared = is_shared(device)
     free = free_bytes(device, offload_dir)
     for tiers in memories(device_is_host=shared):
@@ -82,14 +82,6 @@ def choose_policy(
     )
     plan = best_plan([(model, policy) for policy in allowed], hardware, job)[0]
     return Choice(plan.policy, _as_planned(plan, hardware), plan)
-
-
-def _template(store: WeightStore) -> Policy:
-    """A policy that takes the weights as they are stored."""
-    how = store.quantization
-    if how is None:
-        return Policy()
-    return Policy(weight_bits=how.bits, group_size=how.group_size)
 
 
 def _device_sizes(num_prompts: int) -> list[int]:

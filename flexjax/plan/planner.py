@@ -33,10 +33,7 @@ class Found(NamedTuple):
     @property
     def template(self) -> Policy:
         """A policy that takes the weights as they are stored."""
-        how = None if self.manifest is None else self.manifest.quantization
-        if how is None:
-            return Policy()
-        return Policy(weight_bits=how.bits, group_size=how.group_size)
+        return template_of(self.manifest and self.manifest.quantization)
 
     def model(self, policy: Policy) -> Model:
         """The model as it would be stored for a policy, or is already.
@@ -56,6 +53,13 @@ class Found(NamedTuple):
         else:
             tensors = planned_entries(self.config, self.dtype, how)
         return Model(config=self.config, dtype=self.dtype, tensors=tensors)
+
+
+def template_of(how: Quantization | None) -> Policy:
+    """A policy that takes weights that are quantized so, or are not."""
+    if how is None:
+        return Policy()
+    return Policy(weight_bits=how.bits, group_size=how.group_size)
 
 
 def find_model(name: str, *, platform: str) -> Found:
@@ -81,10 +85,14 @@ def find_model(name: str, *, platform: str) -> Found:
 def allowed_policies(
     *, quantized: bool, host_attention: bool, base: Policy | None = None
 ) -> list[Policy]:
-    """What the search may choose besides placement and sizes."""
+    """What the search may choose besides placement and sizes.
+
+    Weights that are quantized already stay as they are.
+    """
     base = base or Policy()
     bits = [(base.weight_bits, base.kv_cache_bits)]
-    bits += QUANTIZED if quantized else ()
+    if quantized:
+        bits += [pair for pair in QUANTIZED if base.weight_bits in (None, pair[0])]
     return [
         dataclasses.replace(
             base,

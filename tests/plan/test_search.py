@@ -139,6 +139,13 @@ def test_quantized_weights_are_tried_only_where_they_are_allowed():
         assert (plan.policy.weight_bits is not None) == quantized
 
 
+def test_weights_that_are_quantized_already_stay_so():
+    stored = Policy(weight_bits=4)
+    allowed = allowed_policies(quantized=True, host_attention=False, base=stored)
+    assert {policy.weight_bits for policy in allowed} == {4}
+    assert {policy.kv_cache_bits for policy in allowed} == {None, 4}
+
+
 def test_a_plan_in_words_names_every_tier_and_the_bottleneck():
     hardware = machine(SHARED, 5000, 5000)
     plan = search(MODEL, hardware, JOB)
