@@ -93,17 +93,16 @@ class Simulated:
 
 
 class _Queue(enum.IntEnum):
-    """Whose order of issue is kept. The disk does one task of its two at a time."""
+    """Whose order of issue is kept: the lanes, and the reading of weights ahead."""
 
-    DISK_NOW = 0
-    DISK_AHEAD = 1
-    WEIGHTS = 2
-    CACHE_IN = 3
-    CACHE_OUT = 4
-    HIDDEN = 5
-    PROJECT = 6
-    ATTENTION = 7
-    COMPUTE = 8
+    DISK_AHEAD = 0
+    WEIGHTS = 1
+    CACHE_IN = 2
+    CACHE_OUT = 3
+    HIDDEN = 4
+    PROJECT = 5
+    ATTENTION = 6
+    COMPUTE = 7
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -181,19 +180,19 @@ class _Run:
             after.append(self._stored[buffer])
         if isinstance(buffer, Hidden) and buffer.batch in self._computed:
             after.append(self._computed[buffer.batch])  # of a new step, its last token
-        if disk:
-            ahead = isinstance(buffer, Weights)
-            queue = _Queue.DISK_AHEAD if ahead else _Queue.DISK_NOW
-            after = [self._add(queue, disk, after)]
+        stages = disk + rest
         match buffer:
             case Weights(layer):
                 lane = _Queue.WEIGHTS
                 self._layer_parts.setdefault(layer, []).append(buffer)
+                if disk:
+                    after = [self._add(_Queue.DISK_AHEAD, disk, after)]
+                stages = rest
             case Cache():
                 lane = _Queue.CACHE_IN
             case Hidden():
                 lane = _Queue.HIDDEN
-        task = self._add(lane, rest, after)
+        task = self._add(lane, stages, after)
         self._loads[buffer] = task
         self._uses[buffer] = [task]
 
@@ -222,10 +221,8 @@ class _Run:
     def store(self, buffer: Cache | Hidden, step: int) -> None:
         seconds = self._costs.store(buffer, step)
         lane = _Queue.CACHE_OUT if isinstance(buffer, Cache) else _Queue.HIDDEN
-        down = [(r, s) for r, s in seconds.items() if r not in DISK]
-        task = self._add(lane, down, [self._computed[buffer.batch]])
-        if disk := [(r, s) for r, s in seconds.items() if r in DISK and s > 0]:
-            task = self._add(_Queue.DISK_NOW, disk, [task])
+        stages = sorted(seconds.items(), key=lambda stage: stage[0] in DISK)
+        task = self._add(lane, stages, [self._computed[buffer.batch]])
         self._stored[buffer] = task
         self._uses[buffer].append(task)
 
@@ -289,8 +286,9 @@ class _Run:
         heads = [
             tasks[0] for tasks in self._queues.values() if tasks and tasks[0].is_ready
         ]
-        now, ahead = self._queues[_Queue.DISK_NOW], self._queues[_Queue.DISK_AHEAD]
-        if now and ahead and now[0] in heads and ahead[0] in heads:
+        on_disk = [task for task in heads if task.stages[-1][0] in DISK]
+        ahead = self._queues[_Queue.DISK_AHEAD]
+        if len(on_disk) > 1 and ahead and ahead[0] is on_disk[0]:
             heads.remove(ahead[0])  # the disk is taken by what is more urgent
         return heads
 
@@ -299,6 +297,8 @@ class _Run:
         counts = Counter(used)
         speeds = {resource: 1.0 / count for resource, count in counts.items()}
         busy_disks = [resource for resource in DISK if resource in counts]
+        for resource in busy_disks:  # reading and writing are one disk's
+            speeds[resource] = 1.0 / sum(counts[each] for each in busy_disks)
         if busy_disks and Resource.COMPUTE in counts:
             speeds[Resource.COMPUTE] *= self._contention.compute_beside_disk
             for resource in busy_disks:

@@ -120,3 +120,22 @@ def test_a_cache_that_is_waited_for_overtakes_weights_that_are_not():
     run = simulate(zigzag, work, costs)
     moved_s = run.busy_s[Resource.DISK_READ] + run.busy_s[Resource.DISK_WRITE]
     assert run.seconds == pytest.approx(moved_s)  # the disk is never idle
+
+
+def test_a_write_that_waits_for_compute_holds_up_no_read():
+    """The next cache comes while a batch computes, whose own is still to be written."""
+    work = Workload(num_decoder_layers=4, num_batches=6, gen_len=3)
+    # Half a second to read and half a second to write, for a second of compute.
+    half = {Resource.DISK_READ: 0.5}
+    costs = DrawnCosts({}, half, {}, {Resource.COMPUTE: 1.0})
+    assert simulate(zigzag, work, costs).seconds == pytest.approx(
+        work.gen_len * (work.num_decoder_layers + 1) * work.num_batches, rel=0.05
+    )
+
+
+def test_reads_and_writes_share_the_disk():
+    work = Workload(num_decoder_layers=4, num_batches=6, gen_len=3)
+    costs = DrawnCosts({}, {Resource.DISK_READ: 1.0}, {}, {Resource.COMPUTE: 0.0})
+    run = simulate(zigzag, work, costs)
+    moved_s = run.busy_s[Resource.DISK_READ] + run.busy_s[Resource.DISK_WRITE]
+    assert run.seconds >= moved_s * (1 - 1e-6)
