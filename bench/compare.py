@@ -25,7 +25,7 @@ from bench.peers.report import describe, ratio, result_to_json, table
 from bench.peers.sweep import Result, find_best
 from bench.peers.system import Attempt, Failed, Job, Measured, Setting, System
 from bench.peers.weights import kv_cache_bytes, make_weights, weights_bytes
-from checkpoints_tools.resolve import default_cache
+from flexjax.cache_folder import default_cache
 from flexjax.cli import run_command
 from flexjax.models.config import named_config
 from flexjax.safe_files import ensure_writable, write_atomically

@@ -20,12 +20,17 @@ from flexjax.cached_attention import Past
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.memory.footprint import cache_rows
-from flexjax.memory.layout import HeadBlocks
+from flexjax.memory.layout import WeightLayout
 from flexjax.memory.link import Device
 from flexjax.models.config import layer_tensors
 from flexjax.models.opt import Params, unflatten
 from flexjax.policy import Policy, Tier
-from flexjax.quant import cache_quantization, dequantize, dequantize_into
+from flexjax.quant import (
+    QuantizedArray,
+    cache_quantization,
+    dequantize,
+    dequantize_into,
+)
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Cache
@@ -109,11 +114,11 @@ def measure_compute(
     policy: Policy,
     work: Workload,
     *,
-    head: HeadBlocks,
+    layout: WeightLayout,
     device: Device,
 ) -> ComputeLimit:
     """Times the steps of a run of greedy rows without padding."""
-    steps = _Steps(store, policy, work, head=head, device=device)
+    steps = _Steps(store, policy, work, layout=layout, device=device)
     by_slots: dict[int, list[int]] = defaultdict(list)
     for step in range(1, work.gen_len):
         by_slots[read_slots(work, step)].append(step)
@@ -139,11 +144,11 @@ class _Steps:
         policy: Policy,
         work: Workload,
         *,
-        head: HeadBlocks,
+        layout: WeightLayout,
         device: Device,
     ) -> None:
         self._store, self._policy, self._work = store, policy, work
-        self._head, self._device = head, device
+        self._layout, self._device = layout, device
         self._config = store.config
         self._cache_as = cache_quantization(policy, store.config, store.dtype)
         # With the embedding and the final norm, which come with these two.
@@ -210,7 +215,7 @@ class _Steps:
 
     def head_s(self) -> float:
         """Of all blocks of the table, all but the last being as large as the first."""
-        blocks = self._head.num_blocks
+        blocks = self._layout.head.num_blocks
         seconds = self._block_s(blocks - 1) + self._choose_s()
         return seconds + (blocks - 1) * self._block_s(0) if blocks > 1 else seconds
 
@@ -224,7 +229,7 @@ class _Steps:
     def _widened_s(self, name: str) -> float:
         entry = self._store.tensors[name]
         how = entry.quantization
-        if how is None:
+        if how is None or not self._layout.is_widened(name):
             return 0.0
         data = self._zeros(entry.shape, BYTES)
         state = self._zeros(entry.used_shape)
@@ -232,7 +237,7 @@ class _Steps:
 
     def _block_s(self, block: int) -> float:
         name, vocab_size = self._config.head_table, self._config.vocab_size
-        rows = self._head.span(block, vocab_size)
+        rows = self._layout.head.span(block, vocab_size)
         table = self._read(name, rows)
         hidden = self._zeros((self._work.batch_size, 1, 1, self._config.embed_dim))
         return median_s(lambda state: head_step(table, hidden), None)
@@ -301,14 +306,19 @@ class _Steps:
             }
         )
 
-    def _read(self, name: str, rows: slice) -> jax.Array:
+    def _read(self, name: str, rows: slice) -> jax.Array | QuantizedArray:
+        """As layers use it."""
         entry, count = self._store.tensors[name], rows.stop - rows.start
         buffer = page_aligned(count * entry.row_bytes)
         array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
         self._store.read_rows(name, rows.start, rows.stop, array)
         read = jax.device_put(array, self._device)
         how = entry.quantization
-        return read if how is None else dequantize(read, how)
+        if how is None:
+            return read
+        if self._layout.is_widened(name):
+            return dequantize(read, how)
+        return QuantizedArray(read, how)
 
 
 def _outside(params: Params) -> Params:

@@ -12,8 +12,8 @@ from bench.compute_limit import ComputeLimit, mean_limit, measure_compute
 from bench.copy_routes import compare_routes
 from bench.disk_limit import DiskRate, measure_read, measure_write
 from flexjax.checkpoint import WeightStore
-from flexjax.memory.layout import HeadBlocks, lay_out
-from flexjax.memory.link import Device, is_shared
+from flexjax.memory.layout import WeightLayout, lay_out
+from flexjax.memory.link import Device, processor_of
 from flexjax.policy import Policy, Tier
 from flexjax.quant import cache_quantization
 from flexjax.workload import Workload
@@ -41,7 +41,7 @@ class Setting:
     store: WeightStore
     policy: Policy
     work: Workload
-    head: HeadBlocks
+    layout: WeightLayout
     disk_tensors: Sequence[str]  # what the run reads from the store while it runs
     device: Device
     offload_dir: pathlib.Path
@@ -89,7 +89,7 @@ def setting_of(
         store.dtype,
         store.tensors,
         case.policy,
-        device_is_host=is_shared(device),
+        processor=processor_of(device, is_quantized=store.quantization is not None),
     )
     on_disk = [name for name, tier in layout.tiers.items() if tier is Tier.DISK]
     return Setting(
@@ -101,7 +101,7 @@ def setting_of(
             gen_len=case.gen_len,
             num_rows=case.policy.block_size,
         ),
-        head=layout.head,
+        layout=layout,
         disk_tensors=on_disk or [*layout.tiers],
         device=device,
         offload_dir=offload_dir,
@@ -120,7 +120,7 @@ def measure_limits(setting: Setting) -> Limits:
             setting.store,
             setting.policy,
             setting.work,
-            head=setting.head,
+            layout=setting.layout,
             device=setting.device,
         ),
         copies=_measure_copies(setting.device),

@@ -35,7 +35,8 @@ from bench.limits import (
 from bench.machine import describe_machine
 from bench.page_cache import drop_page_cache
 from bench.pauses import DiskPauses
-from checkpoints_tools.resolve import default_cache, resolve_model
+from checkpoints_tools.resolve import resolve_model
+from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
 from flexjax.llm import EMBEDDED_MODEL, LLM

@@ -22,7 +22,8 @@ import numpy as np
 
 from bench.machine import describe_machine
 from bench.synthetic import weights_folder
-from checkpoints_tools.resolve import default_cache, resolve_model
+from checkpoints_tools.resolve import resolve_model
+from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
 from flexjax.llm import EMBEDDED_MODEL, LLM
@@ -70,7 +71,7 @@ def compare(
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     job = Job(prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_prompts=policy.block_size)
     predicted = predict(model, policy, hardware, job)
-    peak = predict_peak(model, policy, job, device_is_host=hardware.device_is_host)
+    peak = predict_peak(model, policy, job, hardware.processor)
     shape = (job.num_prompts, job.prompt_len)
     prompts = np.random.default_rng(0).integers(4, store.config.vocab_size, shape)
     params = SamplingParams(max_tokens=GEN_LEN, temperature=0.0, ignore_eos=True)

@@ -2,8 +2,8 @@
 
 import pathlib
 
-from checkpoints_tools.resolve import default_cache
 from checkpoints_tools.synthesize import synthesize_store
+from flexjax.cache_folder import default_cache
 from flexjax.models.config import MODELS, OPTConfig, named_config
 from flexjax.store_format import DTYPES
 

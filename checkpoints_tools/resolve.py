@@ -14,12 +14,12 @@ import numpy as np
 from checkpoints_tools.open_source import open_source
 from checkpoints_tools.source import Source
 from checkpoints_tools.store_conversion import convert_to_store
+from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import is_store, read_manifest
 from flexjax.quant import Quantization
 from flexjax.safe_files import make_folder
 from flexjax.store_format import DTYPES
 
-CACHE_VARIABLE = "FLEXJAX_CACHE"
 AUTO = "auto"
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
 
@@ -78,12 +78,6 @@ def resolve_model(
     if weight_bits is not None:
         how = Quantization(bits=weight_bits, group_size=group_size, dtype=wanted.name)
     return _cached(source, wanted, how, name, cache)
-
-
-def default_cache() -> pathlib.Path:
-    """`$FLEXJAX_CACHE`, or else `~/.cache/flexjax`."""
-    chosen = os.environ.get(CACHE_VARIABLE) or "~/.cache/flexjax"
-    return pathlib.Path(chosen).expanduser()
 
 
 def _find(model: str | os.PathLike[str]) -> pathlib.Path:

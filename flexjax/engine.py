@@ -13,7 +13,7 @@ from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, shortage
 from flexjax.memory.footprint import run_peak_bytes
 from flexjax.memory.layout import MOST_LAYERS_AHEAD, lay_out, looking_ahead
-from flexjax.memory.link import Device, is_shared
+from flexjax.memory.link import Device, processor_of
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
@@ -56,13 +56,10 @@ class Engine:
         self.config, self.policy, self._seed = store.config, policy, seed
         self._running, self._closed = threading.Lock(), False
         self._device, self._offload_dir = device, offload_dir
-        self._device_is_host = is_shared(device)
+        processor = processor_of(device, is_quantized=store.quantization is not None)
+        self._device_is_host = processor.is_host
         layout = lay_out(
-            store.config,
-            store.dtype,
-            store.tensors,
-            policy,
-            device_is_host=self._device_is_host,
+            store.config, store.dtype, store.tensors, policy, processor=processor
         )
         homes = {
             (tier, Kind.WEIGHTS): size

@@ -241,8 +241,8 @@ def _model(args: argparse.Namespace) -> str | os.PathLike[str] | None:
         return args.path
     if args.model is None:
         raise ValueError(f"--path {_DUMMY} needs --model, such as facebook/opt-6.7b")
-    from checkpoints_tools.resolve import default_cache
     from checkpoints_tools.synthesize import synthesize_store
+    from flexjax.cache_folder import default_cache
     from flexjax.models.config import named_config
     from flexjax.store_format import DTYPES
 

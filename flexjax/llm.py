@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints_tools.resolve import default_cache, resolve_model
+from checkpoints_tools.resolve import resolve_model
 from flexjax.blocks import Row
+from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span

@@ -75,6 +75,29 @@ class Quantization:
         return width // group_bytes * self.group_size
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data",),
+    meta_fields=("quantization",),
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A quantized array that says how it is quantized.
+
+    Attributes:
+        data: what `quantize` made.
+        quantization: how.
+    """
+
+    data: UInt8[Array, "... width"]
+    quantization: Quantization
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what it stands for."""
+        return wide_shape(self.data.shape, self.quantization)
+
+
 def fitting_group(size: int, group_size: int) -> int:
     """The largest even divisor of `size` up to `group_size`, or 1 where there is none.
 

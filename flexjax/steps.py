@@ -32,7 +32,12 @@ from flexjax.models.opt import (
     contract_last,
     token_positions,
 )
-from flexjax.quant import Quantization, passed_through, quantize
+from flexjax.quant import (
+    Quantization,
+    QuantizedArray,
+    passed_through,
+    quantize,
+)
 from flexjax.sparse import SparsePast
 from flexjax.workload import prefill_rows
 
@@ -208,7 +213,8 @@ def final_step(
 
 @jax.jit
 def head_step(
-    table: Float[Array, "block embed"], hidden: Float[Array, "batch 1 1 embed"]
+    table: Float[Array, "block embed"] | QuantizedArray,
+    hidden: Float[Array, "batch 1 1 embed"],
 ) -> Float[Array, "batch block"]:
     """Logits of one block of the vocabulary."""
     return contract_last(hidden[:, 0, 0], table)
@@ -217,7 +223,7 @@ def head_step(
 @functools.partial(jax.jit, donate_argnames="state")
 def score_step(
     state: ScoreState,
-    table: Float[Array, "block embed"],
+    table: Float[Array, "block embed"] | QuantizedArray,
     hidden: Float[Array, "batch 1 seq embed"],
     first_id: Int[Array, ""],
     targets: Int[Array, "batch seq"],

@@ -15,6 +15,7 @@ HOUSES = [ROOT, ROOT.parent / "checkpoints_tools", ROOT.parent / "bench"]
 STAIRS = [
     # words
     "sizes",
+    "cache_folder",
     "policy",
     "policy_args",
     "workload",
@@ -28,7 +29,10 @@ STAIRS = [
     "schedule.footprint",
     "schedule.simulate",
     # numbers
+    "safe_files",
+    "kernels.compiled",
     "quant",
+    "kernels.products",
     "attention",
     "sparse",
     "logprobs",
@@ -37,7 +41,6 @@ STAIRS = [
     "cached_attention",
     "models.opt",
     # memory
-    "safe_files",
     "extents",
     "store_format",
     "checkpoint",

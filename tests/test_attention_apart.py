@@ -10,6 +10,7 @@ from flexjax.checkpoint import open_store
 from flexjax.memory import link, transport
 from flexjax.memory.host import HostStore
 from flexjax.memory.lanes import Lane
+from flexjax.memory.layout import Processor
 from flexjax.memory.routes import DIRECT, Route, cache_routes
 from flexjax.policy import Kind, Placement, Policy, Tier, validate
 from tests.common import ApartLink, in_time
@@ -22,7 +23,7 @@ TO_DEVICE, TO_HOST = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
 @pytest.fixture(autouse=True)
 def device_apart(monkeypatch):
     monkeypatch.setattr(transport, "DeviceLink", ApartLink)
-    monkeypatch.setattr(engine, "is_shared", lambda device: False)
+    monkeypatch.setattr(engine, "processor_of", lambda device, **_: Processor(False))
 
 
 @pytest.fixture

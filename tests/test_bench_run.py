@@ -7,7 +7,7 @@ from bench import memory_cap
 from bench.catalog import all_cases
 from bench.memory_cap import Finished, ensure_can_cap
 from bench.run import build_parser, main
-from checkpoints_tools.resolve import CACHE_VARIABLE
+from flexjax.cache_folder import CACHE_VARIABLE
 from flexjax.cli import BAD_INPUT, run_command
 
 PROMISED = {

@@ -74,7 +74,7 @@ def test_prompts_from_a_file_on_the_embedded_model(tmp_path, capsys):
 
 
 def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
-    from checkpoints_tools import resolve
+    from flexjax.cache_folder import default_cache
     from flexjax.models.config import MODELS, OPTConfig
 
     small = OPTConfig(
@@ -83,7 +83,7 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "opt-125m", small)
     arguments = ("--model", "facebook/opt-125m", "--path", "_DUMMY_", "--gen-len", "2")
     assert run(*arguments, "--prompt-len", "3") == 0
-    assert (resolve.default_cache() / "random-opt-125m" / "manifest.json").is_file()
+    assert (default_cache() / "random-opt-125m" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(

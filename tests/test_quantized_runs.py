@@ -19,6 +19,7 @@ from flexjax import engine
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import open_store
 from flexjax.memory import transport
+from flexjax.memory.layout import Processor
 from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Placement, Policy, Schedule, Tier, validate
 from flexjax.quant import Quantization, cache_quantization, dequantize
@@ -181,7 +182,7 @@ def test_sparse_attention_in_the_host_s_memory_is_a_plain_forward(
 def device_apart(monkeypatch):
     """Makes engines take the CPU for a device that has memory of its own."""
     monkeypatch.setattr(transport, "DeviceLink", ApartLink)
-    monkeypatch.setattr(engine, "is_shared", lambda device: False)
+    monkeypatch.setattr(engine, "processor_of", lambda device, **_: Processor(False))
 
 
 def policy_of(bits, placements, schedule, shape):

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Collection, Mapping
 
 from bench.synthetic import weights_folder
-from checkpoints_tools.resolve import default_cache
 from checkpoints_tools.synthesize import synthesize_hugging_face
+from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import is_store
 from flexjax.models.config import named_config, tensor_shapes
 from flexjax.safe_files import ensure_space, make_folder

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flexjax.kernels.products import is_multiplied
 from flexjax.memory.placement import effective, partition, place_tensors
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
@@ -19,6 +20,7 @@ from flexjax.store_format import TensorEntry
 from flexjax.workload import Workload, bucket
 
 TOKEN_TABLE = "embed_tokens.weight"
+MATRIX = "layers.0.fc1.weight"  # quantized as all of the decoder layers' are
 # A layer's norms and biases are ten tensors of a thousandth of its bytes. Each takes a
 # request of its own, which waits in the disk's queue as long as megabytes do.
 LEAST_ON_DISK = 64 << 10
@@ -37,6 +39,29 @@ class HeadBlocks(NamedTuple):
 
     def span(self, block: int, vocab_size: int) -> slice:
         return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
+
+
+class Processor(NamedTuple):
+    """What a layout depends on of the device.
+
+    Attributes:
+        is_host: whether it computes in the host's memory.
+        multiplies_quantized: whether it multiplies with quantized weights as they are;
+            else they are made wide first.
+    """
+
+    is_host: bool
+    multiplies_quantized: bool = False
+
+
+def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
+    """Whether a tensor that is multiplied with is quantized, and used so."""
+    how = entry.quantization
+    return (
+        how is not None
+        and processor.multiplies_quantized
+        and is_multiplied(how, entry.used_shape[-1])
+    )
 
 
 class _Load(NamedTuple):
@@ -58,7 +83,7 @@ class WeightLayout:
         tiers: of each tensor.
         head: how the table of logits is cut.
         num_parts: in which a layer's weights travel.
-        device_is_host: whether the device computes in the host's memory.
+        processor: that computes with them.
     """
 
     config: OPTConfig
@@ -67,12 +92,22 @@ class WeightLayout:
     tiers: Mapping[str, Tier]
     head: HeadBlocks
     num_parts: int
-    device_is_host: bool
+    processor: Processor
+
+    @property
+    def device_is_host(self) -> bool:
+        return self.processor.is_host
+
+    def is_widened(self, name: str) -> bool:
+        """Whether a tensor is quantized, and made wide before a layer uses it."""
+        entry = self.tensors[name]
+        is_narrow = is_multiplied_narrow(entry, self.processor)
+        return entry.quantization is not None and not is_narrow
 
     @property
     def bits(self) -> int:
         """Of an element of the decoder layers' matrices, as they are stored."""
-        how = self.tensors["layers.0.fc1.weight"].quantization
+        how = self.tensors[MATRIX].quantization
         return 8 * self.dtype.itemsize if how is None else how.bits
 
     def spans(self, layer: int, part: int) -> dict[str, slice]:
@@ -116,7 +151,7 @@ class WeightLayout:
         for name, rows in spans.items():
             entry, count = self.tensors[name], rows.stop - rows.start
             moved[self.tiers[name]] += count * entry.row_bytes
-            if entry.quantization is not None:
+            if self.is_widened(name):
                 wide += count * entry.used_row_bytes
         return _Load(spans, moved, wide)
 
@@ -170,7 +205,7 @@ def lay_out(
     tensors: Tensors,
     policy: Policy,
     *,
-    device_is_host: bool,
+    processor: Processor,
 ) -> WeightLayout:
     """The layout of a model under a policy."""
     tiers = place_weights(tensors, policy.weights)
@@ -179,9 +214,9 @@ def lay_out(
         dtype=dtype,
         tensors=tensors,
         tiers=tiers,
-        head=head_blocks(config, tensors, tiers, device_is_host=device_is_host),
+        head=head_blocks(config, tensors, tiers, processor=processor),
         num_parts=min(policy.num_batches, MOST_PARTS),
-        device_is_host=device_is_host,
+        processor=processor,
     )
 
 
@@ -203,7 +238,7 @@ def head_blocks(
     tensors: Tensors,
     tiers: Mapping[str, Tier],
     *,
-    device_is_host: bool,
+    processor: Processor,
 ) -> HeadBlocks:
     """Cuts a table of logits that has to travel into blocks of about a layer's bytes.
 
@@ -212,8 +247,9 @@ def head_blocks(
     """
     table = tensors[config.head_table]
     tier = tiers[config.head_table]
-    stays = tier is Tier.DEVICE or (tier is Tier.HOST and device_is_host)
-    if stays and table.quantization is None:
+    stays = tier is Tier.DEVICE or (tier is Tier.HOST and processor.is_host)
+    is_narrow = is_multiplied_narrow(table, processor)
+    if stays and (table.quantization is None or is_narrow):
         return HeadBlocks(1, config.vocab_size)
     layer_bytes = sum(
         entry.nbytes for name, entry in tensors.items() if name.startswith("layers.0.")

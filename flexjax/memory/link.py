@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from flexjax.kernels.products import can_multiply_quantized
+from flexjax.memory.layout import Processor
 from flexjax.memory.ledger import Ledger
 from flexjax.policy import Kind, Tier
 
@@ -27,13 +29,19 @@ def nothing_to_release() -> None:
 class Loan(NamedTuple):
     """An array on the device, and what to call when nothing uses it any more."""
 
-    array: jax.Array
+    array: Any  # a `jax.Array`, or of quantized weights a `QuantizedArray`
     release: Callable[[], None] = nothing_to_release
 
 
 def is_shared(device: Device) -> bool:
     """Whether the device computes in the host's memory, as a CPU does."""
     return device.platform == "cpu"
+
+
+def processor_of(device: Device, *, is_quantized: bool) -> Processor:
+    """What the layout of a model, whose weights may be quantized, asks of `device`."""
+    is_host = is_shared(device)
+    return Processor(is_host, is_quantized and is_host and can_multiply_quantized())
 
 
 class Lender(Protocol):

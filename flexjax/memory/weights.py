@@ -19,7 +19,7 @@ from flexjax.memory.link import Loan
 from flexjax.memory.transport import Transport
 from flexjax.memory.widened import WidenedArrays
 from flexjax.policy import Kind, Tier
-from flexjax.quant import Quantization
+from flexjax.quant import Quantization, QuantizedArray
 
 Loans = dict[str, Loan]  # by the tensor's name
 
@@ -159,8 +159,10 @@ class PlacedWeights:
                 else:
                     loan = self._resident(name, rows)
                 how = self._store.tensors[name].quantization
-                if how is not None:
+                if how is not None and self.layout.is_widened(name):
                     loan = self._wide(self._widened, loan, how)
+                elif how is not None:
+                    loan = Loan(QuantizedArray(loan.array, how), loan.release)
                 loans[name] = loan
         except BaseException:
             self._give_up(reads)

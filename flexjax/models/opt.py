@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexjax.attention import prefill_attention
+from flexjax.kernels.products import contract_quantized
 from flexjax.models.config import LAYER_NORM_EPSILON, POSITION_OFFSET, OPTConfig
-from flexjax.quant import Quantization, passed_through
+from flexjax.quant import Quantization, QuantizedArray, passed_through
 
 Params = Mapping[str, Any]
 # (query, key, value), each [batch, heads, seq, head_dim] -> the same shape
@@ -38,11 +39,14 @@ ACTIVATION: dict[str, Callable[[Array], Array]] = {
 
 
 def contract_last(
-    x: Float[Array, "... inputs"], weight: Float[Array, "outputs inputs"]
+    x: Float[Array, "... inputs"],
+    weight: Float[Array, "outputs inputs"] | QuantizedArray,
 ) -> Float[Array, "... outputs"]:
     """`x @ weight.T` accumulated in float32; true float32 where the inputs are."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.dtype == jnp.float32:
+    if isinstance(weight, QuantizedArray):
+        out = contract_quantized(rows, weight)
+    elif x.dtype == jnp.float32:
         out = _contract(rows, weight)
     else:
         out = jax.lax.platform_dependent(
@@ -101,8 +105,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        shape = (self.features, x.shape[-1])
-        weight = self.param("weight", nn.initializers.normal(0.02), shape, x.dtype)
+        weight = self.get_variable("params", "weight")
+        if not isinstance(weight, QuantizedArray):  # whose shape is another
+            shape = (self.features, x.shape[-1])
+            weight = self.param("weight", nn.initializers.normal(0.02), shape, x.dtype)
         out = contract_last(x, weight)
         if self.use_bias:
             zeros = nn.initializers.zeros
@@ -271,7 +277,7 @@ def token_positions(
     return jnp.maximum(slots[None, :] - start[:, None], -1) + POSITION_OFFSET
 
 
-def unflatten(tensors: Mapping[str, Array]) -> dict[str, Any]:
+def unflatten(tensors: Mapping[str, Array | QuantizedArray]) -> dict[str, Any]:
     """The parameter tree of tensors with dotted names."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():

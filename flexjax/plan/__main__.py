@@ -138,7 +138,7 @@ def _measured(args: argparse.Namespace, *, anew: bool) -> Hardware:
     # Slow to load, and not needed for a machine that is described.
     import jax
 
-    from checkpoints_tools.resolve import default_cache
+    from flexjax.cache_folder import default_cache
     from flexjax.plan.calibrate import calibrated
 
     folder = args.offload_dir or default_cache()

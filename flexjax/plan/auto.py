@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes
-from flexjax.memory.link import Device, is_shared
+from flexjax.memory.link import Device, processor_of
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
@@ -60,7 +60,8 @@ def choose_policy(
     """
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     template = template_of(store.quantization)
-    shared = is_shared(device)
+    processor = processor_of(device, is_quantized=store.quantization is not None)
+    shared = processor.is_host
     free = free_bytes(device, offload_dir)
     for tiers in memories(device_is_host=shared):
         more = sum(held[tier] for tier in tiers)
@@ -68,7 +69,7 @@ def choose_policy(
     budgets = memory_budgets(free, device_is_host=shared)
     for batch_size in _device_sizes(job.num_prompts):
         policy = dataclasses.replace(template, batch_size=batch_size)
-        if fits(model, policy, budgets, job, device_is_host=shared):
+        if fits(model, policy, budgets, job, processor):
             return Choice(policy, _all_on_device(policy, job))
     hardware = dataclasses.replace(
         calibrated(offload_dir, device, progress),

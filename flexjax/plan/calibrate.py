@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from checkpoints_tools.resolve import default_cache
+from flexjax.cache_folder import default_cache
+from flexjax.kernels.products import can_multiply_quantized
 from flexjax.memory.buffers import page_aligned
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import Device, DeviceLink, is_shared
@@ -32,10 +33,11 @@ from flexjax.plan.step_rates import (
     Layers,
     attention_figures,
     engine_call_s,
+    quantized_product_rates,
     step_figures,
 )
 from flexjax.plan.this_machine import budgets, machine_id, machine_name
-from flexjax.policy import Kind
+from flexjax.policy import BITS, Kind
 from flexjax.safe_files import make_folder
 
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
@@ -108,6 +110,12 @@ def calibrate(
             progress("measuring the disk and layers beside each other")
             figures |= _contention(scratch, layers[-1])
         del layers
+    if device_is_host and can_multiply_quantized():
+        progress("measuring layers that are quantized")
+        figures["quantized_product_flops_per_s"] = {
+            bits: quantized_product_rates(Layers(LAYERS[-1], device, bits), figures)
+            for bits in BITS
+        }
     if not device_is_host:
         progress("measuring copies to the device and back")
         figures |= _copy_rates(device)

@@ -17,6 +17,7 @@ import numpy as np
 from flexjax.memory.footprint import RunFootprint
 from flexjax.memory.layout import (
     MOST_PARTS,
+    Processor,
     Tensors,
     WeightLayout,
     lay_out,
@@ -47,19 +48,19 @@ class Model:
         default_factory=dict, repr=False, compare=False
     )
 
-    def layout(self, policy: Policy, *, device_is_host: bool) -> WeightLayout:
+    def layout(self, policy: Policy, processor: Processor) -> WeightLayout:
         """How it lies under a policy."""
         # All that a layout depends on; a search asks for the same few over and over.
         parts = min(policy.num_batches, MOST_PARTS)
         weights = policy.weights
-        key = weights.device, weights.host, parts, device_is_host
+        key = weights.device, weights.host, parts, processor
         if key not in self._layouts:
             self._layouts[key] = lay_out(
                 self.config,
                 self.dtype,
                 self.tensors,
                 policy,
-                device_is_host=device_is_host,
+                processor=processor,
             )
         return self._layouts[key]
 
@@ -187,9 +188,7 @@ class _Corner:
         prompt_len: int,
         gen_len: int,
     ) -> None:
-        self._layout = layout = model.layout(
-            policy, device_is_host=hardware.device_is_host
-        )
+        self._layout = layout = model.layout(policy, hardware.processor)
         work = layout.workload(
             policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
         )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
-from flexjax.memory.layout import WeightLayout
+from flexjax.memory.layout import MATRIX, WeightLayout
 from flexjax.memory.placement import Rows
 from flexjax.models.config import layer_tensors
 from flexjax.plan.hardware import Hardware
@@ -53,14 +53,14 @@ class RunCosts:
             block = cell.layer - work.num_decoder_layers
             span = self.weights.head.span(block, self.weights.config.vocab_size)
             size = (span.stop - span.start) * self.weights.config.embed_dim
-            seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size)
+            bits = self._narrow_bits(self.weights.config.head_table)
+            seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size, bits)
             logits = work.batch_size * (span.stop - span.start)
             seconds[Resource.COMPUTE] += logits / hardware.sampled_logits_per_s
         elif cell.step == 0:
             seconds[Resource.COMPUTE] += self._prefill_s
         else:
-            size = self._layer_weights
-            seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size)
+            seconds[Resource.COMPUTE] += self._layer_s(work.batch_size)
             add_seconds(seconds, self._attention(cell))
         return seconds
 
@@ -156,9 +156,19 @@ class RunCosts:
         batch, seq = work.batch_size, work.prompt_len
         rows = prefill_rows(batch, seq)
         groups = batch // rows
-        products_s = groups * hardware.layer_s(rows * seq, self._layer_weights)
+        products_s = groups * self._layer_s(rows * seq)
         flops = 4 * batch * seq * seq * self.weights.config.hidden_size
         return products_s + flops / hardware.prefill_attention_flops_per_s
+
+    def _layer_s(self, rows: int) -> float:
+        """Of all but attention in a call of a decoder layer."""
+        bits = self._narrow_bits(MATRIX)
+        return self.hardware.layer_s(rows, self._layer_weights, bits)
+
+    def _narrow_bits(self, name: str) -> int | None:
+        """Bits of a tensor that is quantized and multiplied with so, else None."""
+        how = self.weights.tensors[name].quantization
+        return None if how is None or self.weights.is_widened(name) else how.bits
 
     @functools.cached_property
     def _layer_weights(self) -> int:

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from flexjax.memory.layout import Processor
 from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
 from flexjax.schedule.simulate import Contention
 
-VERSION = 2
+VERSION = 3
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
 _TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
+_NESTED = "quantized_product_flops_per_s"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Hardware:
         dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.
         call_s: what a call of a layer step takes besides, by the number of rows: norms,
             activations, and the call itself.
+        quantized_product_flops_per_s: of products with quantized weights, by their bits
+            and the number of rows; None where weights are made wide first.
         compute_beside_disk, disk_beside_compute: fraction of its speed that each keeps
             while the other is busy.
     """
@@ -67,6 +71,7 @@ class Hardware:
     sampled_logits_per_s: float
     dequantized_bytes_per_s: Mapping[int, float]
     call_s: Mapping[int, float]
+    quantized_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
     compute_beside_disk: float = 1.0
     disk_beside_compute: float = 1.0
 
@@ -86,15 +91,24 @@ class Hardware:
             disk_beside_compute=self.disk_beside_compute,
         )
 
-    def layer_s(self, rows: int, num_weights: int) -> float:
+    @property
+    def processor(self) -> Processor:
+        """What the layout of a model depends on."""
+        multiplies_quantized = self.quantized_product_flops_per_s is not None
+        return Processor(self.device_is_host, multiplies_quantized)
+
+    def layer_s(self, rows: int, num_weights: int, bits: int | None = None) -> float:
         """Seconds of a call of a layer that multiplies `rows` rows with its matrices.
 
         Between two measured numbers of rows, time grows evenly; past the last, with
-        the rows. `num_weights` are the elements of all matrices.
+        the rows. `num_weights` are the elements of all matrices, of `bits` bits where
+        they are multiplied with as they are quantized.
         """
-        products = {
-            count: 2 * count / rate for count, rate in self.product_flops_per_s.items()
-        }
+        rates = self.product_flops_per_s
+        if bits is not None:
+            assert self.quantized_product_flops_per_s is not None
+            rates = self.quantized_product_flops_per_s[bits]
+        products = {count: 2 * count / rate for count, rate in rates.items()}
         return num_weights * _between(products, rows) + _between(self.call_s, rows)
 
 
@@ -141,14 +155,25 @@ def _check_together(hardware: Hardware) -> None:
             "compute_beside_disk and disk_beside_compute sum to less than 1, but disk "
             "and processor that take turns keep as much"
         )
-    for name in ("product_flops_per_s", "call_s"):
-        table = getattr(hardware, name)
+    by_rows: dict[str, Mapping[int, float]] = {
+        "product_flops_per_s": hardware.product_flops_per_s,
+        "call_s": hardware.call_s,
+    }
+    for bits, rates in (hardware.quantized_product_flops_per_s or {}).items():
+        by_rows[f"{_NESTED} of {bits} bits"] = rates
+    for name, table in by_rows.items():
         if not table:
             raise ValueError(f"{name} is empty; give it some numbers of rows")
         if (fewest := min(table)) < 1:
             raise ValueError(f"{name} has {fewest} rows, expected 1 or more")
-    if missing := set(BITS) - set(hardware.dequantized_bytes_per_s):
-        raise ValueError(f"dequantized_bytes_per_s lacks {min(missing)} bits")
+    by_bits: dict[str, Mapping[int, Any]] = {
+        "dequantized_bytes_per_s": hardware.dequantized_bytes_per_s
+    }
+    if hardware.quantized_product_flops_per_s is not None:
+        by_bits[_NESTED] = hardware.quantized_product_flops_per_s
+    for name, table in by_bits.items():
+        if missing := set(BITS) - set(table):
+            raise ValueError(f"{name} lacks {min(missing)} bits")
 
 
 def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
@@ -157,6 +182,10 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
         value = getattr(hardware, field.name)
         if field.name in _TABLES:
             yield from ((f"{field.name} of {key}", rate) for key, rate in value.items())
+        elif field.name == _NESTED:
+            for bits, rates in (value or {}).items():
+                for rows, rate in rates.items():
+                    yield f"{field.name} of {bits} bits and {rows} rows", rate
         elif field.name in ("name", "device_is_host"):
             continue
         elif value is not None or field.default is not None:  # None where it may be
@@ -213,6 +242,11 @@ def hardware_from_json(values: Any) -> Hardware:
         raise ValueError(f"{missing[0]} is missing")
     for name in _TABLES:
         fields[name] = _with_numbers(name, fields[name])
+    if fields.get(_NESTED) is not None:
+        fields[_NESTED] = {
+            bits: _with_numbers(f"{_NESTED} of {bits} bits", rates)
+            for bits, rates in _with_numbers(_NESTED, fields[_NESTED]).items()
+        }
     return validate_hardware(Hardware(**fields))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
-from flexjax.memory.layout import WeightLayout, looking_ahead
+from flexjax.memory.layout import Processor, WeightLayout, looking_ahead
 from flexjax.plan.closed_form import (
     Model,
     block_form,
@@ -113,9 +113,7 @@ def predict(model: Model, policy: Policy, hardware: Hardware, job: Job) -> Predi
     prefill_s = decode_s = 0.0
     terms: list[dict[Resource, float]] = [{}, {}]
     stretch: list[float] | None = None
-    for work, times in _blocks(
-        model.layout(policy, device_is_host=hardware.device_is_host), policy, job
-    ):
+    for work, times in _blocks(model.layout(policy, hardware.processor), policy, job):
         block = dataclasses.replace(
             policy, batch_size=work.batch_size, num_batches=work.num_batches
         )
@@ -143,7 +141,7 @@ def _stretch(
     model: Model, policy: Policy, hardware: Hardware, work: Workload
 ) -> list[float]:
     """How much longer prefill and decode take than their slowest resource."""
-    layout = model.layout(policy, device_is_host=hardware.device_is_host)
+    layout = model.layout(policy, hardware.processor)
     sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
     part, contention = _Part(work, RunCosts(sizes, hardware)), hardware.contention
     run = simulate(EMITTERS[policy.schedule], part.work, part, contention)
@@ -166,15 +164,15 @@ def predict_peak(
     model: Model,
     policy: Policy,
     job: Job,
+    processor: Processor,
     *,
-    device_is_host: bool,
     quickly: bool = False,
 ) -> Mapping[tuple[Tier, Kind], int]:
     """Bytes of a job's largest block, which is the first, by tier and kind.
 
     With `quickly` as many or more, in a fraction of the time.
     """
-    layout = model.layout(policy, device_is_host=device_is_host)
+    layout = model.layout(policy, processor)
     work, _ = next(_blocks(layout, policy, job))
     if not quickly:
         return run_peak_bytes(work, policy, layout)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from flexjax.memory.layout import Processor
 from flexjax.plan.closed_form import (
     SHARES,
     BlockForm,
@@ -94,7 +95,7 @@ def search(
     if not plans:
         raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
     best = min(plans, key=lambda plan: plan.prediction.total_s)
-    peak = predict_peak(model, best.policy, job, device_is_host=shared)
+    peak = predict_peak(model, best.policy, job, hardware.processor)
     return dataclasses.replace(best, peak=peak)
 
 
@@ -119,12 +120,11 @@ def fits(
     policy: Policy,
     budgets: Mapping[Tier, int],
     job: Job,
-    *,
-    device_is_host: bool,
+    processor: Processor,
 ) -> bool:
     """Whether a policy needs no more for a job than budgets allow."""
-    peak = predict_peak(model, policy, job, device_is_host=device_is_host, quickly=True)
-    return not _overflow(peak, budgets, device_is_host)
+    peak = predict_peak(model, policy, job, processor, quickly=True)
+    return not _overflow(peak, budgets, processor.is_host)
 
 
 def _candidates(
@@ -189,13 +189,7 @@ def _rounded(
         policy = with_shares(candidate.policy, _floored(solved.shares))
         if policy.kv_cache.device >= 1.0:  # there is nothing that it would act on
             policy = dataclasses.replace(policy, host_attention=False)
-        peak = predict_peak(
-            model,
-            policy,
-            job,
-            device_is_host=hardware.device_is_host,
-            quickly=True,
-        )
+        peak = predict_peak(model, policy, job, hardware.processor, quickly=True)
         over = _overflow(peak, budgets, hardware.device_is_host)
         if not over:
             return Plan(
@@ -256,7 +250,7 @@ def _nothing_fits(
     alone = dataclasses.replace(template, batch_size=1, num_batches=1)
     policy = with_shares(alone, dict.fromkeys(SHARES, 0.0))
     one = dataclasses.replace(job, num_prompts=1)
-    peak = predict_peak(model, policy, one, device_is_host=hardware.device_is_host)
+    peak = predict_peak(model, policy, one, hardware.processor)
     peak = {key: size for key, size in peak.items() if key != STORE}
     held = by_tier(peak)
     for tiers in memories(device_is_host=hardware.device_is_host):

@@ -27,7 +27,7 @@ from flexjax.memory.link import Device, host_device, is_shared
 from flexjax.models.config import OPTConfig, decoder_layer_shapes, named_config
 from flexjax.models.opt import unflatten
 from flexjax.policy import BITS, Policy
-from flexjax.quant import Quantization, dequantize_into, quantize
+from flexjax.quant import Quantization, QuantizedArray, dequantize_into, quantize
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
 from flexjax.steps import decode_step, prefill_step
@@ -36,6 +36,7 @@ from flexjax.stopping import StopChecker
 LIMIT_S, MOST_REPEATS = 0.5, 100  # a step is repeated until one of them is reached
 LAYERS = (named_config("opt-1.3b"), named_config("opt-6.7b"))  # 0.1 and 0.4 GB each
 ROWS = (1, 16, 32, 64, 128, 256, 1024)
+QUANTIZED_ROWS = (1, 16, 32, 64, 256, 1024)  # of them
 PREFILL_ROWS, PROMPT_LEN = 1024, 128  # as many tokens as a prefill takes at a time
 PAST_SLOTS = 32
 LOGITS = (64, 50272)  # rows, tokens of the vocabulary
@@ -68,14 +69,28 @@ def random_values(shape: Sequence[int], device: Device) -> jax.Array:
 
 
 class Layers:
-    """Decoder layers of one size that take turns, so that none stays in a cache."""
+    """Decoder layers of one size that take turns, so that none stays in a cache.
 
-    def __init__(self, config: OPTConfig, device: Device) -> None:
+    Args of the constructor:
+        config: of a model that has such layers.
+        device: that computes them.
+        bits: of their matrices, if these are multiplied with as they are quantized.
+    """
+
+    def __init__(
+        self, config: OPTConfig, device: Device, bits: int | None = None
+    ) -> None:
         shapes = decoder_layer_shapes(config)
+
+        def make(shape: Sequence[int]) -> jax.Array | QuantizedArray:
+            wide = random_values(shape, device)
+            if bits is None or len(shape) == 1:
+                return wide
+            how = _quantization(bits)
+            return QuantizedArray(_narrow(wide, how), how)
+
         self._params = [
-            unflatten(
-                {name: random_values(shape, device) for name, shape in shapes.items()}
-            )
+            unflatten({name: make(shape) for name, shape in shapes.items()})
             for _ in range(COPIES)
         ]
         self._turns = itertools.cycle(self._params)
@@ -170,6 +185,29 @@ def step_figures(
     return {"product_flops_per_s": rates, "call_s": calls}
 
 
+def quantized_product_rates(
+    layers: Layers, figures: Mapping[str, Any]
+) -> dict[int, float]:
+    """Of products with layers that are quantized, by rows, where all else is known."""
+    rates = {}
+    for rows in QUANTIZED_ROWS:
+        if rows < PREFILL_ROWS:
+            seconds = layers.decode_s(rows, figures["attention_bytes_per_s"])
+        else:
+            seconds = layers.prefill_s(rows, figures["prefill_attention_flops_per_s"])
+        seconds = _without(seconds, figures["call_s"][rows])
+        rates[rows] = 2 * rows * layers.num_weights / seconds
+    return rates
+
+
+def _quantization(bits: int) -> Quantization:
+    """What a policy that asks for `bits` gets."""
+    return Quantization(bits=bits, group_size=Policy().group_size, dtype="bfloat16")
+
+
+_narrow = jax.jit(quantize, static_argnums=1)
+
+
 def _prefill_attention_rate(device: Device) -> float:
     batch, heads, seq, head_dim = PROMPTS
     arrays = [random_values(PROMPTS, device) for _ in ("query", "key", "value")]
@@ -200,10 +238,9 @@ def _attention_rate(device: Device) -> float:
 
 def _dequantized_rate(bits: int, device: Device) -> float:
     """Bytes of bfloat16 per second, into memory that is used again."""
-    how = Quantization(bits=bits, group_size=Policy().group_size, dtype="bfloat16")
+    how = _quantization(bits)
     wide = random_values(WIDENED, device)
-    narrow = jax.jit(quantize, static_argnums=1)
-    data = [narrow(wide, how) for _ in range(COPIES)]
+    data = [_narrow(wide, how) for _ in range(COPIES)]
 
     def step(outs: list[jax.Array]) -> list[jax.Array]:
         return [

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from checkpoints_tools import convert
-from checkpoints_tools.resolve import default_cache, resolve_model
+from checkpoints_tools.resolve import resolve_model
+from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import open_store
 from flexjax.quant import Quantization
 from tests.checkpoints_tools.conftest import (

@@ -14,7 +14,7 @@ from flexjax.checkpoint import open_store
 from flexjax.extents import read_extent
 from flexjax.memory import weights as memory_weights
 from flexjax.memory.lanes import Lane
-from flexjax.memory.layout import HeadBlocks, WeightLayout
+from flexjax.memory.layout import HeadBlocks, Processor, WeightLayout
 from flexjax.memory.link import DeviceLink
 from flexjax.memory.weights import PlacedWeights
 from flexjax.models.config import OPTConfig, layer_tensors, tensor_shapes
@@ -81,7 +81,7 @@ class Placed:
                     else dict.fromkeys(store.tensors, tiers),
                     head=HeadBlocks(blocks, rows),
                     num_parts=parts,
-                    device_is_host=self.transport.link.is_shared,
+                    processor=Processor(is_host=self.transport.link.is_shared),
                 ),
                 transport=self.transport,
             )

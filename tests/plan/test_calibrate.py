@@ -10,8 +10,8 @@ import shutil
 import jax
 import pytest
 
-from checkpoints_tools.resolve import CACHE_VARIABLE
 from flexjax import extents
+from flexjax.cache_folder import CACHE_VARIABLE
 from flexjax.checkpoint import open_store
 from flexjax.memory import disk_queue
 from flexjax.models.config import OPTConfig
@@ -37,12 +37,13 @@ is_apart = pytest.mark.skipif(DEVICE.platform != "cpu", reason="it is apart anyw
 def _small(monkeypatch):
     """A measurement of a moment."""
     monkeypatch.setattr(disk_queue, "REQUEST_BYTES", PIECE_BYTES)
-    tiny = OPTConfig(hidden_size=16, num_attention_heads=2, ffn_dim=32)
+    tiny = OPTConfig(hidden_size=128, num_attention_heads=8, ffn_dim=128)
     for name, value in {
         "LIMIT_S": 1e-3,
         "MOST_REPEATS": 2,
-        "LAYERS": (tiny, dataclasses.replace(tiny, ffn_dim=64)),
+        "LAYERS": (tiny, dataclasses.replace(tiny, ffn_dim=256)),
         "ROWS": (1, 4, 8),
+        "QUANTIZED_ROWS": (1, 8),
         "PREFILL_ROWS": 8,
         "PROMPT_LEN": 4,
         "PAST_SLOTS": 4,
@@ -95,6 +96,7 @@ def _measures_nothing(monkeypatch):
     figures = {"product_flops_per_s": {1: 1.0}, "call_s": {1: 0.0}}
     monkeypatch.setattr(calibrate, "step_figures", lambda *_: figures)
     monkeypatch.setattr(calibrate, "Layers", lambda *_: None)
+    monkeypatch.setattr(calibrate, "quantized_product_rates", lambda *_: {1: 1.0})
     monkeypatch.setattr(calibrate, "_contention", lambda *_: {})
     monkeypatch.setattr(calibrate, "_copy_rates", lambda *_: COPY_RATES)
 
@@ -115,6 +117,9 @@ def test_a_cpu_gets_figures_that_a_machine_can_have(folder):
     assert machine.to_device_bytes_per_s is machine.from_device_bytes_per_s is None
     assert machine.host_attention_bytes_per_s == machine.attention_bytes_per_s
     assert [*machine.product_flops_per_s] == [*machine.call_s] == [1, 4, 8]
+    by_bits = machine.quantized_product_flops_per_s
+    assert (by_bits is not None) == calibrate.can_multiply_quantized()
+    assert all([*rates] == [1, 8] for rates in (by_bits or {}).values())
     assert_nothing_is_left(folder)
 
 

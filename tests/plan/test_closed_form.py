@@ -68,7 +68,7 @@ hardware_drawn = st.sampled_from([APART, SHARED])
 def run_of(policy, hardware, *, prompt_len=20, gen_len=5):
     """The costs of a whole block, and its sizes."""
     model = Found(CONFIG, np.dtype(np.float16)).model(policy)
-    layout = model.layout(policy, device_is_host=hardware.device_is_host)
+    layout = model.layout(policy, hardware.processor)
     work = layout.workload(
         policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
     )

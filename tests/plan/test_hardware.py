@@ -54,6 +54,7 @@ RATES = [
 COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
 TABLES = ["product_flops_per_s", "dequantized_bytes_per_s"]
 CALLS = "call_s"
+NESTED = "quantized_product_flops_per_s"
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, -1, True, "1", [], {}]
 
 rates = st.floats(1e-3, 1e18)
@@ -75,6 +76,10 @@ machines = st.builds(
     product_flops_per_s=st.dictionaries(st.integers(1, 1 << 20), rates, min_size=1),
     dequantized_bytes_per_s=st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
     call_s=st.dictionaries(st.integers(1, 1 << 20), st.floats(0, 10), min_size=1),
+    quantized_product_flops_per_s=st.none()
+    | st.fixed_dictionaries(
+        dict.fromkeys(BITS, st.dictionaries(st.integers(1, 1 << 20), rates, min_size=1))
+    ),
     **dict.fromkeys(BUDGETS, budgets),
     **dict.fromkeys(FRACTIONS, st.floats(0.5, 1)),
     **{name: rates for name in RATES if "device" not in name},
@@ -100,7 +105,7 @@ def test_a_machine_survives_its_file(tmp_path_factory, machine):
 
 def test_the_lists_above_name_every_figure():
     fields = {field.name for field in dataclasses.fields(Hardware)}
-    others = {"name", "device_is_host", CALLS}
+    others = {"name", "device_is_host", CALLS, NESTED}
     assert fields == {*BUDGETS, *FRACTIONS, *RATES, *TABLES} | others
 
 
@@ -173,6 +178,11 @@ def test_a_machine_s_name_is_a_text():
         ("product_flops_per_s", None, "product_flops_per_s is None"),
         ("dequantized_bytes_per_s", {"8": 1.0}, "dequantized_bytes_per_s lacks 4"),
         ("dequantized_bytes_per_s", [1.0], "dequantized_bytes_per_s is"),
+        (NESTED, {"8": {"1": 1.0}}, f"{NESTED} lacks 4 bits"),
+        (NESTED, {"4": {}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is empty"),
+        (NESTED, {"4": {"0": 1.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits has 0 rows"),
+        (NESTED, {"4": 1.0, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is 1.0"),
+        (NESTED, {"4": {"1": 0.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits and 1 rows"),
     ],
 )
 def test_a_table_has_what_is_asked_of_it(name, table, message):

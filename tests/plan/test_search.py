@@ -58,7 +58,7 @@ machines = st.builds(
 @settings(max_examples=10, deadline=None)
 def test_a_plan_fits_as_the_engine_counts_and_its_policy_is_valid(hardware):
     plan = search(MODEL, hardware, JOB)
-    layout = MODEL.layout(plan.policy, device_is_host=hardware.device_is_host)
+    layout = MODEL.layout(plan.policy, hardware.processor)
     work = layout.workload(
         plan.policy,
         prompt_len=JOB.prompt_len,
@@ -99,7 +99,7 @@ def test_no_policy_of_a_grid_is_predicted_to_be_much_faster(base, kib):
             batch_size=batch_size,
             num_batches=num_batches,
         )
-        if fits(MODEL, policy, budgets, JOB, device_is_host=shared):
+        if fits(MODEL, policy, budgets, JOB, hardware.processor):
             found_s = predict(MODEL, policy, hardware, JOB).total_s
             assert plan.prediction.total_s <= 1.05 * found_s, policy
 

@@ -1,0 +1,121 @@
+"""Kernels of the package, compiled for a processor when they are first wanted.
+
+They are extensions of XLA's CPU backend (`jax.ffi`), in C++ beside this module. What is
+made of one stays in the cache folder, by a name that knows its source and how it was
+compiled. Where there is no compiler, or not the processor, XLA alone does the work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import jax
+
+from flexjax.cache_folder import default_cache
+from flexjax.safe_files import make_folder, sync_tree
+
+# What a source is compiled for. With AMX, XLA's own products are faster than these.
+NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+BETTER = "amx_bf16"
+FLAGS = (
+    *("-O3", "-std=c++20", "-fPIC", "-shared", "-w"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+)
+COMPILERS = ("c++", "g++", "clang++")
+COMPILES_WITHIN_S = 300.0
+
+logger = logging.getLogger(__name__)
+
+
+def is_wanted() -> bool:
+    """Whether this processor can run the kernels, and has nothing better."""
+    return platform.machine() == "x86_64" and _suits(_processor_flags())
+
+
+def _suits(flags: frozenset[str]) -> bool:
+    return flags.issuperset(NEEDED) and BETTER not in flags
+
+
+@functools.cache
+def _processor_flags() -> frozenset[str]:
+    """What Linux says that the processor can do; nothing where it is not Linux."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
+    return frozenset(next(flags, "").split())
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The library of `name`.cc; None, and a warning, if it cannot be made."""
+    try:
+        return ctypes.CDLL(str(_made(name)))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "the kernel %s cannot be compiled, XLA does its work, more slowly: %s",
+            name,
+            _reason(error),
+        )
+        return None
+
+
+def _made(name: str) -> pathlib.Path:
+    """The library's file, compiled if it is not there yet."""
+    source = pathlib.Path(__file__).with_name(f"{name}.cc").read_bytes()
+    compiler = _compiler()
+    facts = [source, *map(str.encode, (compiler, *FLAGS, jax.__version__))]
+    digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
+    folder = default_cache() / "kernels"
+    path = folder / f"{name}-{digest}.so"
+    if not path.exists():
+        logger.info("compiling the kernel %s, once, into %s", name, folder)
+        make_folder(folder)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
+            out = pathlib.Path(scratch, path.name)
+            _compile(compiler, source, out)
+            sync_tree(pathlib.Path(scratch))
+            out.replace(path)
+    return path
+
+
+def _compile(compiler: str, source: bytes, out: pathlib.Path) -> None:
+    include = f"-I{jax.ffi.include_dir()}"
+    subprocess.run(
+        [compiler, *FLAGS, include, "-x", "c++", "-", "-o", str(out)],
+        input=source,
+        capture_output=True,
+        check=True,
+        timeout=COMPILES_WITHIN_S,
+    )
+
+
+def _compiler() -> str:
+    """The path of a C++ compiler: `$CXX`, or what the system calls so.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = (os.environ.get("CXX") or "", *COMPILERS)
+    for name in names:
+        if name and (path := shutil.which(name)) is not None:
+            return path
+    raise ValueError(
+        f"there is no C++ compiler, neither $CXX nor {', '.join(COMPILERS)}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = error.stderr.decode(errors="replace").splitlines()
+        return next((line for line in lines if "error" in line), str(error))
+    return str(error)
