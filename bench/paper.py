@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 from flexjax.cli import run_command
 from flexjax.plan.hardware import read_hardware
-from flexjax.plan.planner import find_model
-from flexjax.plan.predict import Job, predict
+from flexjax.plan.planner import allowed_policies, find_model, make_plan
+from flexjax.plan.predict import Job, Prediction, predict
+from flexjax.plan.report import policy_in_words
+from flexjax.plan.search import Plan
 from flexjax.policy import Placement, Policy
 
 MACHINE = "t4-208gb"
 PROMPT_LEN, GEN_LEN = 512, 32
+NUM_PROMPTS = 1024  # for which a plan is searched: some of the paper's blocks
 
 
 class Published(NamedTuple):
@@ -58,25 +61,41 @@ PAPER = (
 )
 
 
-def predicted_tokens_per_s(published: Published) -> tuple[float, str]:
-    """What the cost model says of a policy, and which resource bounds it."""
+def predicted(published: Published, *, barrier: bool = False) -> Prediction:
+    """What the cost model says of a policy, with one layer ahead as FlexGen has.
+
+    FlexGen waits for everything before each compute call: that is the `barrier`.
+    """
     policy, hardware = published.policy, read_hardware(MACHINE)
     model = find_model(published.model, platform="gpu").model(policy)
     job = Job(prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_prompts=policy.block_size)
-    prediction = predict(model, policy, hardware, job)
-    return prediction.tokens_per_s, prediction.bottleneck.value
+    return predict(model, policy, hardware, job, layers_ahead=1, barrier=barrier)
+
+
+def searched(published: Published) -> Plan:
+    """The best plan for prompts of the same length on the same machine."""
+    found = find_model(published.model, platform="gpu")
+    job = Job(prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_prompts=NUM_PROMPTS)
+    allowed = allowed_policies(quantized=False, host_attention=True)
+    return make_plan(found, read_hardware(MACHINE), job, allowed)[0]
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     del args
     for published in PAPER:
-        found, bottleneck = predicted_tokens_per_s(published)
-        policy, given = published.policy, published.tokens_per_s
+        prediction = predicted(published)
+        found, given = prediction.tokens_per_s, published.tokens_per_s
+        waiting = predicted(published, barrier=True).tokens_per_s
+        plan, policy = searched(published), published.policy
         print(
             f"{published.model:9} {policy.num_batches} x {policy.batch_size:2}: "
             f"published {given:5.2f} tokens/s, predicted {found:5.2f} "
-            f"({found / given - 1:+.0%}), bounded by {bottleneck}"
+            f"({found / given - 1:+.0%}), bounded by {prediction.bottleneck.value}; "
+            f"{waiting:5.2f} ({waiting / given - 1:+.0%}) with a barrier at each call; "
+            f"searched {plan.prediction.tokens_per_s:5.2f} "
+            f"({policy_in_words(plan)})",
+            flush=True,
         )
 
 

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 from bench.report_files import read_results
 from bench.report_values import (
     PHASES,
+    Chosen,
     Comparison,
+    Frontier,
+    Grid,
     Kernels,
     Phase,
     Precision,
@@ -131,6 +134,12 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
             )
             columns = ("policy", *PHASES, "error of all")
             yield _table(columns, map(_predicted_row, result.rows))
+        if isinstance(result, Grid):
+            yield f"{result.model}, plan and best of a grid, `{result.command}`:\n"
+            columns = ("memory cap", "planned", "best", "policies", "longer than best")
+            yield _table(columns, map(_chosen_row, result.rows))
+        if isinstance(result, Frontier):
+            yield f"{result.model}, predicted by `{result.command}`.\n"
 
 
 def _rate_row(rate: Rate) -> list[str]:
@@ -155,6 +164,16 @@ def _predicted_row(row: Predicted) -> list[str]:
         row.policy,
         *(f"{row.predicted_s[p]:.2f} for {row.measured_s[p]:.2f}" for p in PHASES),
         f"{row.error:+.1%}",
+    ]
+
+
+def _chosen_row(row: Chosen) -> list[str]:
+    return [
+        f"{row.memory_cap_bytes / 1e9:g} GB",
+        f"{row.chosen_s:.2f} s ({row.chosen})",
+        f"{row.best_s:.2f} s ({row.best})",
+        str(row.policies),
+        f"{row.ratio - 1:+.1%}",
     ]
 
 

@@ -21,6 +21,7 @@ from bench.report_values import (
     PHASES,
     Comparison,
     Copies,
+    Frontier,
     Result,
     Run,
     Trace,
@@ -49,6 +50,7 @@ def machine_figures(machine: str, results: Sequence[Result]) -> Iterator[Plot]:
     runs = [result for result in results if isinstance(result, Run)]
     comparisons = [result for result in results if isinstance(result, Comparison)]
     copies = [result for result in results if isinstance(result, Copies)]
+    frontiers = [result for result in results if isinstance(result, Frontier)]
 
     def plot(kind: str, title: str, data: Any, draw: Callable[..., bytes]) -> Plot:
         title = f"{title}: {machine}"
@@ -80,6 +82,14 @@ def machine_figures(machine: str, results: Sequence[Result]) -> Iterator[Plot]:
         "Copies between host and device",
         copy_lines(copies),
         functools.partial(draw_lines, x="MiB in a copy", y="GB/s", doubling=True),
+    )
+    yield plot(
+        "frontier",
+        "Predicted throughput against the time of a block",
+        [Line(frontier.model, frontier.points) for frontier in frontiers],
+        functools.partial(
+            draw_lines, x="seconds of a block", y="tokens/s", doubling=True
+        ),
     )
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from bench.report_values import (
     PHASES,
+    Chosen,
     Comparison,
     Copies,
+    Frontier,
+    Grid,
     Kernels,
     Phase,
     Precision,
@@ -61,7 +64,8 @@ def _read(path: pathlib.Path) -> Result:
     if not kinds:
         raise ValueError(
             f"{path} is neither a trace nor a result of bench.run, bench.compare, "
-            "bench.kernels, bench.quality, bench.predictions or bench.copy_routes; "
+            "bench.kernels, bench.quality, bench.predictions, bench.grid, "
+            "bench.frontier or bench.copy_routes; "
             "remove it, or name the files that the report is of"
         )
     try:
@@ -239,6 +243,45 @@ def _read_predicted(row: Values) -> Predicted:
     )
 
 
+def _read_grid(path: pathlib.Path, values: Values) -> Grid:
+    return Grid(
+        path=path,
+        machine=machine_name(values["machine"]),
+        model=str(values["model"]),
+        rows=[
+            Chosen(
+                memory_cap_bytes=int(row["memory_cap_bytes"]),
+                chosen=_in_short(row["chosen"]["policy"]),
+                chosen_s=_positive(row["chosen"]["seconds"]),
+                best=_in_short(row["best"]["policy"]),
+                best_s=_positive(row["best"]["seconds"]),
+                policies=len(row["grid"]),
+                ratio=_positive(row["chosen_over_best"]),
+            )
+            for row in values["machines"]
+        ],
+        command=str(values["command"]),
+    )
+
+
+def _read_frontier(path: pathlib.Path, values: Values) -> Frontier:
+    return Frontier(
+        path=path,
+        machine=str(values["hardware"]),
+        model=str(values["model"]),
+        points=[
+            (_positive(point["block_s"]), _positive(point["tokens_per_s"]))
+            for point in values["frontier"]
+        ],
+        command=str(values["command"]),
+    )
+
+
+def _in_short(policy: Values) -> str:
+    placed = _placement(policy) or "all on the device"
+    return f"{policy['num_batches']} x {policy['batch_size']}, {placed}"
+
+
 def _read_trace(path: pathlib.Path, values: Values) -> Trace:
     lanes: dict[str, list[Work]] = {}
     for event in sorted(
@@ -260,6 +303,8 @@ _KINDS: Mapping[str, Callable[[pathlib.Path, Values], Result]] = {
     "kernels": _read_kernels,
     "quality": _read_quality,
     "predictions": _read_predictions,
+    "machines": _read_grid,
+    "frontier": _read_frontier,
     "tokens_per_s": _read_run,
 }
 

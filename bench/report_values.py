@@ -166,4 +166,48 @@ class Trace:
     lanes: Mapping[str, Sequence[Work]]
 
 
-Result = Run | Comparison | Copies | Kernels | Quality | Predictions | Trace
+class Chosen(NamedTuple):
+    """Under a memory cap: the plan and the best of a grid, each with its seconds."""
+
+    memory_cap_bytes: int
+    chosen: str
+    chosen_s: float
+    best: str
+    best_s: float
+    policies: int
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A result of `bench.grid`."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    rows: Sequence[Chosen]
+    command: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """A result of `bench.frontier`: seconds of a block, and tokens per second."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    points: Sequence[tuple[float, float]]
+    command: str
+
+
+Result = (
+    Run
+    | Comparison
+    | Copies
+    | Kernels
+    | Quality
+    | Predictions
+    | Grid
+    | Frontier
+    | Trace
+)

@@ -16,6 +16,7 @@ STAIRS = [
     # words
     "sizes",
     "cache_folder",
+    "safe_files",
     "policy",
     "policy_args",
     "workload",
@@ -29,7 +30,6 @@ STAIRS = [
     "schedule.footprint",
     "schedule.simulate",
     # numbers
-    "safe_files",
     "kernels.compiled",
     "quant",
     "kernels.products",
@@ -88,6 +88,7 @@ STAIRS = [
     "plan.closed_form",
     "plan.program",
     "plan.predict",
+    "plan.candidates",
     "plan.search",
     "plan.planner",
     "plan.report",

@@ -2,12 +2,24 @@
 
 import pytest
 
-from bench.paper import PAPER, predicted_tokens_per_s
+from bench.paper import PAPER, predicted, searched
 from flexjax.policy import validate
 
 
 @pytest.mark.parametrize("published", PAPER, ids=lambda row: row.model)
 def test_the_paper_s_throughputs_are_predicted_within_a_quarter(published):
     assert validate(published.policy) == published.policy
-    found, _ = predicted_tokens_per_s(published)
+    found = predicted(published).tokens_per_s
     assert found == pytest.approx(published.tokens_per_s, rel=0.25)
+
+
+@pytest.mark.parametrize("published", PAPER, ids=lambda row: row.model)
+def test_a_barrier_only_delays(published):
+    free, waiting = (predicted(published, barrier=barrier) for barrier in (False, True))
+    assert waiting.total_s >= free.total_s
+
+
+@pytest.mark.parametrize("published", PAPER[:2], ids=lambda row: row.model)
+def test_what_is_searched_is_as_good_as_what_the_paper_chose(published):
+    found = searched(published).prediction.tokens_per_s
+    assert found >= 0.99 * predicted(published).tokens_per_s

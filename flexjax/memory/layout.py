@@ -64,12 +64,23 @@ def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
     )
 
 
+class Moved(NamedTuple):
+    """What loads of weights bring to the device.
+
+    Attributes:
+        by_tier: bytes, by the tier that they come from.
+        widened: bytes of what is made wide of them, as layers use it.
+    """
+
+    by_tier: Mapping[Tier, int]
+    widened: int
+
+
 class _Load(NamedTuple):
-    """What one load of weights brings."""
+    """One load of weights."""
 
     spans: dict[str, slice]
-    moved_bytes: Mapping[Tier, int]
-    widened_bytes: int
+    moved: Moved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,13 +128,18 @@ class WeightLayout:
         """
         return self._loads[layer, part].spans
 
-    def moved_bytes(self, layer: int, part: int) -> Mapping[Tier, int]:
-        """Bytes that a load brings to the device, by the tier that they come from."""
-        return self._loads[layer, part].moved_bytes
+    def moved(self, layer: int, part: int) -> Moved:
+        """What a load brings."""
+        return self._loads[layer, part].moved
 
-    def widened_bytes(self, layer: int, part: int) -> int:
-        """Bytes of what a load makes wide, as layers use it."""
-        return self._loads[layer, part].widened_bytes
+    @functools.cached_property
+    def all_moved(self) -> Moved:
+        """What all loads of a step bring."""
+        loads = [load.moved for load in self._loads.values()]
+        return Moved(
+            {tier: sum(moved.by_tier[tier] for moved in loads) for tier in Tier},
+            sum(moved.widened for moved in loads),
+        )
 
     @functools.cached_property
     def _loads(self) -> dict[tuple[int, int], _Load]:
@@ -153,7 +169,7 @@ class WeightLayout:
             moved[self.tiers[name]] += count * entry.row_bytes
             if self.is_widened(name):
                 wide += count * entry.used_row_bytes
-        return _Load(spans, moved, wide)
+        return _Load(spans, Moved(moved, wide))
 
     def home_bytes(self) -> dict[Tier, int]:
         """Bytes on each tier, where the tensors live."""
@@ -162,8 +178,8 @@ class WeightLayout:
 
     def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
         """Bytes that a load needs: for what is not on the device, or not wide there."""
-        moved = self.moved_bytes(layer, part)
-        on_device = self.widened_bytes(layer, part) + moved[Tier.DISK]
+        moved, wide = self.moved(layer, part)
+        on_device = wide + moved[Tier.DISK]
         if self.device_is_host:
             return {(Tier.DEVICE, Kind.WEIGHTS): on_device}
         return {

@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from flexjax.cli import run_command
 from flexjax.plan.hardware import (
@@ -67,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="try weights and KV cache of 4 and 8 bits too",
     )
     parser.add_argument(
+        "--block-latency",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="the most that a block of prompts may take, to its last token",
+    )
+    parser.add_argument(
         "--json",
         metavar="FILE",
         help=f"write the plan here, or what {_CALIBRATE} measured, for --hardware",
@@ -103,7 +113,9 @@ def main(args: argparse.Namespace) -> None:
         host_attention=not hardware.device_is_host,
         base=found.template,
     )
-    plan, model = make_plan(found, hardware, job, allowed)
+    plan, model = make_plan(
+        found, hardware, job, allowed, most_block_s=args.block_latency
+    )
     if args.json is not None:
         _write(args.json, plan_to_json(plan, model, hardware))
     if args.policy_json is not None:
@@ -126,6 +138,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--{given[0].replace('_', '-')} has no effect on {_CALIBRATE}, which "
             "measures this machine as it is; leave it out"
+        )
+    if not args.block_latency > 0:
+        raise ValueError(
+            f"--block-latency is {args.block_latency:g}, expected more than 0 seconds"
         )
     if args.hardware is not None and args.offload_dir is not None:
         raise ValueError(
@@ -170,12 +186,18 @@ def _figures(hardware: Hardware) -> str:
     lines = [hardware.name]
     for field in dataclasses.fields(Hardware):
         value = getattr(hardware, field.name)
-        if field.name == "name" or value is None:
-            continue
-        items = value.items() if isinstance(value, dict) else [("", value)]
-        for key, figure in items:
-            lines.append(f"  {f'{field.name} {key}':40} {_figure(field.name, figure)}")
+        if field.name != "name" and value is not None:
+            lines += _lines(field.name, value)
     return "\n".join(lines)
+
+
+def _lines(label: str, value: Any) -> Iterator[str]:
+    """A figure, or each of a table's, or of a table of tables."""
+    if isinstance(value, dict):
+        for key, figure in value.items():
+            yield from _lines(f"{label} {key}", figure)
+    else:
+        yield f"  {label:40} {_figure(label.partition(' ')[0], value)}"
 
 
 def _figure(name: str, value: float) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from flexjax.memory.footprint import RunFootprint
 from flexjax.memory.layout import (
+    MOST_LAYERS_AHEAD,
     MOST_PARTS,
     Processor,
     Tensors,
@@ -139,13 +140,24 @@ def with_shares(policy: Policy, shares: Mapping[tuple[Kind, Tier], float]) -> Po
 
 
 def block_form(
-    model: Model, policy: Policy, hardware: Hardware, *, prompt_len: int, gen_len: int
+    model: Model,
+    policy: Policy,
+    hardware: Hardware,
+    *,
+    prompt_len: int,
+    gen_len: int,
+    layers_ahead: int = MOST_LAYERS_AHEAD,
 ) -> BlockForm:
     """The form of a whole block under `policy`, whatever its placements."""
-    corners = [
-        _Corner(model, corner, hardware, prompt_len, gen_len)
-        for corner in _corner_policies(policy)
-    ]
+    corners = []
+    for corner in _corner_policies(policy):
+        layout = model.layout(corner, hardware.processor)
+        work = layout.workload(
+            corner, prompt_len=prompt_len, gen_len=gen_len, num_rows=corner.block_size
+        )
+        work = looking_ahead(work, layers_ahead)
+        sizes = RunFootprint(work=work, policy=corner, weights=layout, scores=False)
+        corners.append(_Corner(sizes, hardware))
     return BlockForm(
         prefill=_linear([corner.prefill_s() for corner in corners]),
         decode=_linear([corner.decode_s() for corner in corners]),
@@ -180,23 +192,9 @@ class _Corner:
     So all its layers are alike, and all its batches: what holds for one holds for all.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        policy: Policy,
-        hardware: Hardware,
-        prompt_len: int,
-        gen_len: int,
-    ) -> None:
-        self._layout = layout = model.layout(policy, hardware.processor)
-        work = layout.workload(
-            policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=policy.block_size
-        )
-        self._work = work = looking_ahead(work)
-        self._sizes = RunFootprint(
-            work=work, policy=policy, weights=layout, scores=False
-        )
-        self._costs = RunCosts(self._sizes, hardware)
+    def __init__(self, sizes: RunFootprint, hardware: Hardware) -> None:
+        self._sizes, self._work = sizes, sizes.work
+        self._costs = RunCosts(sizes, hardware)
 
     def prefill_s(self) -> dict[Resource, float]:
         """Seconds by resource, when nothing else happens."""
@@ -238,12 +236,9 @@ class _Corner:
         """Of what is the same in every step: all weights, and the head."""
         work, costs = self._work, self._costs
         total: dict[Resource, float] = dict.fromkeys(Resource, 0.0)
-        for layer in range(work.num_layers):
-            for part in range(work.num_parts):
-                add_seconds(total, costs.load(Weights(layer, part), 0))
-            if not work.is_decoder(layer):
-                head = costs.compute(Cell(0, layer, 0))
-                add_seconds(total, head, work.num_batches)
+        add_seconds(total, costs.load_all_weights())
+        for layer in range(work.num_decoder_layers, work.num_layers):
+            add_seconds(total, costs.compute(Cell(0, layer, 0)), work.num_batches)
         return total
 
     def peak_bytes(self) -> Counted:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
-from flexjax.memory.layout import MATRIX, WeightLayout
+from flexjax.memory.layout import MATRIX, Moved, WeightLayout
 from flexjax.memory.placement import Rows
 from flexjax.models.config import layer_tensors
 from flexjax.plan.hardware import Hardware
@@ -37,7 +37,7 @@ class RunCosts:
     def load(self, buffer: Buffer, step: int) -> Seconds:
         match buffer:
             case Weights(layer, part):
-                return self._load_weights(layer, part)
+                return self._load_weights(self.weights.moved(layer, part))
             case Cache():
                 return self._load_cache(buffer, step)
             case Hidden(batch):
@@ -72,12 +72,16 @@ class RunCosts:
         rows = cache_rows(self.policy, work, buffer)
         return self._store_rows(rows, work.seq_len(step) * self.run.cache_slot_bytes)
 
-    def _load_weights(self, layer: int, part: int) -> Seconds:
+    def load_all_weights(self) -> Seconds:
+        """Of all loads of weights in a step."""
+        return self._load_weights(self.weights.all_moved)
+
+    def _load_weights(self, moved: Moved) -> Seconds:
         seconds: dict[Resource, float] = {}
-        moved = self.weights.moved_bytes(layer, part)
-        self._add_read(seconds, moved[Tier.DISK])
-        self._add_to_device(seconds, moved[Tier.HOST] + moved[Tier.DISK])
-        if wide := self.weights.widened_bytes(layer, part):
+        by_tier, wide = moved
+        self._add_read(seconds, by_tier[Tier.DISK])
+        self._add_to_device(seconds, by_tier[Tier.HOST] + by_tier[Tier.DISK])
+        if wide:
             bits = self.policy.weight_bits
             assert bits is not None
             rate = self.hardware.dequantized_bytes_per_s[bits]

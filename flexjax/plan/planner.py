@@ -1,6 +1,7 @@
 """From what a user says to a plan: models before their weights, allowed policies."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -106,7 +107,12 @@ def allowed_policies(
 
 
 def make_plan(
-    found: Found, hardware: Hardware, job: Job, allowed: Sequence[Policy]
+    found: Found,
+    hardware: Hardware,
+    job: Job,
+    allowed: Sequence[Policy],
+    *,
+    most_block_s: float = math.inf,
 ) -> tuple[Plan, Model]:
     """The best plan that one of `allowed` gives, and the model as it would be stored.
 
@@ -123,11 +129,15 @@ def make_plan(
     if not models:
         assert refusal is not None
         raise refusal
-    return best_plan(models, hardware, job)
+    return best_plan(models, hardware, job, most_block_s=most_block_s)
 
 
 def best_plan(
-    allowed: Sequence[tuple[Model, Policy]], hardware: Hardware, job: Job
+    allowed: Sequence[tuple[Model, Policy]],
+    hardware: Hardware,
+    job: Job,
+    *,
+    most_block_s: float = math.inf,
 ) -> tuple[Plan, Model]:
     """The fastest of the plans that models get, each with what it is stored for.
 
@@ -138,7 +148,8 @@ def best_plan(
     refusal: ValueError | None = None
     for model, policy in allowed:
         try:
-            plans.append((search(model, hardware, job, policy), model))
+            plan = search(model, hardware, job, policy, most_block_s=most_block_s)
+            plans.append((plan, model))
         except ValueError as error:
             refusal = refusal or error
     if not plans:

@@ -4,7 +4,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
-from flexjax.memory.layout import Processor, WeightLayout, looking_ahead
+from flexjax.memory.layout import (
+    MOST_LAYERS_AHEAD,
+    Processor,
+    WeightLayout,
+    looking_ahead,
+)
 from flexjax.plan.closed_form import (
     Model,
     block_form,
@@ -65,6 +70,7 @@ class Prediction:
         num_tokens: that are generated.
         prefill_terms, decode_terms: seconds of each resource, when nothing else
             happens.
+        block_s: of the first block, from its start to its last token.
     """
 
     prefill_s: float
@@ -72,6 +78,7 @@ class Prediction:
     num_tokens: int
     prefill_terms: Mapping[Resource, float]
     decode_terms: Mapping[Resource, float]
+    block_s: float
 
     @property
     def total_s(self) -> float:
@@ -98,8 +105,24 @@ class Prediction:
         return max(0.0, 1.0 - self.terms[resource] / self.total_s)
 
 
-def predict(model: Model, policy: Policy, hardware: Hardware, job: Job) -> Prediction:
+def predict(
+    model: Model,
+    policy: Policy,
+    hardware: Hardware,
+    job: Job,
+    *,
+    layers_ahead: int = MOST_LAYERS_AHEAD,
+    barrier: bool = False,
+) -> Prediction:
     """What a policy takes for a job, by simulation of its first block.
+
+    Args:
+        model: that runs.
+        policy: how.
+        hardware: where.
+        job: what it is to do.
+        layers_ahead: layers whose weights are on their way while one computes.
+        barrier: see `simulate`.
 
     Raises:
         ValueError: it runs one batch to its end after the other, so that no prefill
@@ -112,20 +135,23 @@ def predict(model: Model, policy: Policy, hardware: Hardware, job: Job) -> Predi
         )
     prefill_s = decode_s = 0.0
     terms: list[dict[Resource, float]] = [{}, {}]
-    stretch: list[float] | None = None
-    for work, times in _blocks(model.layout(policy, hardware.processor), policy, job):
+    stretch: list[float] = []
+    block_s = 0.0
+    layout = model.layout(policy, hardware.processor)
+    for work, times in _blocks(layout, policy, job, layers_ahead):
         block = dataclasses.replace(
             policy, batch_size=work.batch_size, num_batches=work.num_batches
         )
         form = block_form(
             model, block, hardware, prompt_len=job.prompt_len, gen_len=job.gen_len
         )
-        if stretch is None:
-            stretch = _stretch(model, policy, hardware, work)
+        stretch = stretch or _stretch(model, policy, hardware, work, barrier)
         shares = shares_of(policy)
         seconds = form.seconds(shares, hardware.contention)
-        prefill_s += times * stretch[0] * seconds[0]
-        decode_s += times * stretch[1] * seconds[1]
+        each = [stretch[phase] * seconds[phase] for phase in range(2)]
+        block_s = block_s or sum(each)
+        prefill_s += times * each[0]
+        decode_s += times * each[1]
         add_seconds(terms[0], form.prefill.at(shares), times)
         add_seconds(terms[1], form.decode.at(shares), times)
     return Prediction(
@@ -134,17 +160,20 @@ def predict(model: Model, policy: Policy, hardware: Hardware, job: Job) -> Predi
         num_tokens=job.num_prompts * job.gen_len,
         prefill_terms=terms[0],
         decode_terms=terms[1],
+        block_s=block_s,
     )
 
 
 def _stretch(
-    model: Model, policy: Policy, hardware: Hardware, work: Workload
+    model: Model, policy: Policy, hardware: Hardware, work: Workload, barrier: bool
 ) -> list[float]:
     """How much longer prefill and decode take than their slowest resource."""
     layout = model.layout(policy, hardware.processor)
     sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
     part, contention = _Part(work, RunCosts(sizes, hardware)), hardware.contention
-    run = simulate(EMITTERS[policy.schedule], part.work, part, contention)
+    run = simulate(
+        EMITTERS[policy.schedule], part.work, part, contention, barrier=barrier
+    )
     last = part.work.gen_len - 1
     first_s = run.step_ends_s[0]
     stretch = []
@@ -166,6 +195,7 @@ def predict_peak(
     job: Job,
     processor: Processor,
     *,
+    layers_ahead: int = MOST_LAYERS_AHEAD,
     quickly: bool = False,
 ) -> Mapping[tuple[Tier, Kind], int]:
     """Bytes of a job's largest block, which is the first, by tier and kind.
@@ -173,7 +203,7 @@ def predict_peak(
     With `quickly` as many or more, in a fraction of the time.
     """
     layout = model.layout(policy, processor)
-    work, _ = next(_blocks(layout, policy, job))
+    work, _ = next(_blocks(layout, policy, job, layers_ahead))
     if not quickly:
         return run_peak_bytes(work, policy, layout)
     return peak_from_above(
@@ -182,7 +212,7 @@ def predict_peak(
 
 
 def _blocks(
-    layout: WeightLayout, policy: Policy, job: Job
+    layout: WeightLayout, policy: Policy, job: Job, layers_ahead: int
 ) -> Iterator[tuple[Workload, int]]:
     """The shapes of a job's blocks, and how often each occurs."""
     whole, rest = divmod(job.num_prompts, policy.block_size)
@@ -194,7 +224,7 @@ def _blocks(
                 gen_len=job.gen_len,
                 num_rows=num_rows,
             )
-            yield looking_ahead(work), times
+            yield looking_ahead(work, layers_ahead), times
 
 
 class _Part:

@@ -19,6 +19,7 @@ def plan_to_json(plan: Plan, model: Model, hardware: Hardware) -> dict[str, Any]
     """A plan as plain values, with their units in the names."""
     return {
         "policy": to_json(plan.policy),
+        "layers_ahead": plan.layers_ahead,
         "job": dataclasses.asdict(plan.job),
         **prediction_to_json(plan.prediction),
         "bytes": {
@@ -35,6 +36,7 @@ def prediction_to_json(prediction: Prediction) -> dict[str, Any]:
     """What a job will take, as plain values."""
     return {
         "tokens_per_s": prediction.tokens_per_s,
+        "block_s": prediction.block_s,
         "prefill_s": prediction.prefill_s,
         "decode_s": prediction.decode_s,
         "total_s": prediction.total_s,
@@ -65,7 +67,7 @@ def saved_s(plan: Plan, model: Model, hardware: Hardware) -> dict[str, float]:
         disk_read_bytes_per_s=2 * hardware.disk_read_bytes_per_s,
         disk_write_bytes_per_s=2 * hardware.disk_write_bytes_per_s,
     )
-    then = predict(model, plan.policy, faster, plan.job)
+    then = predict(model, plan.policy, faster, plan.job, layers_ahead=plan.layers_ahead)
     saved["disk twice as fast"] = plan.prediction.total_s - then.total_s
     return saved
 
@@ -104,6 +106,11 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
         f"{format_seconds(prediction.decode_s)}, in all "
         f"{format_seconds(prediction.total_s)}: {prediction.tokens_per_s:.3g} tokens/s"
     )
+    if plan.policy.block_size < job.num_prompts:
+        yield (
+            f"a block of {plan.policy.block_size} prompts takes "
+            f"{format_seconds(prediction.block_s)}"
+        )
     yield f"{'seconds of':16}{'prefill':>10}{'decode':>10}{'idle':>8}"
     for resource in Resource:
         terms = [

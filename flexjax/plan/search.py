@@ -8,17 +8,11 @@ to policies that the engine runs as they are, and simulated.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from flexjax.memory.layout import Processor
-from flexjax.plan.closed_form import (
-    SHARES,
-    BlockForm,
-    Model,
-    block_form,
-    with_shares,
-)
+from flexjax.plan.candidates import Candidate, candidates
+from flexjax.plan.closed_form import SHARES, Model, with_shares
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job, Prediction, predict, predict_peak
 from flexjax.plan.program import STORE, Solved, memories, solve
@@ -26,8 +20,6 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.schedule.footprint import by_tier
 from flexjax.sizes import format_bytes
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-MOST_BATCHES = 64
 NUM_SIMULATED = 4  # of the best candidates
 # Of a memory, for what no plan counts: Python, XLA's code, what is fragmented.
 RESERVED = 0.05
@@ -47,6 +39,7 @@ class Plan:
         budgets: bytes that each memory could give; where the device is the host, the
             device's is that of both.
         worth_s: seconds of a block that one more GiB of each memory would save.
+        layers_ahead: layers whose weights are on their way while one computes.
     """
 
     policy: Policy
@@ -55,17 +48,16 @@ class Plan:
     peak: Mapping[tuple[Tier, Kind], int]
     budgets: Mapping[Tier, int]
     worth_s: Mapping[Tier, float]
-
-
-class _Candidate(NamedTuple):
-    job_s: float
-    policy: Policy
-    form: BlockForm
-    solved: Solved
+    layers_ahead: int
 
 
 def search(
-    model: Model, hardware: Hardware, job: Job, allowed: Policy | None = None
+    model: Model,
+    hardware: Hardware,
+    job: Job,
+    allowed: Policy | None = None,
+    *,
+    most_block_s: float = math.inf,
 ) -> Plan:
     """The best policy for a job.
 
@@ -74,29 +66,77 @@ def search(
         hardware: to run it on.
         job: prompts and tokens.
         allowed: bits, sparsity and host attention that a policy shall have.
+        most_block_s: seconds that a block may take.
 
     Raises:
-        ValueError: not even one prompt fits; the message says what does not, where.
+        ValueError: not even one prompt fits; the message says what does not, where. Or
+            none is done in time.
     """
     shared = hardware.device_is_host
     budgets = memory_budgets(hardware.free_bytes, device_is_host=shared)
     template = allowed or Policy()
     found = sorted(
-        _candidates(model, hardware, job, template, budgets),
+        candidates(model, hardware, job, template, budgets),
         key=lambda candidate: candidate.job_s,
     )
-    plans = []
+    plans, least_s = [], math.inf  # of a block
     for candidate in found:
+        if candidate.solved.block_s > most_block_s:
+            least_s = min(least_s, candidate.solved.block_s)
+            continue
         plan = _rounded(model, hardware, job, candidate, budgets)
-        if plan is not None:
+        if plan is not None and plan.prediction.block_s <= most_block_s:
             plans.append(plan)
+        elif plan is not None:
+            least_s = min(least_s, plan.prediction.block_s)
         if len(plans) == NUM_SIMULATED:
             break
+    if not plans and math.isfinite(least_s):
+        raise ValueError(
+            f"no block is done within {most_block_s:g} s: the quickest takes "
+            f"{least_s:.3g} s; allow that much"
+        )
     if not plans:
         raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
     best = min(plans, key=lambda plan: plan.prediction.total_s)
-    peak = predict_peak(model, best.policy, job, hardware.processor)
+    peak = predict_peak(
+        model, best.policy, job, hardware.processor, layers_ahead=best.layers_ahead
+    )
     return dataclasses.replace(best, peak=peak)
+
+
+def frontier(
+    model: Model, hardware: Hardware, job: Job, allowed: Policy | None = None
+) -> list[Plan]:
+    """Plans of which none gives more tokens per second in less time a block.
+
+    In the order of their blocks' times; each for as many prompts as it takes at once.
+
+    Raises:
+        ValueError: not even one prompt fits.
+    """
+    shared = hardware.device_is_host
+    budgets = memory_budgets(hardware.free_bytes, device_is_host=shared)
+    template = allowed or Policy()
+    plans: list[Plan] = []
+    for candidate in sorted(
+        candidates(model, hardware, job, template, budgets),
+        key=lambda candidate: candidate.solved.block_s,
+    ):
+        one = dataclasses.replace(job, num_prompts=candidate.policy.block_size)
+        if plans and one.num_prompts / candidate.solved.block_s <= _per_s(plans[-1]):
+            continue
+        plan = _rounded(model, hardware, one, candidate, budgets)
+        if plan is not None and (not plans or _per_s(plan) > _per_s(plans[-1])):
+            plans.append(plan)
+    if not plans:
+        raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
+    return plans
+
+
+def _per_s(plan: Plan) -> float:
+    """Prompts per second."""
+    return plan.job.num_prompts / plan.prediction.block_s
 
 
 def memory_budgets(
@@ -122,62 +162,19 @@ def fits(
     job: Job,
     processor: Processor,
 ) -> bool:
-    """Whether a policy needs no more for a job than budgets allow."""
-    peak = predict_peak(model, policy, job, processor, quickly=True)
+    """Whether a policy needs no more for a job than budgets allow.
+
+    As the engine does, which has fewer layers on their way where memory is short.
+    """
+    peak = predict_peak(model, policy, job, processor, layers_ahead=1, quickly=True)
     return not _overflow(peak, budgets, processor.is_host)
-
-
-def _candidates(
-    model: Model,
-    hardware: Hardware,
-    job: Job,
-    template: Policy,
-    budgets: Mapping[Tier, int],
-) -> Iterator[_Candidate]:
-    """Solved sizes of blocks: for each batch size, more batches while that helps."""
-    for batch_size in _batch_sizes(job.num_prompts):
-        most = min(MOST_BATCHES, math.ceil(job.num_prompts / batch_size))
-        best_s = math.inf
-        for num_batches in _doubling(most):
-            policy = dataclasses.replace(
-                template, batch_size=batch_size, num_batches=num_batches
-            )
-            form = block_form(
-                model,
-                policy,
-                hardware,
-                prompt_len=job.prompt_len,
-                gen_len=job.gen_len,
-            )
-            solved = solve(form, hardware, budgets)
-            if solved is None:
-                break
-            job_s = solved.block_s * job.num_prompts / policy.block_size
-            if policy.block_size >= job.num_prompts:
-                job_s = solved.block_s
-            yield _Candidate(job_s, policy, form, solved)
-            if job_s > best_s:
-                break
-            best_s = job_s
-
-
-def _batch_sizes(num_prompts: int) -> list[int]:
-    """Sizes to try; the last one holds all prompts, where there are few."""
-    smaller = [size for size in BATCH_SIZES if size < num_prompts]
-    return smaller + ([num_prompts] if num_prompts <= BATCH_SIZES[-1] else [])
-
-
-def _doubling(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to `most`, which is among them."""
-    counts = {1, most} | {base << power for base in (2, 3) for power in range(7)}
-    return sorted(count for count in counts if count <= most)
 
 
 def _rounded(
     model: Model,
     hardware: Hardware,
     job: Job,
-    candidate: _Candidate,
+    candidate: Candidate,
     budgets: Mapping[Tier, int],
 ) -> Plan | None:
     """The candidate as a policy that fits as the engine counts; None if none does."""
@@ -189,16 +186,25 @@ def _rounded(
         policy = with_shares(candidate.policy, _floored(solved.shares))
         if policy.kv_cache.device >= 1.0:  # there is nothing that it would act on
             policy = dataclasses.replace(policy, host_attention=False)
-        peak = predict_peak(model, policy, job, hardware.processor, quickly=True)
+        ahead = candidate.layers_ahead
+        peak = predict_peak(
+            model,
+            policy,
+            job,
+            hardware.processor,
+            layers_ahead=ahead,
+            quickly=True,
+        )
         over = _overflow(peak, budgets, hardware.device_is_host)
         if not over:
             return Plan(
                 policy=policy,
                 job=job,
-                prediction=predict(model, policy, hardware, job),
+                prediction=predict(model, policy, hardware, job, layers_ahead=ahead),
                 peak=peak,
                 budgets=budgets,
                 worth_s={tier: n * 2**30 for tier, n in solved.worth_s.items()},
+                layers_ahead=ahead,
             )
         tight = {tier: tight[tier] - over.get(tier, 0) for tier in Tier}
         solved = solve(candidate.form, hardware, tight)

@@ -124,11 +124,14 @@ def simulate(
     work: Workload,
     costs: Costs,
     contention: Contention = ALONE,
+    *,
+    barrier: bool = False,
 ) -> Simulated:
     """Runs what `emit` makes of `work` on lanes that take the time `costs` says.
 
     Nobody ends early; but as in a run, a batch is asked for its next step only once its
-    last one is done.
+    last one is done. With `barrier` a compute call waits for all that was issued before
+    it, whether it needs it or not, as FlexGen's does (arXiv 2303.06865, algorithm 1).
     """
     run = _Run(costs, contention)
     for op in emit(work, run.alive):
@@ -136,12 +139,14 @@ def simulate(
             case Load(buffer, step):
                 run.load(buffer, step)
             case Compute(step, layer, batch):
+                if barrier:
+                    run.drain()
                 run.compute(Cell(step, layer, batch))
             case Store(buffer, step):
                 run.store(buffer, step)
             case Free(buffer):
                 run.free(buffer)
-    run.drain()
+    run.end()
     return Simulated(
         seconds=run.now_s, step_ends_s=dict(run.step_ends_s), busy_s=dict(run.busy_s)
     )
@@ -233,7 +238,11 @@ class _Run:
             self._layer_parts[buffer.layer].remove(buffer)
 
     def drain(self) -> None:
+        """Waits for all that was issued."""
         self._advance([task for queue in self._queues.values() for task in queue])
+
+    def end(self) -> None:
+        self.drain()
         for step, task in self._ends:
             self.step_ends_s[step] = max(self.step_ends_s.get(step, 0.0), task.end_s)
 

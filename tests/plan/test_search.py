@@ -19,7 +19,7 @@ from flexjax.plan.planner import (
 )
 from flexjax.plan.predict import Job, predict
 from flexjax.plan.report import plan_to_json, plan_to_text
-from flexjax.plan.search import fits, memory_budgets, search
+from flexjax.plan.search import fits, frontier, memory_budgets, search
 from flexjax.policy import Kind, Placement, Policy, Tier, from_json, validate
 from flexjax.schedule.footprint import by_tier
 from tests.plan.test_closed_form import APART, CONFIG, SHARED
@@ -102,6 +102,38 @@ def test_no_policy_of_a_grid_is_predicted_to_be_much_faster(base, kib):
         if fits(MODEL, policy, budgets, JOB, hardware.processor):
             found_s = predict(MODEL, policy, hardware, JOB).total_s
             assert plan.prediction.total_s <= 1.05 * found_s, policy
+
+
+@pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])
+def test_a_frontier_gives_more_for_more_patience_and_ends_at_the_best(base):
+    hardware = machine(base, 6000, 6000)
+    plans = frontier(MODEL, hardware, JOB)
+    rates = [plan.job.num_prompts / plan.prediction.block_s for plan in plans]
+    latencies = [plan.prediction.block_s for plan in plans]
+    assert rates == sorted(rates)
+    assert latencies == pytest.approx(sorted(latencies), rel=0.1)
+    best = search(MODEL, hardware, JOB).prediction
+    assert JOB.num_prompts / best.total_s <= 1.05 * rates[-1]
+
+
+@pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])
+def test_a_block_that_has_to_be_quick_is(base):
+    hardware = machine(base, 6000, 6000)
+    free = search(MODEL, hardware, JOB)
+    most_s = 0.5 * free.prediction.block_s
+    quick = search(MODEL, hardware, JOB, most_block_s=most_s)
+    assert quick.prediction.block_s <= most_s
+    assert quick.prediction.total_s >= free.prediction.total_s
+    with pytest.raises(ValueError, match="no block is done within 1e-09 s"):
+        search(MODEL, hardware, JOB, most_block_s=1e-9)
+
+
+def test_where_memory_is_short_fewer_layers_are_on_their_way():
+    found = {
+        search(MODEL, machine(APART, kib, kib), JOB).layers_ahead
+        for kib in range(4000, 7000, 250)
+    }
+    assert found == {1, 2}
 
 
 @pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])

@@ -81,6 +81,16 @@ def test_contention_only_delays(work, costs, contention):
     assert beside >= alone * (1 - 1e-6)
 
 
+@given(work=works(), costs=costs_drawn, schedule=st.sampled_from(list(EMITTERS)))
+def test_a_barrier_only_delays(work, costs, schedule):
+    emit = EMITTERS[schedule]
+    free, waiting = (
+        simulate(emit, work, costs, barrier=barrier) for barrier in (False, True)
+    )
+    assert waiting.seconds >= free.seconds * (1 - 1e-6)
+    assert waiting.busy_s == pytest.approx(free.busy_s)
+
+
 @given(work=works(), costs=costs_drawn)
 def test_looking_ahead_is_no_slower_than_one_after_the_other(work, costs):
     """Where compute alone needs the processor, so that nothing is shared but lanes."""

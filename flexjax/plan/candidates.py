@@ -1,0 +1,98 @@
+"""Sizes of blocks to choose from, each with the best fractions that it can have."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from flexjax.memory.layout import MOST_LAYERS_AHEAD
+from flexjax.plan.closed_form import BlockForm, Model, block_form
+from flexjax.plan.hardware import Hardware
+from flexjax.plan.predict import Job
+from flexjax.plan.program import Solved, solve
+from flexjax.policy import Policy, Tier
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+MOST_BATCHES = 64
+
+
+class Candidate(NamedTuple):
+    """A size of blocks, with fractions that a linear program found.
+
+    Attributes:
+        job_s: seconds of the whole job, by the closed form.
+        policy: its sizes, and all but its placements.
+        layers_ahead: layers whose weights are on their way while one computes.
+        form: of a block.
+        solved: its fractions.
+    """
+
+    job_s: float
+    policy: Policy
+    layers_ahead: int
+    form: BlockForm
+    solved: Solved
+
+
+def candidates(
+    model: Model,
+    hardware: Hardware,
+    job: Job,
+    template: Policy,
+    budgets: Mapping[Tier, int],
+) -> Iterator[Candidate]:
+    """Solved sizes of blocks: for each batch size, more batches while that helps."""
+    for batch_size in _batch_sizes(job.num_prompts):
+        most = min(MOST_BATCHES, math.ceil(job.num_prompts / batch_size))
+        best_s = math.inf
+        for num_batches in _doubling(most):
+            policy = dataclasses.replace(
+                template, batch_size=batch_size, num_batches=num_batches
+            )
+            found = list(_solved(model, hardware, job, policy, budgets))
+            if not found:
+                break
+            yield from found
+            job_s = min(candidate.job_s for candidate in found)
+            if job_s > best_s:
+                break
+            best_s = job_s
+
+
+def _solved(
+    model: Model,
+    hardware: Hardware,
+    job: Job,
+    policy: Policy,
+    budgets: Mapping[Tier, int],
+) -> Iterator[Candidate]:
+    """The best fractions of a block: with fewer layers ahead, if memory is short."""
+    for layers_ahead in range(MOST_LAYERS_AHEAD, 0, -1):
+        form = block_form(
+            model,
+            policy,
+            hardware,
+            prompt_len=job.prompt_len,
+            gen_len=job.gen_len,
+            layers_ahead=layers_ahead,
+        )
+        solved = solve(form, hardware, budgets)
+        if solved is None:
+            continue
+        blocks = max(1.0, job.num_prompts / policy.block_size)
+        job_s = solved.block_s * blocks
+        yield Candidate(job_s, policy, layers_ahead, form, solved)
+        if solved.worth_s[Tier.DEVICE] <= 0:
+            break  # nothing would be gained
+
+
+def _batch_sizes(num_prompts: int) -> list[int]:
+    """Sizes to try; the last one holds all prompts, where there are few."""
+    smaller = [size for size in BATCH_SIZES if size < num_prompts]
+    return smaller + ([num_prompts] if num_prompts <= BATCH_SIZES[-1] else [])
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to `most`, which is among them."""
+    counts = {1, most} | {base << power for base in (2, 3) for power in range(7)}
+    return sorted(count for count in counts if count <= most)
