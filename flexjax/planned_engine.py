@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import CLOSED, Engine
 from flexjax.memory.link import Device
@@ -17,6 +19,7 @@ from flexjax.plan.auto import Choice, choose_policy
 from flexjax.plan.predict import NOTHING, Job
 from flexjax.plan.report import prediction_to_json
 from flexjax.policy import Kind, Policy, Tier
+from flexjax.sizes import format_bytes
 from flexjax.store_format import TensorEntry
 from flexjax.workload import bucket
 
@@ -78,6 +81,7 @@ class PlannedEngine:
         Raises:
             ValueError: nothing fits, or this is closed.
             OSError: the disk failed.
+            MemoryError: what was planned to fit does not; the message has the account.
         """
         job = _job(lengths, gen_len)
         with self._lock:
@@ -87,7 +91,12 @@ class PlannedEngine:
             if self._is_auto and wanted != self._planned_for:
                 self._plan(wanted)
             assert self.engine is not None
-            yield self.engine
+            try:
+                yield self.engine
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if self._is_auto and _is_shortage(error):
+                    raise MemoryError(_account(self.engine)) from error
+                raise
 
     def report(self, engine: Engine, lengths: Sequence[int], gen_len: int) -> dict:
         """The metrics of its last call, beside what was predicted of just that job."""
@@ -144,6 +153,30 @@ class PlannedEngine:
             )
         self.policy = policy
         self.placement = placement_report(self.engine.weights.layout, policy)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory ran out, of the process or of the device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _account(engine: Engine) -> str:
+    """What each tier held at most, and what had been predicted, by kind."""
+    predicted = engine.times.predicted_peak
+    tiers = []
+    for tier in (Tier.DEVICE, Tier.HOST):
+        kinds = ", ".join(
+            f"{kind.value} {format_bytes(predicted.get((tier, kind), 0))}"
+            for kind in Kind
+        )
+        tiers.append(
+            f"{tier.value} {format_bytes(engine.ledger.peak(tier))} counted, with "
+            f"workspaces {kinds} predicted"
+        )
+    return (
+        "out of memory under a policy that was planned, which is a mistake of the plan "
+        f"({'; '.join(tiers)}); give a policy with smaller batches, and report this"
+    )
 
 
 def _job(lengths: Sequence[int], gen_len: int) -> Job:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from flexjax.llm import LLM
@@ -130,3 +131,34 @@ def test_a_closed_model_that_never_ran_says_so(golden):
 def test_prompts_may_be_none_at_all(golden):
     with LLM(golden("opt-pre-ln").store) as llm:
         assert llm.generate([], GREEDY) == []
+
+
+class DeviceIsFull(jax.errors.JaxRuntimeError):
+    """What XLA raises where a device has no room."""
+
+    def __init__(self):
+        super().__init__("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+
+@pytest.mark.parametrize("fault", [MemoryError, DeviceIsFull])
+@pytest.mark.parametrize("policy", [None, Policy(batch_size=4)])
+def test_memory_that_runs_out_under_a_plan_is_accounted_for(
+    golden, monkeypatch, fault, policy
+):
+    checkpoint = golden("opt-pre-ln")
+    with LLM(checkpoint.store, policy=policy) as llm:
+        llm.generate(checkpoint.prompts, GREEDY)
+
+        def fail(*_):
+            raise fault
+
+        assert llm._planned.engine is not None
+        monkeypatch.setattr(llm._planned.engine._runner, "run", fail)
+        with pytest.raises((MemoryError, jax.errors.JaxRuntimeError)) as caught:
+            llm.generate(checkpoint.prompts, GREEDY)
+        monkeypatch.undo()
+        told = str(caught.value)
+        assert ("a mistake of the plan (device" in told) == (policy is None)
+        if policy is None:
+            assert all(kind.value in told for kind in Kind)
+        llm.generate(checkpoint.prompts, GREEDY)  # nothing is left behind
