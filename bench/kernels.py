@@ -25,12 +25,14 @@ from bench.compute_limit import median_s
 from bench.machine import describe_machine
 from flexjax.cached_attention import attend_step
 from flexjax.cli import run_command
+from flexjax.kernels.products import can_multiply_quantized, is_multiplied
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
 from flexjax.models.opt import contract_last, unflatten
 from flexjax.policy import BITS, Policy
 from flexjax.quant import (
     Quantization,
+    QuantizedArray,
     dequantize_into,
     fitting_group,
     quantize,
@@ -58,30 +60,43 @@ def measure_kernels(
         batch_size: of the prefill layer, with prompts of `PROMPT_LEN`, and of decode
             attention over `PAST_SLOTS` slots.
     """
+    group = fitting_group(config.hidden_size, Policy().group_size)
+    ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
     for rows in ROWS:
         yield _product(config, rows)
+    for how in ways:
+        if can_multiply_quantized() and is_multiplied(how, config.hidden_size):
+            for rows in ROWS:
+                yield _product(config, rows, how)
     yield _prefill_layer(config, batch_size)
     yield _memory_read()
     for dtype in DTYPES:
         yield _decode_attention(config, batch_size, dtype)
     yield _decode_attention(config, batch_size, jnp.bfloat16, sparsity=SPARSITY)
-    for bits in BITS:
-        yield _dequantization(config, bits)
+    for how in ways:
+        yield _dequantization(config, how)
 
 
-def _product(config: OPTConfig, rows: int) -> dict[str, Any]:
-    """The MLP's first matrix times `rows` rows, in bfloat16."""
-    weight = _random((config.ffn_dim, config.hidden_size), jnp.bfloat16)
+def _product(
+    config: OPTConfig, rows: int, how: Quantization | None = None
+) -> dict[str, Any]:
+    """The MLP's first matrix, quantized or not, times `rows` rows of bfloat16."""
+    weight = wide = _random((config.ffn_dim, config.hidden_size), jnp.bfloat16)
+    if how is not None:
+        weight = QuantizedArray(_narrow(wide, how), how)
     x = _random((rows, config.hidden_size), jnp.bfloat16)
     step = jax.jit(contract_last)
     seconds = median_s(lambda _: step(x, weight), None)
     return {
-        "kernel": "product, bfloat16",
+        "kernel": "product, " + ("bfloat16" if how is None else f"{how.bits} bits"),
         "shape": f"{rows} rows, {config.ffn_dim} x {config.hidden_size}",
         "seconds": seconds,
-        "flops_per_s": 2 * rows * weight.size / seconds,
-        "bytes_per_s": weight.nbytes / seconds,
+        "flops_per_s": 2 * rows * wide.size / seconds,
+        "bytes_per_s": sum(array.nbytes for array in jax.tree.leaves(weight)) / seconds,
     }
+
+
+_narrow = jax.jit(quantize, static_argnums=1)
 
 
 def _prefill_layer(config: OPTConfig, batch_size: int) -> dict[str, Any]:
@@ -149,12 +164,10 @@ def _decode_attention(
     }
 
 
-def _dequantization(config: OPTConfig, bits: int) -> dict[str, Any]:
+def _dequantization(config: OPTConfig, how: Quantization) -> dict[str, Any]:
     """The MLP's first matrix made wide, in memory that is used again."""
-    group = fitting_group(config.hidden_size, Policy().group_size)
-    how = Quantization(bits=bits, group_size=group, dtype="bfloat16")
     weight = _random((config.ffn_dim, config.hidden_size), jnp.bfloat16)
-    data = jax.jit(quantize, static_argnums=1)(weight, how)
+    data = _narrow(weight, how)
     nbytes = weight.nbytes
 
     def step(out: jax.Array) -> jax.Array:
@@ -162,8 +175,8 @@ def _dequantization(config: OPTConfig, bits: int) -> dict[str, Any]:
 
     seconds = median_s(step, weight)
     return {
-        "kernel": f"dequantization, {bits} bits",
-        "shape": f"{config.ffn_dim} x {config.hidden_size}, groups of {group}",
+        "kernel": f"dequantization, {how.bits} bits",
+        "shape": f"{config.ffn_dim} x {config.hidden_size}, groups of {how.group_size}",
         "seconds": seconds,
         "bytes_per_s": nbytes / seconds,  # of the result
     }

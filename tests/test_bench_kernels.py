@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from bench.kernels import measure_kernels
 from bench.report_files import read_results
 from bench.report_values import Kernels
 from flexjax.cli import run_command
+from flexjax.kernels import compiled
 from flexjax.models.config import OPTConfig
 
 TINY = OPTConfig(
@@ -62,3 +64,20 @@ def test_what_is_written_is_what_the_report_reads(tmp_path, monkeypatch, capsys)
 def test_an_unknown_model_is_refused(capsys):
     assert run_command(kernels._main, kernels.build_parser(), ["opt-9000b"]) == 2
     assert "opt-9000b" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not compiled.is_wanted(), reason="no kernel for this processor")
+def test_quantized_products_are_measured_where_there_is_a_kernel():
+    wider = dataclasses.replace(TINY, hidden_size=128, ffn_dim=256)
+    rows = [
+        row
+        for row in measure_kernels(wider, batch_size=2)
+        if row["kernel"].startswith("product") and row["kernel"].endswith("bits")
+    ]
+    assert len(rows) == 2 * len(kernels.ROWS)
+    for count, row in zip(2 * kernels.ROWS, rows, strict=True):
+        flops = row["flops_per_s"] * row["seconds"]
+        assert flops == pytest.approx(2 * count * 128 * 256)
+    four, eight = (rows[at]["bytes_per_s"] * rows[at]["seconds"] for at in (0, -1))
+    assert four == pytest.approx(256 * (64 + 8))
+    assert eight == pytest.approx(256 * (128 + 8))
