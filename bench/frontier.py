@@ -25,11 +25,10 @@ from flexjax.safe_files import ensure_writable, write_atomically
 
 def point(plan: Plan) -> dict[str, Any]:
     """One plan of a frontier, as JSON values."""
-    prompts, block_s = plan.job.num_prompts, plan.prediction.block_s
     return {
-        "block_s": block_s,
-        "tokens_per_s": prompts * plan.job.gen_len / block_s,
-        "num_prompts": prompts,
+        "block_s": plan.prediction.block_s,
+        "tokens_per_s": plan.prediction.tokens_per_s,
+        "num_prompts": plan.job.num_prompts,
         "bottleneck": plan.prediction.bottleneck.value,
         "policy": to_json(plan.policy),
     }

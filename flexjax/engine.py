@@ -52,9 +52,11 @@ class Engine:
         seed: int = 0,
         on_weights: Callable[[int], object] = lambda nbytes: None,
         keeps_spans: bool = False,
+        layers_ahead: int = MOST_LAYERS_AHEAD,
     ) -> None:
         self.config, self.policy, self._seed = store.config, policy, seed
         self._running, self._closed = threading.Lock(), False
+        self._layers_ahead = layers_ahead
         self._device, self._offload_dir = device, offload_dir
         processor = processor_of(device, is_quantized=store.quantization is not None)
         self._device_is_host = processor.is_host
@@ -186,7 +188,7 @@ class Engine:
         """
         self._transport.start()
         refusal: str | None = None
-        for layers_ahead in range(MOST_LAYERS_AHEAD, 0, -1):
+        for layers_ahead in range(self._layers_ahead, 0, -1):
             ahead = [looking_ahead(work, layers_ahead) for work in works]
             peak: Counter[tuple[Tier, Kind]] = Counter()
             for work in dict.fromkeys(ahead):

@@ -12,6 +12,7 @@ import jax
 
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import CLOSED, Engine
+from flexjax.memory.layout import MOST_LAYERS_AHEAD
 from flexjax.memory.link import Device
 from flexjax.metrics import metrics_report
 from flexjax.placement_report import placement_report
@@ -61,6 +62,7 @@ class PlannedEngine:
         self._seed, self._keeps_spans, self._loading = seed, keeps_spans, loading
         self._is_auto, self._planned_for = policy is None, NOTHING
         self._lock, self._is_closed = threading.Lock(), False
+        self._layers_ahead = MOST_LAYERS_AHEAD
         self.engine: Engine | None = None
         self.policy: Policy | None = None
         self.choice: Choice | None = None
@@ -129,9 +131,10 @@ class PlannedEngine:
         # What was searched takes long, or is far from what a user would expect.
         level = logging.INFO if choice.plan is None else logging.WARNING
         logger.log(level, "%s", choice.reason)
-        if choice.policy != self.policy:
+        ahead = MOST_LAYERS_AHEAD if choice.plan is None else choice.plan.layers_ahead
+        if (choice.policy, ahead) != (self.policy, self._layers_ahead):
             self._stop()
-            self._start(choice.policy)
+            self._start(choice.policy, ahead)
         self.choice, self._planned_for = choice, job
 
     def _stop(self) -> None:
@@ -140,7 +143,7 @@ class PlannedEngine:
         self.engine, self.policy, self.choice = None, None, None
         self.placement, self._planned_for = {}, NOTHING
 
-    def _start(self, policy: Policy) -> None:
+    def _start(self, policy: Policy, layers_ahead: int = MOST_LAYERS_AHEAD) -> None:
         with self._loading(_resident_bytes(self._store.tensors, policy)) as update:
             self.engine = Engine(
                 self._store,
@@ -150,8 +153,9 @@ class PlannedEngine:
                 seed=self._seed,
                 on_weights=update,
                 keeps_spans=self._keeps_spans,
+                layers_ahead=layers_ahead,
             )
-        self.policy = policy
+        self.policy, self._layers_ahead = policy, layers_ahead
         self.placement = placement_report(self.engine.weights.layout, policy)
 
 

@@ -29,6 +29,7 @@ CHECKED = [
     "flexjax.attention",
     "flexjax.cached_attention",
     "flexjax.extents",
+    "flexjax.kernels",
     "flexjax.logprobs",
     "flexjax.memory",
     "flexjax.models",

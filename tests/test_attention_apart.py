@@ -23,7 +23,8 @@ TO_DEVICE, TO_HOST = (Tier.HOST, Tier.DEVICE), (Tier.DEVICE, Tier.HOST)
 @pytest.fixture(autouse=True)
 def device_apart(monkeypatch):
     monkeypatch.setattr(transport, "DeviceLink", ApartLink)
-    monkeypatch.setattr(engine, "processor_of", lambda device, **_: Processor(False))
+    apart = Processor(is_host=False)
+    monkeypatch.setattr(engine, "processor_of", lambda device, **_: apart)
 
 
 @pytest.fixture

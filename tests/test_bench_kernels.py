@@ -8,7 +8,7 @@ from bench.kernels import measure_kernels
 from bench.report_files import read_results
 from bench.report_values import Kernels
 from flexjax.cli import run_command
-from flexjax.kernels import compiled
+from flexjax.kernels.products import can_multiply_quantized
 from flexjax.models.config import OPTConfig
 
 TINY = OPTConfig(
@@ -66,7 +66,7 @@ def test_an_unknown_model_is_refused(capsys):
     assert "opt-9000b" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not compiled.is_wanted(), reason="no kernel for this processor")
+@pytest.mark.skipif(not can_multiply_quantized(), reason="no kernel here")
 def test_quantized_products_are_measured_where_there_is_a_kernel():
     wider = dataclasses.replace(TINY, hidden_size=128, ffn_dim=256)
     rows = [

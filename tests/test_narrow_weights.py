@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from flexjax import LLM, Placement, Policy, SamplingParams
-from flexjax.kernels import compiled
+from flexjax.kernels.products import can_multiply_quantized
 from flexjax.memory import link
 from flexjax.policy import Tier
 
 pytestmark = [
-    pytest.mark.skipif(not compiled.is_wanted(), reason="no kernel for this processor"),
+    pytest.mark.skipif(not can_multiply_quantized(), reason="no kernel here"),
     pytest.mark.xdist_group("narrow"),
 ]
 

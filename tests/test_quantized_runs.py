@@ -182,7 +182,8 @@ def test_sparse_attention_in_the_host_s_memory_is_a_plain_forward(
 def device_apart(monkeypatch):
     """Makes engines take the CPU for a device that has memory of its own."""
     monkeypatch.setattr(transport, "DeviceLink", ApartLink)
-    monkeypatch.setattr(engine, "processor_of", lambda device, **_: Processor(False))
+    apart = Processor(is_host=False)
+    monkeypatch.setattr(engine, "processor_of", lambda device, **_: apart)
 
 
 def policy_of(bits, placements, schedule, shape):

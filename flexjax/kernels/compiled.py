@@ -28,6 +28,7 @@ FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-w"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
+FOLDER = pathlib.Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 COMPILES_WITHIN_S = 300.0
 
@@ -61,7 +62,7 @@ def library(name: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_made(name)))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         logger.warning(
-            "the kernel %s cannot be compiled, XLA does its work, more slowly: %s",
+            "the kernel %s is not to be had, XLA does its work, more slowly: %s",
             name,
             _reason(error),
         )
@@ -70,9 +71,8 @@ def library(name: str) -> ctypes.CDLL | None:
 
 def _made(name: str) -> pathlib.Path:
     """The library's file, compiled if it is not there yet."""
-    source = pathlib.Path(__file__).with_name(f"{name}.cc").read_bytes()
-    compiler = _compiler()
-    facts = [source, *map(str.encode, (compiler, *FLAGS, jax.__version__))]
+    sources = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))]
+    facts = [*sources, *map(str.encode, (*FLAGS, jax.__version__))]
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     folder = default_cache() / "kernels"
     path = folder / f"{name}-{digest}.so"
@@ -81,17 +81,16 @@ def _made(name: str) -> pathlib.Path:
         make_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
             out = pathlib.Path(scratch, path.name)
-            _compile(compiler, source, out)
+            _compile(_compiler(), FOLDER / f"{name}.cc", out)
             sync_tree(pathlib.Path(scratch))
             out.replace(path)
     return path
 
 
-def _compile(compiler: str, source: bytes, out: pathlib.Path) -> None:
+def _compile(compiler: str, source: pathlib.Path, out: pathlib.Path) -> None:
     include = f"-I{jax.ffi.include_dir()}"
     subprocess.run(
-        [compiler, *FLAGS, include, "-x", "c++", "-", "-o", str(out)],
-        input=source,
+        [compiler, *FLAGS, include, str(source), "-o", str(out)],
         capture_output=True,
         check=True,
         timeout=COMPILES_WITHIN_S,

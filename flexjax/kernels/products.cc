@@ -15,6 +15,7 @@
 #include <cstring>
 #include <memory>
 
+#include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -22,125 +23,17 @@ namespace {
 namespace ffi = xla::ffi;
 template <ffi::DataType kType>
 using Matrix = ffi::BufferR2<kType>;
-using bfloat16 = uint16_t;
+using flexjax::bfloat16;
+using flexjax::kLanes;
+using flexjax::Work;
 
-constexpr int64_t kLanes = 16;         // of a register: floats, or pairs of bfloat16
-constexpr int64_t kStripVectors = 4;   // of rows; with a panel's inputs 32 KiB
-constexpr int64_t kPanelInputs = 256;  // if groups are no larger
+constexpr int64_t kStripVectors = 4;  // of rows; with a panel's inputs 32 KiB
 constexpr int64_t kPanelOutputs = 256;
 constexpr int64_t kTileSums = 24;         // registers that a tile adds up in
 constexpr int64_t kMostTileOutputs = 16;  // see `Strip`
 constexpr int64_t kBlockRows = 1024;      // for which sums are kept
 
 inline int64_t Ceil(int64_t value, int64_t step) { return (value + step - 1) / step; }
-
-inline void Prefetch(const uint8_t* at) {
-  _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-}
-
-struct Work {
-  const bfloat16* x;  // [rows, inputs]
-  const uint8_t* weight;  // [outputs, row_bytes]
-  float* out;  // [rows, outputs]
-  int64_t rows, inputs, outputs, row_bytes, group_size;
-};
-
-// A group's scale and minimum, in all lanes.
-class Group {
- public:
-  Group(const uint8_t* scale, const uint8_t* minimum)
-      : scale_(Float(scale)), minimum_(Float(minimum)) {}
-
-  __m512 Wide(__m512i codes) const {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale_, minimum_);
-  }
-
- private:
-  static __m512 Float(const uint8_t* at) {
-    uint16_t half;
-    std::memcpy(&half, at, sizeof half);
-    return _mm512_castsi512_ps(_mm512_set1_epi32(uint32_t{half} << 16));
-  }
-
-  __m512 scale_, minimum_;
-};
-
-// Weights of `kBits` each.
-template <int kBits>
-class Weights {
- public:
-  explicit Weights(const Work& work)
-      : work_(work), num_groups_(work.inputs / work.group_size) {}
-
-  int64_t panel_inputs() const {
-    return std::max<int64_t>(1, kPanelInputs / work_.group_size) * work_.group_size;
-  }
-
-  // Makes inputs from `first` on of one output bfloat16.
-  void Widen(int64_t output, int64_t first, int64_t count, bfloat16* into) const {
-    const uint8_t* scale = Scale(output, first / work_.group_size);
-    for (int64_t at = first; at < first + count; at += work_.group_size) {
-      WidenGroup(output, at, Group(scale, scale + 2 * num_groups_), into);
-      into += work_.group_size;
-      scale += 2;
-    }
-  }
-
-  // Asks for what `Widen` will read: it is too scattered for the processor to foresee.
-  void Ask(int64_t output, int64_t first, int64_t count) const {
-    const uint8_t* codes = Codes(output, first);
-    for (int64_t i = 0; i < count * kBits / 8; i += 64) Prefetch(codes + i);
-    const uint8_t* scale = Scale(output, first / work_.group_size);
-    Prefetch(scale);
-    Prefetch(scale + 2 * num_groups_);  // the minimum
-  }
-
- private:
-  bool IsHigh(int64_t input) const { return kBits == 4 && input >= work_.inputs / 2; }
-
-  const uint8_t* Row(int64_t output) const {
-    return work_.weight + output * work_.row_bytes;
-  }
-
-  const uint8_t* Codes(int64_t output, int64_t input) const {
-    return Row(output) + (IsHigh(input) ? input - work_.inputs / 2 : input);
-  }
-
-  const uint8_t* Scale(int64_t output, int64_t group) const {
-    return Row(output) + work_.inputs * kBits / 8 + 2 * group;
-  }
-
-  void WidenGroup(int64_t output, int64_t at, const Group& group,
-                  bfloat16* into) const {
-    const uint8_t* codes = Codes(output, at);
-    if constexpr (kBits == 8) {
-      for (int64_t i = 0; i < work_.group_size; i += 2 * kLanes) {
-        const __m128i* from = reinterpret_cast<const __m128i*>(codes + i);
-        const __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from));
-        const __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128(from + 1));
-        const __m512bh wide = _mm512_cvtne2ps_pbh(group.Wide(high), group.Wide(low));
-        _mm512_store_si512(into + i, (__m512i)wide);
-      }
-    } else {
-      // A group has 16 values: they are computed once, and looked up by their codes.
-      const __m512i all = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3,
-                                           2, 1, 0);
-      const __m512i values =
-          _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(group.Wide(all)));
-      const bool is_high = IsHigh(at);
-      for (int64_t i = 0; i < work_.group_size; i += 2 * kLanes) {
-        const __m256i* from = reinterpret_cast<const __m256i*>(codes + i);
-        __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from));
-        code = is_high ? _mm512_srli_epi16(code, 4)
-                       : _mm512_and_si512(code, _mm512_set1_epi16(15));
-        _mm512_store_si512(into + i, _mm512_permutexvar_epi16(code, values));
-      }
-    }
-  }
-
-  const Work work_;
-  const int64_t num_groups_;
-};
 
 // Swaps the axes of 16 x 16 numbers of 32 bits.
 inline void Transpose(__m512i (&rows)[kLanes]) {
@@ -167,9 +60,10 @@ inline void Transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// Writes a strip's inputs as `[pairs, rows]`; lanes without a row are zero.
-inline void Pack(const Work& work, int64_t row, int64_t row_end, int64_t first,
-                 int64_t count, bfloat16* into) {
+// Writes inputs of a strip as `[pairs, rows]`, and returns where the next ones belong;
+// lanes without a row are zero.
+inline bfloat16* Pack(const Work& work, int64_t row, int64_t row_end, int64_t first,
+                      int64_t count, bfloat16* into) {
   const int64_t vectors = Ceil(row_end - row, kLanes);
   for (int64_t v = 0; v < vectors; ++v) {
     for (int64_t k = 0; k < count; k += 2 * kLanes) {
@@ -187,6 +81,7 @@ inline void Pack(const Work& work, int64_t row, int64_t row_end, int64_t first,
       }
     }
   }
+  return into + kLanes * vectors * count;
 }
 
 // Adds to `sums`, `[outputs, rows]`, the products of a panel's first outputs,
@@ -288,12 +183,13 @@ class Memory {
 };
 
 // Rows from `row` to `row_end` times the weights of the outputs from `begin` to `end`;
-// false if there is no memory to work in.
+// false if there is no memory to work in. `after` is where the next outputs may begin.
 template <typename Weights>
 bool Block(const Work& work, const Weights& weights, int64_t row, int64_t row_end,
-           int64_t begin, int64_t end) {
+           int64_t begin, int64_t end, int64_t after) {
   thread_local Memory memory;
-  const int64_t most = weights.panel_inputs(), strip = kStripVectors * kLanes;
+  const int64_t span = weights.panel_positions(), strip = kStripVectors * kLanes;
+  const int64_t most = span * Weights::kHalves;  // inputs of a panel
   const int64_t stride = kLanes * Ceil(row_end - row, kLanes);
   const int64_t outputs = end - begin + kMostTileOutputs;  // the last tile's too
   memory.Reset((outputs + strip) * most * sizeof(bfloat16) +
@@ -303,19 +199,25 @@ bool Block(const Work& work, const Weights& weights, int64_t row, int64_t row_en
   bfloat16* x = memory.Take<bfloat16>(strip * most);
   float* sums = memory.Take<float>(outputs * stride);
   std::memset(sums, 0, outputs * stride * sizeof(float));
-  for (int64_t first = 0; first < work.inputs; first += most) {
-    const int64_t count = std::min(most, work.inputs - first);
-    const int64_t next = first + count, next_count = std::min(most, work.inputs - next);
+  for (int64_t first = 0; first < weights.half(); first += span) {
+    const int64_t positions = std::min(span, weights.half() - first);
+    const int64_t count = positions * Weights::kHalves, next = first + positions;
+    const int64_t next_positions = std::min(span, weights.half() - next);
     for (int64_t n = begin; n < end; ++n) {
-      weights.Widen(n, first, count, panel + (n - begin) * count);
+      weights.Widen(n, first, positions, panel + (n - begin) * count);
     }
     for (int64_t m = row; m < row_end; m += strip) {
       const int64_t m_end = std::min(row_end, m + strip);
-      Pack(work, m, m_end, first, count, x);
+      bfloat16* at = x;
+      for (int64_t half = 0; half < Weights::kHalves; ++half) {
+        at = Pack(work, m, m_end, half * weights.half() + first, positions, at);
+      }
       const auto ask_ahead = [&](int64_t tile, int64_t tile_end) {
-        if (m > row || next_count == 0) return;
-        for (int64_t n = tile; n < tile_end; ++n) {
-          weights.Ask(begin + n, next, next_count);
+        if (m > row) return;
+        const bool is_last = next_positions == 0;
+        const int64_t from = is_last ? after : begin;
+        for (int64_t n = from + tile; n < std::min(work.outputs, from + tile_end); ++n) {
+          weights.Ask(n, is_last ? 0 : next, is_last ? span : next_positions);
         }
       };
       StripOf(Ceil(m_end - m, kLanes), x, panel, count, end - begin, sums + m - row,
@@ -334,7 +236,8 @@ class Shares {
       : work_(work),
         weights_(work),
         count_(num_threads * Ceil(work.outputs, kPanelOutputs * num_threads)),
-        size_(Ceil(work.outputs, count_)) {}
+        size_(Ceil(work.outputs, count_)),
+        stride_(size_ * num_threads) {}
 
   int64_t count() const { return count_; }
 
@@ -344,7 +247,10 @@ class Shares {
       const int64_t end = std::min(work_.outputs, begin + size_);
       for (int64_t row = 0; row < work_.rows && begin < end; row += kBlockRows) {
         const int64_t row_end = std::min(work_.rows, row + kBlockRows);
-        if (!Block(work_, weights_, row, row_end, begin, end)) has_failed_ = true;
+        const int64_t after = row_end < work_.rows ? begin : begin + stride_;
+        if (!Block(work_, weights_, row, row_end, begin, end, after)) {
+          has_failed_ = true;
+        }
       }
       if (done_.fetch_add(1) + 1 == count_) done_.notify_all();
     }
@@ -359,7 +265,7 @@ class Shares {
  private:
   const Work work_;
   const Weights weights_;
-  const int64_t count_, size_;
+  const int64_t count_, size_, stride_;
   std::atomic<int64_t> taken_ = 0, done_ = 0;
   std::atomic<bool> has_failed_ = false;
 };
@@ -393,7 +299,12 @@ ffi::Error ContractQuantized(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
                   weight.dimensions()[0],
                   weight.dimensions()[1],
                   group_size};
-  return bits == 4 ? Run<Weights<4>>(pool, work) : Run<Weights<8>>(pool, work);
+  const int64_t num_groups = work.inputs / std::max<int64_t>(1, group_size);
+  if (work.row_bytes != work.inputs * bits / 8 + 4 * num_groups || work.outputs == 0) {
+    return ffi::Error::InvalidArgument("the weights are not for so many inputs");
+  }
+  return bits == 4 ? Run<flexjax::Weights<4>>(pool, work)
+                   : Run<flexjax::Weights<8>>(pool, work);
 }
 
 }  // namespace

@@ -52,11 +52,14 @@ def contract_quantized(
     kernel's own.
 
     Raises:
-        ValueError: the kernel is not there, or is not for such weights.
+        ValueError: the kernel is not there, or is not for such weights; or they are for
+            other inputs.
     """
     how = weight.quantization
     if not (can_multiply_quantized() and is_multiplied(how, x.shape[1])):
         raise ValueError(f"no kernel multiplies with weights of {how} on this machine")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"x is {x.shape}, but the weights are {weight.shape}")
     call = jax.ffi.ffi_call(
         _NAME, jax.ShapeDtypeStruct((x.shape[0], weight.data.shape[0]), jnp.float32)
     )

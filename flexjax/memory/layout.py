@@ -41,7 +41,8 @@ class HeadBlocks(NamedTuple):
         return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
 
 
-class Processor(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processor:
     """What a layout depends on of the device.
 
     Attributes:

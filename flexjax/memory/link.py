@@ -41,7 +41,10 @@ def is_shared(device: Device) -> bool:
 def processor_of(device: Device, *, is_quantized: bool) -> Processor:
     """What the layout of a model, whose weights may be quantized, asks of `device`."""
     is_host = is_shared(device)
-    return Processor(is_host, is_quantized and is_host and can_multiply_quantized())
+    return Processor(
+        is_host=is_host,
+        multiplies_quantized=is_quantized and is_host and can_multiply_quantized(),
+    )
 
 
 class Lender(Protocol):

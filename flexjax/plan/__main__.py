@@ -72,7 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--block-latency",
         type=float,
-        default=math.inf,
         metavar="SECONDS",
         help="the most that a block of prompts may take, to its last token",
     )
@@ -114,7 +113,11 @@ def main(args: argparse.Namespace) -> None:
         base=found.template,
     )
     plan, model = make_plan(
-        found, hardware, job, allowed, most_block_s=args.block_latency
+        found,
+        hardware,
+        job,
+        allowed,
+        most_block_s=math.inf if args.block_latency is None else args.block_latency,
     )
     if args.json is not None:
         _write(args.json, plan_to_json(plan, model, hardware))
@@ -131,7 +134,10 @@ def _check_flags(args: argparse.Namespace) -> None:
     """Refuses what cannot act beside something else."""
     given = [
         flag
-        for flag in ("device_memory", "host_memory", "disk", "hardware", "policy_json")
+        for flag in (
+            *("device_memory", "host_memory", "disk", "hardware", "policy_json"),
+            "block_latency",
+        )
         if getattr(args, flag) is not None
     ]
     if args.model == _CALIBRATE and given:
@@ -139,7 +145,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             f"--{given[0].replace('_', '-')} has no effect on {_CALIBRATE}, which "
             "measures this machine as it is; leave it out"
         )
-    if not args.block_latency > 0:
+    if args.block_latency is not None and not args.block_latency > 0:
         raise ValueError(
             f"--block-latency is {args.block_latency:g}, expected more than 0 seconds"
         )

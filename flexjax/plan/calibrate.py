@@ -105,7 +105,8 @@ def calibrate(
         figures |= attention_figures(device)
         progress("measuring layers")
         layers = [Layers(config, device) for config in LAYERS]
-        figures |= step_figures(layers, figures, engine_call_s(offload_dir, device))
+        call_s = engine_call_s(offload_dir, device)
+        figures |= step_figures(layers, figures, call_s)
         if device_is_host:
             progress("measuring the disk and layers beside each other")
             figures |= _contention(scratch, layers[-1])
@@ -113,7 +114,9 @@ def calibrate(
     if device_is_host and can_multiply_quantized():
         progress("measuring layers that are quantized")
         figures["quantized_product_flops_per_s"] = {
-            bits: quantized_product_rates(Layers(LAYERS[-1], device, bits), figures)
+            bits: quantized_product_rates(
+                Layers(LAYERS[-1], device, bits), figures, call_s
+            )
             for bits in BITS
         }
     if not device_is_host:

@@ -14,6 +14,7 @@ from flexjax.policy import Policy, Tier
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MOST_BATCHES = 64
+MEMORIES = (Tier.DEVICE, Tier.HOST)  # in which weights wait that are ahead
 
 
 class Candidate(NamedTuple):
@@ -82,7 +83,7 @@ def _solved(
         blocks = max(1.0, job.num_prompts / policy.block_size)
         job_s = solved.block_s * blocks
         yield Candidate(job_s, policy, layers_ahead, form, solved)
-        if solved.worth_s[Tier.DEVICE] <= 0:
+        if all(solved.worth_s.get(tier, 0.0) <= 0 for tier in MEMORIES):
             break  # nothing would be gained
 
 

@@ -94,8 +94,10 @@ class Hardware:
     @property
     def processor(self) -> Processor:
         """What the layout of a model depends on."""
-        multiplies_quantized = self.quantized_product_flops_per_s is not None
-        return Processor(self.device_is_host, multiplies_quantized)
+        return Processor(
+            is_host=self.device_is_host,
+            multiplies_quantized=self.quantized_product_flops_per_s is not None,
+        )
 
     def layer_s(self, rows: int, num_weights: int, bits: int | None = None) -> float:
         """Seconds of a call of a layer that multiplies `rows` rows with its matrices.
@@ -155,6 +157,11 @@ def _check_together(hardware: Hardware) -> None:
             "compute_beside_disk and disk_beside_compute sum to less than 1, but disk "
             "and processor that take turns keep as much"
         )
+    _check_tables(hardware)
+
+
+def _check_tables(hardware: Hardware) -> None:
+    """Refuses tables that lack what is asked of them."""
     by_rows: dict[str, Mapping[int, float]] = {
         "product_flops_per_s": hardware.product_flops_per_s,
         "call_s": hardware.call_s,
@@ -174,6 +181,11 @@ def _check_together(hardware: Hardware) -> None:
     for name, table in by_bits.items():
         if missing := set(BITS) - set(table):
             raise ValueError(f"{name} lacks {min(missing)} bits")
+    if hardware.processor.multiplies_quantized and not hardware.device_is_host:
+        raise ValueError(
+            f"{_NESTED} has no meaning: weights are made wide for a device with memory "
+            "of its own"
+        )
 
 
 def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:

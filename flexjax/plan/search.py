@@ -20,7 +20,8 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.schedule.footprint import by_tier
 from flexjax.sizes import format_bytes
 
-NUM_SIMULATED = 4  # of the best candidates
+NUM_SIMULATED = 4  # of the best sizes
+NEARLY = 0.9  # as good as the best by the closed form: it may be better simulated
 # Of a memory, for what no plan counts: Python, XLA's code, what is fragmented.
 RESERVED = 0.05
 RESERVED_BYTES = 400 << 20
@@ -79,22 +80,20 @@ def search(
         candidates(model, hardware, job, template, budgets),
         key=lambda candidate: candidate.job_s,
     )
-    plans, least_s = [], math.inf  # of a block
+    plans: list[Plan] = []
     for candidate in found:
         if candidate.solved.block_s > most_block_s:
-            least_s = min(least_s, candidate.solved.block_s)
             continue
         plan = _rounded(model, hardware, job, candidate, budgets)
         if plan is not None and plan.prediction.block_s <= most_block_s:
             plans.append(plan)
-        elif plan is not None:
-            least_s = min(least_s, plan.prediction.block_s)
-        if len(plans) == NUM_SIMULATED:
+        if len({plan.policy.block_size for plan in plans}) == NUM_SIMULATED:
             break
-    if not plans and math.isfinite(least_s):
+    if not plans and math.isfinite(most_block_s):
+        quickest = frontier(model, hardware, job, template)[0].prediction.block_s
         raise ValueError(
-            f"no block is done within {most_block_s:g} s: the quickest takes "
-            f"{least_s:.3g} s; allow that much"
+            f"no block is done within {most_block_s:g} s; the quickest takes about "
+            f"{quickest:.3g} s"
         )
     if not plans:
         raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
@@ -118,25 +117,28 @@ def frontier(
     shared = hardware.device_is_host
     budgets = memory_budgets(hardware.free_bytes, device_is_host=shared)
     template = allowed or Policy()
-    plans: list[Plan] = []
+    found: list[Plan] = []
+    best_per_s = 0.0  # prompts, by the closed form
     for candidate in sorted(
         candidates(model, hardware, job, template, budgets),
         key=lambda candidate: candidate.solved.block_s,
     ):
-        one = dataclasses.replace(job, num_prompts=candidate.policy.block_size)
-        if plans and one.num_prompts / candidate.solved.block_s <= _per_s(plans[-1]):
-            continue
-        plan = _rounded(model, hardware, one, candidate, budgets)
-        if plan is not None and (not plans or _per_s(plan) > _per_s(plans[-1])):
-            plans.append(plan)
-    if not plans:
+        rows = min(job.num_prompts, candidate.policy.block_size)
+        per_s = rows / candidate.solved.block_s
+        if per_s > NEARLY * best_per_s:
+            best_per_s = max(best_per_s, per_s)
+            one = dataclasses.replace(job, num_prompts=rows)
+            plan = _rounded(model, hardware, one, candidate, budgets)
+            found += [] if plan is None else [plan]
+    if not found:
         raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
+    plans: list[Plan] = []
+    best = 0.0  # tokens per second
+    for plan in sorted(found, key=lambda plan: plan.prediction.block_s):
+        if plan.prediction.tokens_per_s > best:
+            best = plan.prediction.tokens_per_s
+            plans.append(plan)
     return plans
-
-
-def _per_s(plan: Plan) -> float:
-    """Prompts per second."""
-    return plan.job.num_prompts / plan.prediction.block_s
 
 
 def memory_budgets(
@@ -162,11 +164,8 @@ def fits(
     job: Job,
     processor: Processor,
 ) -> bool:
-    """Whether a policy needs no more for a job than budgets allow.
-
-    As the engine does, which has fewer layers on their way where memory is short.
-    """
-    peak = predict_peak(model, policy, job, processor, layers_ahead=1, quickly=True)
+    """Whether a policy needs no more for a job than budgets allow."""
+    peak = predict_peak(model, policy, job, processor, quickly=True)
     return not _overflow(peak, budgets, processor.is_host)
 
 

@@ -186,16 +186,19 @@ def step_figures(
 
 
 def quantized_product_rates(
-    layers: Layers, figures: Mapping[str, Any]
+    layers: Layers, figures: Mapping[str, Any], engine_call_s: float
 ) -> dict[int, float]:
-    """Of products with layers that are quantized, by rows, where all else is known."""
+    """Of products with layers that are quantized, by rows, where all else is known.
+
+    `engine_call_s` is part of a call's time in `figures`, but not of a step's.
+    """
     rates = {}
     for rows in QUANTIZED_ROWS:
         if rows < PREFILL_ROWS:
             seconds = layers.decode_s(rows, figures["attention_bytes_per_s"])
         else:
             seconds = layers.prefill_s(rows, figures["prefill_attention_flops_per_s"])
-        seconds = _without(seconds, figures["call_s"][rows])
+        seconds = _without(seconds, figures["call_s"][rows] - engine_call_s)
         rates[rows] = 2 * rows * layers.num_weights / seconds
     return rates
 

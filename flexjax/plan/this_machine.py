@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 
+from flexjax.kernels.products import can_multiply_quantized
 from flexjax.memory.capacity import free_bytes
 from flexjax.memory.link import Device, is_shared
 
 
 def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
-    """A name for what figures depend on: processors, memory, disk, and JAX's version.
+    """A name for what figures depend on: processors, memory, disk, kernels, and JAX.
 
     A disk is known by the system's number for it.
     """
@@ -25,6 +26,7 @@ def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
         _num_cores(),
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _device_kind(device),
+        is_shared(device) and can_multiply_quantized(),
         existing.stat().st_dev,
         jax.__version__,
     ]

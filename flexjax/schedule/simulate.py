@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Protocol
 
 from flexjax.schedule.emit import Alive
@@ -131,19 +131,22 @@ def simulate(
 
     Nobody ends early; but as in a run, a batch is asked for its next step only once its
     last one is done. With `barrier` a compute call waits for all that was issued before
-    it, whether it needs it or not, as FlexGen's does (arXiv 2303.06865, algorithm 1).
+    it, whether it needs it or not, but for what the last call made and is being stored,
+    as FlexGen's does (arXiv 2303.06865, algorithm 1).
     """
     run = _Run(costs, contention)
+    stored: list[_Task] = []  # since the last compute call was issued
     for op in emit(work, run.alive):
         match op:
             case Load(buffer, step):
                 run.load(buffer, step)
             case Compute(step, layer, batch):
                 if barrier:
-                    run.drain()
+                    run.drain(but=stored)
+                stored.clear()
                 run.compute(Cell(step, layer, batch))
             case Store(buffer, step):
-                run.store(buffer, step)
+                stored.append(run.store(buffer, step))
             case Free(buffer):
                 run.free(buffer)
     run.end()
@@ -223,13 +226,14 @@ class _Run:
         self._computed[cell.batch] = task
         self._ends.append((cell.step, task))
 
-    def store(self, buffer: Cache | Hidden, step: int) -> None:
+    def store(self, buffer: Cache | Hidden, step: int) -> _Task:
         seconds = self._costs.store(buffer, step)
         lane = _Queue.CACHE_OUT if isinstance(buffer, Cache) else _Queue.HIDDEN
         stages = sorted(seconds.items(), key=lambda stage: stage[0] in DISK)
         task = self._add(lane, stages, [self._computed[buffer.batch]])
         self._stored[buffer] = task
         self._uses[buffer].append(task)
+        return task
 
     def free(self, buffer: Buffer) -> None:
         self._advance(self._uses.pop(buffer))
@@ -237,9 +241,10 @@ class _Run:
         if isinstance(buffer, Weights):
             self._layer_parts[buffer.layer].remove(buffer)
 
-    def drain(self) -> None:
+    def drain(self, but: Container[_Task] = ()) -> None:
         """Waits for all that was issued."""
-        self._advance([task for queue in self._queues.values() for task in queue])
+        issued = (task for queue in self._queues.values() for task in queue)
+        self._advance([task for task in issued if task not in but])
 
     def end(self) -> None:
         self.drain()

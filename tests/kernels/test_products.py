@@ -19,7 +19,7 @@ from flexjax.models.opt import contract_last
 from flexjax.quant import Quantization, QuantizedArray, dequantize, quantize
 
 pytestmark = pytest.mark.skipif(
-    not compiled.is_wanted(), reason="no kernel for this processor"
+    not can_multiply_quantized(), reason="no kernel for this processor, or no compiler"
 )
 
 
@@ -92,12 +92,19 @@ def test_products_may_run_beside_each_other():
         (4, 64, 512, "float32"),
     ],
 )
-def test_what_the_kernel_cannot_do_is_left_to_xla(bits, group_size, inputs, dtype):
+def test_what_the_kernel_cannot_do_is_refused(bits, group_size, inputs, dtype):
     how = Quantization(bits=bits, group_size=group_size, dtype=dtype)
     assert not is_multiplied(how, inputs)
     weight = QuantizedArray(jnp.zeros((3, how.width(inputs)), jnp.uint8), how)
     with pytest.raises(ValueError, match="no kernel multiplies with weights of"):
         contract_last(jnp.zeros((2, inputs), jnp.bfloat16), weight)
+
+
+def test_weights_for_other_inputs_are_refused():
+    how = Quantization(bits=4, group_size=64, dtype="bfloat16")
+    weight = QuantizedArray(jnp.zeros((3, how.width(256)), jnp.uint8), how)
+    with pytest.raises(ValueError, match="x is .2, 512., but the weights are .3, 256."):
+        contract_last(jnp.zeros((2, 512), jnp.bfloat16), weight)
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def test_without_a_working_compiler_xla_does_the_work(anew, monkeypatch, caplog,
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     monkeypatch.setenv("CXX", cxx or "")
     assert not can_multiply_quantized()
-    assert "the kernel products cannot be compiled" in caplog.text
+    assert "the kernel products is not to be had" in caplog.text
     assert not list((anew / "kernels").glob("*"))
 
 

@@ -59,6 +59,7 @@ NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, -1, True, "1", [], {}]
 
 rates = st.floats(1e-3, 1e18)
 budgets = st.integers(0, 1 << 62)
+tables = st.dictionaries(st.integers(1, 1 << 20), rates, min_size=1)
 apart = st.one_of(
     st.fixed_dictionaries(
         {
@@ -67,19 +68,20 @@ apart = st.one_of(
             "from_device_bytes_per_s": rates,
         }
     ),
-    st.just({"device_is_host": True}),
+    st.fixed_dictionaries(
+        {
+            "device_is_host": st.just(True),
+            NESTED: st.none() | st.fixed_dictionaries(dict.fromkeys(BITS, tables)),
+        }
+    ),
 )
 machines = st.builds(
     lambda links, **figures: Hardware(**links, **figures),
     apart,
     name=st.text(),
-    product_flops_per_s=st.dictionaries(st.integers(1, 1 << 20), rates, min_size=1),
+    product_flops_per_s=tables,
     dequantized_bytes_per_s=st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
     call_s=st.dictionaries(st.integers(1, 1 << 20), st.floats(0, 10), min_size=1),
-    quantized_product_flops_per_s=st.none()
-    | st.fixed_dictionaries(
-        dict.fromkeys(BITS, st.dictionaries(st.integers(1, 1 << 20), rates, min_size=1))
-    ),
     **dict.fromkeys(BUDGETS, budgets),
     **dict.fromkeys(FRACTIONS, st.floats(0.5, 1)),
     **{name: rates for name in RATES if "device" not in name},
@@ -181,6 +183,7 @@ def test_a_machine_s_name_is_a_text():
         (NESTED, {"8": {"1": 1.0}}, f"{NESTED} lacks 4 bits"),
         (NESTED, {"4": {}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is empty"),
         (NESTED, {"4": {"0": 1.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits has 0 rows"),
+        (NESTED, {"4": {"1": 1.0}, "8": {"1": 1.0}}, f"{NESTED} has no meaning"),
         (NESTED, {"4": 1.0, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is 1.0"),
         (NESTED, {"4": {"1": 0.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits and 1 rows"),
     ],

@@ -108,12 +108,12 @@ def test_no_policy_of_a_grid_is_predicted_to_be_much_faster(base, kib):
 def test_a_frontier_gives_more_for_more_patience_and_ends_at_the_best(base):
     hardware = machine(base, 6000, 6000)
     plans = frontier(MODEL, hardware, JOB)
-    rates = [plan.job.num_prompts / plan.prediction.block_s for plan in plans]
+    rates = [plan.prediction.tokens_per_s for plan in plans]
     latencies = [plan.prediction.block_s for plan in plans]
-    assert rates == sorted(rates)
-    assert latencies == pytest.approx(sorted(latencies), rel=0.1)
+    assert rates == sorted(set(rates))
+    assert latencies == sorted(set(latencies))
     best = search(MODEL, hardware, JOB).prediction
-    assert JOB.num_prompts / best.total_s <= 1.05 * rates[-1]
+    assert best.tokens_per_s <= 1.05 * rates[-1]
 
 
 @pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])

@@ -91,6 +91,22 @@ def test_a_barrier_only_delays(work, costs, schedule):
     assert waiting.busy_s == pytest.approx(free.busy_s)
 
 
+def test_a_barrier_waits_for_loads_and_not_for_what_was_just_made():
+    """A call and its store take a second each: the store is beside the next call."""
+    work = Workload(num_decoder_layers=6, num_batches=4, gen_len=2)
+    second = {Resource.DISK_READ: 1.0}
+    storing = DrawnCosts({}, {}, second, {Resource.COMPUTE: 1.0})
+    calls = work.gen_len * work.num_layers * work.num_batches
+    assert simulate(zigzag, work, storing, barrier=True).seconds < 1.6 * calls
+    # Weights of two seconds a layer, which a barrier has each time wait for all of.
+    heavy = DrawnCosts({Resource.DISK_READ: 2.0}, {}, {}, {Resource.COMPUTE: 1.0})
+    free, waiting = (
+        simulate(zigzag, work, heavy, barrier=barrier).seconds
+        for barrier in (False, True)
+    )
+    assert waiting > 1.2 * free
+
+
 @given(work=works(), costs=costs_drawn)
 def test_looking_ahead_is_no_slower_than_one_after_the_other(work, costs):
     """Where compute alone needs the processor, so that nothing is shared but lanes."""
