@@ -73,5 +73,5 @@ def test_a_grid_is_shown(tmp_path):
     path = tmp_path / "grid.json"
     path.write_text(json.dumps(values))
     page = run_report(path, tmp_path / "out")
-    assert "| 2 GB | 2.10 s (1 x 1, all on the device) | 2.00 s" in page
+    assert "| 2 GB | 2.10 s (1 x 8, all on the device) | 2.00 s" in page
     assert "| 2 | +5.0% |" in page

@@ -64,6 +64,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="a machine's file, or one of " + ", ".join(example_names()),
     )
     parser.add_argument("--offload-dir", metavar="DIR", help="where to spill to")
+    _add_limits(parser)
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help=f"write the plan here, or what {_CALIBRATE} measured, for --hardware",
+    )
+    parser.add_argument(
+        "--policy-json", metavar="FILE", help="write a policy.json for --policy here"
+    )
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-quantized",
         action="store_true",
@@ -75,15 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="the most that a block of prompts may take, to its last token",
     )
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help=f"write the plan here, or what {_CALIBRATE} measured, for --hardware",
-    )
-    parser.add_argument(
-        "--policy-json", metavar="FILE", help="write a policy.json for --policy here"
-    )
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:
