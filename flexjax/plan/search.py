@@ -2,8 +2,8 @@
 
 For each (batch_size, num_batches) a linear program chooses the six placement fractions
 that take the least time within the memory of each tier, where a phase takes as long as
-its slowest resource. An outer search walks the sizes; the best candidates are rounded
-to policies that the engine runs as they are, and simulated.
+its slowest resource (`candidates`). Here the best of them are rounded to policies that
+the engine runs as they are, and simulated.
 """
 
 import dataclasses
