@@ -15,6 +15,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -83,29 +84,35 @@ def run_here(store: WeightStore, folder: pathlib.Path) -> dict[str, Any]:
     policies = [p for p in grid() if fits(model, p, budgets, JOB, processor)]
     seconds: dict[Policy, float] = {}
     for policy in (chosen.policy, *policies):
-        try:
-            seconds[policy] = _run(store, policy, folder)
-        except ValueError as error:  # what earlier runs keep may be in the way
-            print(f"left out: {error}", file=sys.stderr)
+        seconds[policy] = _run(store, policy, folder)
     best_s = min(seconds.values())
     for policy, spent_s in seconds.items():
         if policy == chosen.policy or spent_s <= NEAR * best_s:
             seconds[policy] = min(spent_s, _run(store, policy, folder))
     runs = [
-        {"policy": to_json(p), "seconds": spent_s} for p, spent_s in seconds.items()
+        {"policy": to_json(policy), "seconds": spent_s}
+        for policy, spent_s in seconds.items()
+        if math.isfinite(spent_s)
     ]
     return {"chosen": runs[0], "reason": chosen.reason, "grid": runs[1:]}
 
 
 def _run(store: WeightStore, policy: Policy, folder: pathlib.Path) -> float:
-    """Seconds of the job under a policy, once all is loaded."""
+    """Seconds of the job under a policy, once all is loaded.
+
+    Infinity if it is refused: a process keeps some of what earlier runs freed.
+    """
     _give_back()
     shape = (JOB.num_prompts, JOB.prompt_len)
     prompts = np.random.default_rng(0).integers(4, store.config.vocab_size, shape)
     params = SamplingParams(max_tokens=JOB.gen_len, temperature=0.0, ignore_eos=True)
-    with LLM(store.folder, policy=policy, offload_dir=folder) as llm:
-        llm.generate(prompts.tolist(), params)
-        spent_s = llm.metrics["seconds"]
+    try:
+        with LLM(store.folder, policy=policy, offload_dir=folder) as llm:
+            llm.generate(prompts.tolist(), params)
+            spent_s = llm.metrics["seconds"]
+    except ValueError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return math.inf
     print(f"{spent_s:7.2f} s {_in_short(to_json(policy))}", file=sys.stderr)
     return spent_s
 
