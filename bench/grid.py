@@ -89,12 +89,14 @@ def run_here(store: WeightStore, folder: pathlib.Path) -> dict[str, Any]:
     for policy, spent_s in seconds.items():
         if policy == chosen.policy or spent_s <= NEAR * best_s:
             seconds[policy] = min(spent_s, _run(store, policy, folder))
+    planned_s = seconds.pop(chosen.policy)
     runs = [
         {"policy": to_json(policy), "seconds": spent_s}
         for policy, spent_s in seconds.items()
         if math.isfinite(spent_s)
     ]
-    return {"chosen": runs[0], "reason": chosen.reason, "grid": runs[1:]}
+    planned = {"policy": to_json(chosen.policy), "seconds": planned_s}
+    return {"chosen": planned, "reason": chosen.reason, "grid": runs}
 
 
 def _run(store: WeightStore, policy: Policy, folder: pathlib.Path) -> float:
