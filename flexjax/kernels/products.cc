@@ -31,7 +31,7 @@ constexpr int64_t kStripVectors = 4;  // of rows; with a panel's inputs 32 KiB
 constexpr int64_t kPanelOutputs = 256;
 constexpr int64_t kTileSums = 24;         // registers that a tile adds up in
 constexpr int64_t kMostTileOutputs = 16;  // see `Strip`
-constexpr int64_t kBlockRows = 1024;      // for which sums are kept
+constexpr int64_t kBlockRows = 256;       // for which sums are kept, in the level-2 cache
 
 inline int64_t Ceil(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
