@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from flexjax.memory.layout import MOST_LAYERS_AHEAD
-from flexjax.plan.closed_form import BlockForm, Model, block_form
+from flexjax.plan.closed_form import BlockForm, Model, block_bytes, block_form
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job
 from flexjax.plan.program import Solved, solve
@@ -68,15 +68,14 @@ def _solved(
     budgets: Mapping[Tier, int],
 ) -> Iterator[Candidate]:
     """The best fractions of a block: with fewer layers ahead, if memory is short."""
+    lengths = {"prompt_len": job.prompt_len, "gen_len": job.gen_len}
+    form = block_form(model, policy, hardware, **lengths)
     for layers_ahead in range(MOST_LAYERS_AHEAD, 0, -1):
-        form = block_form(
-            model,
-            policy,
-            hardware,
-            prompt_len=job.prompt_len,
-            gen_len=job.gen_len,
-            layers_ahead=layers_ahead,
-        )
+        if layers_ahead < MOST_LAYERS_AHEAD:
+            fewer = block_bytes(
+                model, policy, hardware, **lengths, layers_ahead=layers_ahead
+            )
+            form = dataclasses.replace(form, bytes=fewer)
         solved = solve(form, hardware, budgets)
         if solved is None:
             continue

@@ -9,8 +9,8 @@ No formula of the engine's is written twice.
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -140,29 +140,53 @@ def with_shares(policy: Policy, shares: Mapping[tuple[Kind, Tier], float]) -> Po
 
 
 def block_form(
+    model: Model, policy: Policy, hardware: Hardware, *, prompt_len: int, gen_len: int
+) -> BlockForm:
+    """The form of a whole block under `policy`, whatever its placements."""
+    shape = _Shape(prompt_len, gen_len, MOST_LAYERS_AHEAD)
+    corners = list(_corners(model, policy, hardware, shape))
+    return BlockForm(
+        prefill=_linear([corner.prefill_s() for corner in corners]),
+        decode=_linear([corner.decode_s() for corner in corners]),
+        bytes=_linear([corner.peak_bytes() for corner in corners]),
+    )
+
+
+def block_bytes(
     model: Model,
     policy: Policy,
     hardware: Hardware,
     *,
     prompt_len: int,
     gen_len: int,
-    layers_ahead: int = MOST_LAYERS_AHEAD,
-) -> BlockForm:
-    """The form of a whole block under `policy`, whatever its placements."""
-    corners = []
+    layers_ahead: int,
+) -> Linear:
+    """Bytes of a block with so many layers ahead; its seconds are the same."""
+    shape = _Shape(prompt_len, gen_len, layers_ahead)
+    corners = _corners(model, policy, hardware, shape)
+    return _linear([corner.peak_bytes() for corner in corners])
+
+
+class _Shape(NamedTuple):
+    prompt_len: int
+    gen_len: int
+    layers_ahead: int
+
+
+def _corners(
+    model: Model, policy: Policy, hardware: Hardware, shape: _Shape
+) -> "Iterator[_Corner]":
     for corner in _corner_policies(policy):
         layout = model.layout(corner, hardware.processor)
         work = layout.workload(
-            corner, prompt_len=prompt_len, gen_len=gen_len, num_rows=corner.block_size
+            corner,
+            prompt_len=shape.prompt_len,
+            gen_len=shape.gen_len,
+            num_rows=corner.block_size,
         )
-        work = looking_ahead(work, layers_ahead)
+        work = looking_ahead(work, shape.layers_ahead)
         sizes = RunFootprint(work=work, policy=corner, weights=layout, scores=False)
-        corners.append(_Corner(sizes, hardware))
-    return BlockForm(
-        prefill=_linear([corner.prefill_s() for corner in corners]),
-        decode=_linear([corner.decode_s() for corner in corners]),
-        bytes=_linear([corner.peak_bytes() for corner in corners]),
-    )
+        yield _Corner(sizes, hardware)
 
 
 def _corner_policies(policy: Policy) -> list[Policy]:

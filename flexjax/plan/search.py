@@ -87,7 +87,8 @@ def search(
         plan = _rounded(model, hardware, job, candidate, budgets)
         if plan is not None and plan.prediction.block_s <= most_block_s:
             plans.append(plan)
-        if len({plan.policy.block_size for plan in plans}) == NUM_SIMULATED:
+        sizes = {(plan.policy.batch_size, plan.policy.num_batches) for plan in plans}
+        if len(sizes) == NUM_SIMULATED:
             break
     if not plans and math.isfinite(most_block_s):
         quickest = frontier(model, hardware, job, template)[0].prediction.block_s
