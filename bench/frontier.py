@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json is not None:
         report = {
             "model": args.model.rpartition("/")[2],
-            "hardware": hardware.name,
+            "hardware": pathlib.Path(args.hardware).stem,
             "job": dataclasses.asdict(job),
             "frontier": points,
             "command": f"python -m bench.frontier {args.model} --prompt-len "
