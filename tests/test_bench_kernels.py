@@ -66,7 +66,9 @@ def test_an_unknown_model_is_refused(capsys):
     assert "opt-9000b" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not can_multiply_quantized(), reason="no kernel here")
+@pytest.mark.skipif(
+    not can_multiply_quantized(), reason="no processor for the kernel, or no compiler"
+)
 def test_quantized_products_are_measured_where_there_is_a_kernel():
     wider = dataclasses.replace(TINY, hidden_size=128, ffn_dim=256)
     rows = [

@@ -9,7 +9,10 @@ from flexjax.memory import link
 from flexjax.policy import Tier
 
 pytestmark = [
-    pytest.mark.skipif(not can_multiply_quantized(), reason="no kernel here"),
+    pytest.mark.skipif(
+        not can_multiply_quantized(),
+        reason="no processor for the kernel, or no compiler",
+    ),
     pytest.mark.xdist_group("narrow"),
 ]
 
