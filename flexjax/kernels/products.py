@@ -1,6 +1,6 @@
 """Products with quantized weights, which are made wide in the processor's caches.
 
-On 2 cores of an AMD EPYC (AVX-512 with bfloat16), 4-bit weights of 16384 x 4096 multiply
+On 2 cores of an AMD EPYC with AVX-512, 4-bit weights of 16384 x 4096 multiply
 64 rows at 0.75 TFLOP/s and 1024 rows at 0.79; XLA does bfloat16 ones at 0.78 and 0.93,
 once they are wide, which takes as long again as 64 rows do.
 """
