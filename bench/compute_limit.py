@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.step_shapes import past_shapes
 from flexjax.cached_attention import Past
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.buffers import page_aligned, typed
-from flexjax.memory.footprint import cache_rows
 from flexjax.memory.layout import WeightLayout
 from flexjax.memory.link import Device
 from flexjax.models.config import layer_tensors
 from flexjax.models.opt import Params, unflatten
-from flexjax.policy import Policy, Tier
+from flexjax.policy import Policy
 from flexjax.quant import (
     QuantizedArray,
     cache_quantization,
@@ -33,7 +33,6 @@ from flexjax.quant import (
 )
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
-from flexjax.schedule.ops import Cache
 from flexjax.sparse import SparsePast
 from flexjax.steps import (
     decode_step,
@@ -270,26 +269,11 @@ class _Steps:
         return self._zeros((self._work.batch_size, seq, self._config.embed_dim))
 
     def _past(self, layer: int, step: int) -> tuple[Past, ...]:
-        """A cache in as many segments, of as many pieces, as the run's has."""
-        rows = cache_rows(self._policy, self._work, Cache(layer, 0))
-        config, slots = self._config, read_slots(self._work, step)
-        prompt, how = self._work.prompt_len, self._cache_as
-        width, dtype = config.head_dim, self._store.dtype
-        if how is not None:
-            width, dtype = how.width(width), BYTES
-
-        def pieces(tier: Tier, count: int) -> tuple[jax.Array, ...]:
-            cut = tier is Tier.DISK and slots > prompt
-            return tuple(
-                self._zeros((count, config.num_attention_heads, size, width), dtype)
-                for size in ((prompt, slots - prompt) if cut else (slots,))
-            )
-
-        return tuple(
-            (pieces(tier, count), pieces(tier, count))
-            for tier, count in zip(Tier, rows, strict=True)
-            if count
+        """A cache such as the run's."""
+        shapes = past_shapes(
+            self._policy, self._work, self._layout, layer=layer, step=step
         )
+        return jax.tree.map(lambda s: self._zeros(s.shape, s.dtype), shapes)
 
     def _zeros(
         self, shape: tuple[int, ...], dtype: np.dtype | None = None

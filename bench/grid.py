@@ -1,6 +1,6 @@
 """How good the planned policy is: beside every policy of a grid that fits.
 
-    python -m bench.grid opt-1.3b --memory-cap 2GB 4GB 8GB --json FILE
+    python -m bench.grid opt-1.3b --memory-cap 2GB 3GB 4GB --json FILE
 
 Under each cap a process of its own plans the job as `LLM(model)` would, and runs the
 plan and the grid. Each policy runs once, which also compiles for it; what came near the
@@ -46,7 +46,8 @@ from flexjax.sizes import parse_bytes
 
 JOB = Job(prompt_len=32, gen_len=6, num_prompts=24)
 SHAPES = ((8, 3), (12, 2), (24, 1), (12, 1))  # rows, batches
-WEIGHTS_ON_DEVICE, CACHE_ON_DEVICE = (0.0, 0.1, 0.25, 0.5, 1.0), (0.0, 0.5, 1.0)
+WEIGHTS_ON_DEVICE = (0.0, 0.1, 0.25, 0.35, 0.5, 1.0)
+CACHE_ON_DEVICE = (0.0, 0.5, 1.0)
 NEAR = 1.25  # times as long as the best: such a policy gets another run
 
 

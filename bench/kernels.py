@@ -3,12 +3,14 @@
     python -m bench.kernels opt-6.7b --json bench/results/kernels.json
 
 Everything is in memory. Rates of products count the multiplications with weights alone,
-two operations each; rates of attention count the bytes of keys and values, and those of
+two operations each; that of the instruction alone, on registers, is what no product
+can pass. Rates of attention count the bytes of keys and values, and those of
 dequantization the bytes of what comes out.
 """
 
 import argparse
 import concurrent.futures
+import ctypes
 import datetime
 import json
 import os
@@ -25,6 +27,7 @@ from bench.compute_limit import median_s
 from bench.machine import describe_machine
 from flexjax.cached_attention import attend_step
 from flexjax.cli import run_command
+from flexjax.kernels import compiled
 from flexjax.kernels.products import can_multiply_quantized, is_multiplied
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
@@ -47,7 +50,9 @@ PROMPT_LEN = 128
 PAST_SLOTS = 512
 SPARSITY = 0.1
 MEMORY_BYTES = 1 << 30
+PROCESSORS = os.cpu_count() or 1
 DTYPES = (jnp.bfloat16, jnp.float32)
+PEAK, PEAK_S = pathlib.Path(__file__).with_name("peak.cc"), 0.5
 
 
 def measure_kernels(
@@ -68,6 +73,9 @@ def measure_kernels(
         if can_multiply_quantized() and is_multiplied(how, config.hidden_size):
             for rows in ROWS:
                 yield _product(config, rows, how)
+    peak = compiled.library(PEAK) if compiled.is_wanted() else None
+    if peak is not None:
+        yield _peak(peak)
     yield _prefill_layer(config, batch_size)
     yield _memory_read()
     for dtype in DTYPES:
@@ -124,13 +132,26 @@ def _prefill_layer(config: OPTConfig, batch_size: int) -> dict[str, Any]:
     }
 
 
+def _peak(library: ctypes.CDLL) -> dict[str, Any]:
+    """What all processors together multiply at most, of what is in registers."""
+    measure = library.flexjax_peak_flops_per_s
+    measure.argtypes, measure.restype = [ctypes.c_double], ctypes.c_double
+    with concurrent.futures.ThreadPoolExecutor(PROCESSORS) as threads:
+        rates = list(threads.map(measure, [PEAK_S] * PROCESSORS))
+    return {
+        "kernel": "the instruction alone, bfloat16",
+        "shape": f"on registers, {PROCESSORS} threads",
+        "seconds": PEAK_S,
+        "flops_per_s": sum(rates),
+    }
+
+
 def _memory_read() -> dict[str, Any]:
     """What all processors together read of the host's memory, at most."""
-    count = os.cpu_count() or 1
     array = typed(page_aligned(MEMORY_BYTES), (MEMORY_BYTES // 4,), np.dtype("f4"))
     array[:] = 1.0
-    chunks = np.array_split(array, 8 * count)
-    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+    chunks = np.array_split(array, 8 * PROCESSORS)
+    with concurrent.futures.ThreadPoolExecutor(PROCESSORS) as threads:
         seconds = median_s(lambda _: list(threads.map(np.sum, chunks)), None)
     return {
         "kernel": "memory read",

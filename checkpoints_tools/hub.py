@@ -36,6 +36,15 @@ def download(model: str) -> pathlib.Path:
     )
 
 
+def download_config(model: str) -> pathlib.Path:
+    """The folder with a Hub model's config.json, before anything else is fetched.
+
+    Raises:
+        ValueError: no such model, or not to be had.
+    """
+    return _fetch(model, SMALL_FILES[:1])
+
+
 def _fetch(model: str, names: list[str]) -> pathlib.Path:
     try:
         folder = snapshot_download(

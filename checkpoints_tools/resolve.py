@@ -55,7 +55,7 @@ def resolve_model(
         raise ValueError(
             f"dtype is {dtype!r}, expected one of {', '.join([AUTO, *DTYPES])}"
         )
-    folder = _find(model)
+    folder, notice = _find(model), ""
     if is_store(folder):
         manifest = read_manifest(folder)
         stored, how = manifest.dtype, manifest.quantization
@@ -69,7 +69,7 @@ def resolve_model(
         if wanted == stored and weight_bits is None:
             return folder
         into = wanted.name if weight_bits is None else f"{weight_bits}-bit"
-        logger.warning("%s holds %s: making a %s copy", folder, stored.name, into)
+        notice = f"{folder} holds {stored.name}: making a {into} copy"
     source = open_source(folder)
     wanted = choose_dtype(dtype, source.dtype, platform)
     name = folder.resolve().name if pathlib.Path(model).is_dir() else str(model)
@@ -77,7 +77,7 @@ def resolve_model(
     how = None
     if weight_bits is not None:
         how = Quantization(bits=weight_bits, group_size=group_size, dtype=wanted.name)
-    return _cached(source, wanted, how, name, cache)
+    return _cached(source, wanted, how, name, cache, notice)
 
 
 def _find(model: str | os.PathLike[str]) -> pathlib.Path:
@@ -124,8 +124,12 @@ def _cached(
     how: Quantization | None,
     name: str,
     cache: pathlib.Path,
+    notice: str,
 ) -> pathlib.Path:
-    """The store of `source` in the cache; another state of the source is another."""
+    """The store of `source` in the cache; another state of the source is another.
+
+    `notice` is what to say before it is made.
+    """
     kind = dtype.name
     if how is not None:
         kind += f"-{how.bits}bit-{how.group_size}"
@@ -135,6 +139,8 @@ def _cached(
     if not _is_made(store, source):
         with _turn(store, name):
             if not _is_made(store, source):
+                if notice:
+                    logger.warning(notice)
                 convert_to_store(source, store, dtype, f"making {store.name}", how)
     return store
 

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from flexjax.memory.link import DeviceLink, Loan, nothing_to_release
 from flexjax.memory.transport import Transport
 from flexjax.models.config import OPTConfig, tensor_shapes
 from flexjax.policy import Kind, Tier
+from flexjax.schedule.ops import Cell, Compute, Load, Op, Store
+from flexjax.schedule.simulate import Costs, Resource, add_seconds
 from flexjax.store_writer import StoreWriter
 
 POISON = 0xFF  # bytes of it are not a number, in every float type
@@ -162,3 +164,17 @@ def files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Every file below `folder`."""
     for parent, _, names in os.walk(folder):
         yield from (pathlib.Path(parent, name) for name in names)
+
+
+def total_seconds(costs: Costs, ops: Iterable[Op]) -> dict[Resource, float]:
+    """Seconds that `ops` take of each resource, when nothing else happens."""
+    total = dict.fromkeys(Resource, 0.0)
+    for op in ops:
+        match op:
+            case Load(buffer, step):
+                add_seconds(total, costs.load(buffer, step))
+            case Compute(step, layer, batch):
+                add_seconds(total, costs.compute(Cell(step, layer, batch)))
+            case Store(buffer, step):
+                add_seconds(total, costs.store(buffer, step))
+    return total

@@ -85,6 +85,7 @@ STAIRS = [
     "plan.step_rates",
     "plan.calibrate",
     "plan.costs",
+    "plan.peak",
     "plan.closed_form",
     "plan.program",
     "plan.predict",

@@ -8,6 +8,7 @@ from bench.kernels import measure_kernels
 from bench.report_files import read_results
 from bench.report_values import Kernels
 from flexjax.cli import run_command
+from flexjax.kernels import compiled
 from flexjax.kernels.products import can_multiply_quantized
 from flexjax.models.config import OPTConfig
 
@@ -25,6 +26,11 @@ TINY = OPTConfig(
 def once(monkeypatch):
     monkeypatch.setattr("bench.compute_limit.MOST_REPEATS", 1)
     monkeypatch.setattr(kernels, "MEMORY_BYTES", 1 << 16)
+    monkeypatch.setattr(kernels, "PEAK_S", 1e-3)
+
+
+def has_peak():
+    return compiled.is_wanted() and compiled.library(kernels.PEAK) is not None
 
 
 def test_rates_are_work_over_time():
@@ -33,11 +39,15 @@ def test_rates_are_work_over_time():
     for count, row in zip(kernels.ROWS, products, strict=True):
         assert row["flops_per_s"] * row["seconds"] == pytest.approx(2 * count * 8 * 16)
         assert row["bytes_per_s"] * row["seconds"] == pytest.approx(2 * 8 * 16)
-    layer = rows[len(products)]
+    rows = rows[len(products) :]
+    if has_peak():
+        peak = rows.pop(0)
+        assert peak["kernel"] == "the instruction alone, bfloat16"
+        assert peak["flops_per_s"] > max(row["flops_per_s"] for row in products)
+    layer, memory, *rest = rows
     weights = 4 * 8 * 8 + 2 * 8 * 16
     flops = 2 * 2 * kernels.PROMPT_LEN * weights
     assert layer["flops_per_s"] * layer["seconds"] == pytest.approx(flops)
-    memory, *rest = rows[len(products) + 1 :]
     nbytes = memory["bytes_per_s"] * memory["seconds"]
     assert nbytes == pytest.approx(kernels.MEMORY_BYTES)
     attention, widening = rest[:3], rest[3:]

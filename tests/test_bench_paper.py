@@ -19,8 +19,8 @@ def test_a_barrier_makes_nothing_much_faster(published):
     assert waiting.total_s >= 0.97 * free.total_s
 
 
-def test_what_is_searched_for_the_smallest_is_as_good_as_what_the_paper_chose():
-    """Of OPT-30B it is not: a reserve is left of the memory that the paper fills."""
-    assert (
-        searched(PAPER[0]).prediction.tokens_per_s >= predicted(PAPER[0]).tokens_per_s
-    )
+@pytest.mark.parametrize("published", PAPER, ids=lambda row: row.model)
+def test_what_is_searched_is_as_good_as_what_the_paper_chose(published):
+    """Within as much memory: of OPT-30B's the paper fills what a plan leaves free."""
+    found = searched(published, as_much=True).prediction.tokens_per_s
+    assert found >= predicted(published).tokens_per_s

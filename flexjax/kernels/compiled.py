@@ -28,7 +28,6 @@ FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-w"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
-FOLDER = pathlib.Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 COMPILES_WITHIN_S = 300.0
 
@@ -56,32 +55,33 @@ def _processor_flags() -> frozenset[str]:
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The library of `name`.cc; None, and a warning, if it cannot be made."""
+def library(source: pathlib.Path) -> ctypes.CDLL | None:
+    """The library of a .cc file; None, and a warning, if it cannot be made."""
     try:
-        return ctypes.CDLL(str(_made(name)))
+        return ctypes.CDLL(str(_made(source)))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         logger.warning(
             "the kernel %s is not to be had, XLA does its work, more slowly: %s",
-            name,
+            source.stem,
             _reason(error),
         )
         return None
 
 
-def _made(name: str) -> pathlib.Path:
+def _made(source: pathlib.Path) -> pathlib.Path:
     """The library's file, compiled if it is not there yet."""
-    sources = [path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*"))]
+    # With all that it may include.
+    sources = [path.read_bytes() for path in sorted(source.parent.glob("*.[ch]*"))]
     facts = [*sources, *map(str.encode, (*FLAGS, jax.__version__))]
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     folder = default_cache() / "kernels"
-    path = folder / f"{name}-{digest}.so"
+    path = folder / f"{source.stem}-{digest}.so"
     if not path.exists():
-        logger.info("compiling the kernel %s, once, into %s", name, folder)
+        logger.info("compiling the kernel %s, once, into %s", source.stem, folder)
         make_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
             out = pathlib.Path(scratch, path.name)
-            _compile(_compiler(), FOLDER / f"{name}.cc", out)
+            _compile(_compiler(), source, out)
             sync_tree(pathlib.Path(scratch))
             out.replace(path)
     return path

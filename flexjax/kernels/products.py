@@ -6,6 +6,7 @@ once they are wide, which takes as long again as 64 rows do.
 """
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from flexjax.kernels import compiled
 from flexjax.quant import Quantization, QuantizedArray
 
+SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _NAME = "flexjax_contract_quantized"
 _STEP = 32  # elements that the kernel makes wide at once
 
@@ -24,7 +26,7 @@ def can_multiply_quantized() -> bool:
     """Whether the kernel is there; compiles it the first time."""
     if not compiled.is_wanted():
         return False
-    library = compiled.library("products")
+    library = compiled.library(SOURCE)
     if library is None:
         return False
     handler = jax.ffi.pycapsule(getattr(library, _NAME))

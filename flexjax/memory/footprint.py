@@ -192,18 +192,20 @@ class RunFootprint:
             }
         rows = cache_rows(self.policy, work, buffer)
         slot_bytes = self.cache_slot_bytes
+        row_bytes = slot_bytes * work.cache_slots(self._true(step))
         size = Counter(
             {
-                (tier, Kind.KV_CACHE): count
-                * slot_bytes
-                * work.cache_slots(self._true(step))
-                for tier, count in zip(Tier, rows, strict=True)
+                (Tier.DEVICE, Kind.KV_CACHE): rows.device * row_bytes,
+                (Tier.HOST, Kind.KV_CACHE): rows.host * row_bytes,
             }
         )
-        if rows.disk and step > 0:
-            # Keys and values are two arrays, each with a tail.
+        if rows.disk:
+            # Keys and values are two arrays; each has a tail, written when full.
             tail = tail_slots(rows.disk * slot_bytes // 2)
-            size[Tier.HOST, Kind.KV_CACHE] += rows.disk * slot_bytes * tail
+            written = work.prompt_len + self._true(step) // tail * tail
+            size[Tier.DISK, Kind.KV_CACHE] = rows.disk * slot_bytes * written
+            if step > 0:
+                size[Tier.HOST, Kind.KV_CACHE] += rows.disk * slot_bytes * tail
         return size
 
     def _true(self, step: int) -> int:

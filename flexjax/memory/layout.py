@@ -172,8 +172,12 @@ class WeightLayout:
                 wide += count * entry.used_row_bytes
         return _Load(spans, Moved(moved, wide))
 
-    def home_bytes(self) -> dict[Tier, int]:
+    def home_bytes(self) -> Mapping[Tier, int]:
         """Bytes on each tier, where the tensors live."""
+        return self._home_bytes
+
+    @functools.cached_property
+    def _home_bytes(self) -> Mapping[Tier, int]:
         nbytes = {name: entry.nbytes for name, entry in self.tensors.items()}
         return effective(nbytes, self.tiers)
 

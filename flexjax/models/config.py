@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+CONFIG_FILE = "config.json"
 ACTIVATIONS = ("relu", "gelu")
 POSITION_OFFSET = 2  # OPT's position table starts with two rows that no token uses
 LAYER_NORM_EPSILON = 1e-5  # torch's default, which every OPT checkpoint relies on
@@ -115,7 +116,21 @@ def read_config(folder: pathlib.Path) -> OPTConfig:
     Raises:
         ValueError: the file is missing, is not JSON, or does not describe an OPT model.
     """
-    path = folder / "config.json"
+    return parse_config(_read_values(folder), str(folder / CONFIG_FILE))
+
+
+def read_dtype(folder: pathlib.Path) -> str:
+    """The type that `folder/config.json` says the weights have, such as "float16".
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
+    """
+    values = _read_values(folder)
+    return str(values.get("dtype") or values.get("torch_dtype") or "float32")
+
+
+def _read_values(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(
             f"{folder} has no config.json; give a folder with a Hugging Face checkpoint"
@@ -126,7 +141,12 @@ def read_config(folder: pathlib.Path) -> OPTConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
-    return parse_config(values, str(path))
+    return values
+
+
+def is_published(name: str) -> bool:
+    """Whether `named_config` knows a model by this name."""
+    return _short(name) in MODELS
 
 
 def to_hugging_face(config: OPTConfig, dtype: str) -> dict[str, Any]:
@@ -281,9 +301,14 @@ def named_config(name: str) -> OPTConfig:
     Raises:
         ValueError: the name is not in `MODELS`; the message lists what is.
     """
-    short = name.rpartition("/")[2].lower()
+    short = _short(name)
     if short not in MODELS:
         raise ValueError(
             f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}"
         )
     return MODELS[short]
+
+
+def _short(name: str) -> str:
+    """A published model's name without its owner's."""
+    return name.rpartition("/")[2].lower()

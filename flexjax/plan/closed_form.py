@@ -8,8 +8,7 @@ No formula of the engine's is written twice.
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,15 +26,14 @@ from flexjax.memory.layout import (
 from flexjax.models.config import OPTConfig
 from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import Hardware
+from flexjax.plan.peak import Counted, peak_from_above
 from flexjax.policy import Kind, Placement, Policy, Tier
-from flexjax.schedule.footprint import Bytes
-from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import Cache, Cell, Hidden
 from flexjax.schedule.simulate import DISK, Contention, Resource, add_seconds
 
 # The variables: the share of a kind on a tier; the rest is on disk.
 SHARES = tuple((kind, tier) for kind in Kind for tier in (Tier.DEVICE, Tier.HOST))
 MOST_SAMPLED = 5  # steps whose seconds stand for those of all
-Counted = Counter[tuple[Tier, Kind]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,76 +265,3 @@ class _Corner:
 
     def peak_bytes(self) -> Counted:
         return peak_from_above(self._sizes, alike=True)
-
-
-def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
-    """What `flexjax.schedule.footprint.peak_bytes` would say of `zigzag`, or more.
-
-    Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, two
-    caches and two hidden states.
-
-    Args:
-        sizes: of a run.
-        alike: all its caches are alike, and all its hidden states.
-    """
-    work = sizes.work
-    last = work.gen_len - 1
-    total = Counter(sizes.resident())
-    layers = [
-        _sum(sizes.loaded(Weights(layer, part), 0) for part in range(work.num_parts))
-        for layer in (range(1) if alike else range(work.num_layers))
-    ]
-    _add(total, _most(layers), work.layers_ahead + 1)
-    cells = [
-        Cache(layer, batch)
-        for layer in range(work.num_decoder_layers)
-        for batch in range(work.num_batches)
-    ]
-    if last > 0:
-        stored = _homes(sizes, cells, last - 1, alike=alike)
-        _add(total, _sum(stored))
-        _add(total, _most(stored), 2)
-        some = cells[:1] if alike else cells
-        _add(total, _most([sizes.loaded(cache, last) for cache in some]), 2)
-    states = [Hidden(batch) for batch in range(work.num_batches)]
-    stored = _homes(sizes, states, 0, alike=alike)
-    _add(total, _sum(stored))
-    _add(total, _most(stored), 2)
-    _add(total, sizes.loaded(Hidden(0), 0), 2)
-    for size in sizes.computed(Cell(0, 0, 0)).values():
-        _add(total, size, 2)
-    _add(total, _most([sizes.workspace(Cell(step, 0, 0)) for step in (0, last)]))
-    return total
-
-
-def _homes(
-    sizes: RunFootprint,
-    buffers: Sequence[Cache] | Sequence[Hidden],
-    step: int,
-    *,
-    alike: bool,
-) -> list[Bytes]:
-    if alike:
-        return [sizes.stored(buffers[0], step)] * len(buffers)
-    return [sizes.stored(buffer, step) for buffer in buffers]
-
-
-def _sum(sizes: Iterable[Bytes]) -> Counted:
-    total: Counted = Counter()
-    for size in sizes:
-        _add(total, size)
-    return total
-
-
-def _most(sizes: Iterable[Bytes]) -> Counted:
-    """The largest of each kind on each tier."""
-    most: Counted = Counter()
-    for size in sizes:
-        for key, nbytes in size.items():
-            most[key] = max(most[key], nbytes)
-    return most
-
-
-def _add(total: Counted, more: Bytes, times: int = 1) -> None:
-    for key, nbytes in more.items():
-        total[key] += times * nbytes

@@ -3,19 +3,26 @@
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from checkpoints_tools.open_source import open_source
-from checkpoints_tools.resolve import AUTO, choose_dtype
+from checkpoints_tools.resolve import AUTO, HUB_ID, choose_dtype
 from flexjax.checkpoint import is_store, read_manifest
-from flexjax.models.config import OPTConfig, named_config
+from flexjax.models.config import (
+    OPTConfig,
+    is_published,
+    named_config,
+    read_config,
+    read_dtype,
+)
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job
-from flexjax.plan.search import Plan, search
+from flexjax.plan.search import Plan, search, with_exact_peak
 from flexjax.policy import Policy
 from flexjax.quant import Quantization
 from flexjax.store_format import DTYPES, Manifest, planned_entries
@@ -64,23 +71,42 @@ def template_of(how: Quantization | None) -> Policy:
 
 
 def find_model(name: str, *, platform: str) -> Found:
-    """A folder with a checkpoint or a store, or a published model, in bfloat16.
+    """A folder with a checkpoint or a store, a published model, or a Hub id.
+
+    A published model is known here, and is in bfloat16. Of another one on the Hub only
+    the config is fetched.
 
     Args:
         name: of the folder or the model.
         platform: JAX's name of what will compute: a CPU takes float16 as bfloat16.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them, or not an OPT model.
+        OSError: the Hub cannot be reached.
     """
     folder = pathlib.Path(name)
     if not folder.is_dir():
-        return Found(named_config(name), DTYPES["bfloat16"])
+        if is_published(name) or not re.fullmatch(HUB_ID, name):
+            return Found(named_config(name), DTYPES["bfloat16"])
+        return _on_hub(name, platform)
     if is_store(folder):
         manifest = read_manifest(folder)
         return Found(manifest.config, manifest.dtype, manifest)
     source = open_source(folder)
     return Found(source.config, choose_dtype(AUTO, source.dtype, platform))
+
+
+def _on_hub(name: str, platform: str) -> Found:
+    # Imported where it is needed: the Hub's client takes a second to load.
+    from checkpoints_tools.hub import download_config
+
+    folder = download_config(name)
+    config, stated = read_config(folder), read_dtype(folder)
+    if stated not in DTYPES:
+        raise ValueError(
+            f"{name} has weights of {stated}, expected one of {', '.join(DTYPES)}"
+        )
+    return Found(config, choose_dtype(AUTO, DTYPES[stated], platform))
 
 
 def allowed_policies(
@@ -155,7 +181,8 @@ def best_plan(
     if not plans:
         assert refusal is not None
         raise refusal
-    return min(plans, key=lambda pair: pair[0].prediction.total_s)
+    plan, model = min(plans, key=lambda pair: pair[0].prediction.total_s)
+    return with_exact_peak(plan, model, hardware.processor), model
 
 
 def check_job(job: Job, config: OPTConfig) -> None:

@@ -13,21 +13,20 @@ from flexjax.memory.layout import (
 from flexjax.plan.closed_form import (
     Model,
     block_form,
-    peak_from_above,
     phase_seconds,
     shares_of,
 )
 from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import Hardware
+from flexjax.plan.peak import peak_from_above
 from flexjax.policy import Kind, Policy, Schedule, Tier
-from flexjax.schedule.emit import EMITTERS, serial_step
+from flexjax.schedule.emit import EMITTERS
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden
 from flexjax.schedule.simulate import (
     Resource,
     Seconds,
     add_seconds,
     simulate,
-    total_seconds,
 )
 from flexjax.workload import Workload
 
@@ -183,8 +182,7 @@ def _stretch(
     ):
         terms: dict[Resource, float] = {}
         for step in steps:
-            ops = serial_step(part.work, step, range(work.num_batches))
-            add_seconds(terms, total_seconds(part, ops))
+            add_seconds(terms, run.step_busy_s[step])
         stretch.append(seconds / phase_seconds(terms, contention) if steps else 1.0)
     return stretch
 

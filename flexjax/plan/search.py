@@ -36,7 +36,7 @@ class Plan:
         policy: that the engine runs as it is.
         job: what it was searched for.
         prediction: of the whole job.
-        peak: bytes of the largest block, by tier and kind.
+        peak: bytes of the largest block, by tier and kind: as many or more.
         budgets: bytes that each memory could give; where the device is the host, the
             device's is that of both.
         worth_s: seconds of a block that one more GiB of each memory would save.
@@ -98,11 +98,14 @@ def search(
         )
     if not plans:
         raise ValueError(_nothing_fits(model, hardware, job, template, budgets))
-    best = min(plans, key=lambda plan: plan.prediction.total_s)
-    peak = predict_peak(
-        model, best.policy, job, hardware.processor, layers_ahead=best.layers_ahead
-    )
-    return dataclasses.replace(best, peak=peak)
+    return min(plans, key=lambda plan: plan.prediction.total_s)
+
+
+def with_exact_peak(plan: Plan, model: Model, processor: Processor) -> Plan:
+    """The plan with its schedule's own peak, which takes longer to find."""
+    ahead = plan.layers_ahead
+    peak = predict_peak(model, plan.policy, plan.job, processor, layers_ahead=ahead)
+    return dataclasses.replace(plan, peak=peak)
 
 
 def frontier(
@@ -155,6 +158,22 @@ def memory_budgets(
         Tier.DEVICE: usable(free[device]),
         Tier.HOST: usable(free[Tier.HOST]),
         Tier.DISK: free[Tier.DISK],
+    }
+
+
+def free_for(needed: Mapping[Tier, int]) -> dict[Tier, int]:
+    """Bytes that are to be free on each tier so that a plan may use `needed`.
+
+    The inverse of `memory_budgets`, where no two tiers share a memory.
+    """
+
+    def free(nbytes: int) -> int:
+        return math.ceil((nbytes + RESERVED_BYTES + 1) / (1 - RESERVED))
+
+    return {
+        Tier.DEVICE: free(needed[Tier.DEVICE]),
+        Tier.HOST: free(needed[Tier.HOST]),
+        Tier.DISK: needed[Tier.DISK],
     }
 
 

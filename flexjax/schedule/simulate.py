@@ -84,12 +84,20 @@ class Simulated:
     Attributes:
         seconds: of the whole.
         step_ends_s: when each step's last compute call ended.
-        busy_s: of each resource, when nothing else happens.
+        step_busy_s: of each resource for each step's ops, when nothing else happens.
     """
 
     seconds: float
     step_ends_s: Mapping[int, float]
-    busy_s: Mapping[Resource, float]
+    step_busy_s: Mapping[int, Seconds]
+
+    @property
+    def busy_s(self) -> dict[Resource, float]:
+        """Of each resource for all ops."""
+        total = dict.fromkeys(Resource, 0.0)
+        for seconds in self.step_busy_s.values():
+            add_seconds(total, seconds)
+        return total
 
 
 class _Queue(enum.IntEnum):
@@ -151,7 +159,9 @@ def simulate(
                 run.free(buffer)
     run.end()
     return Simulated(
-        seconds=run.now_s, step_ends_s=dict(run.step_ends_s), busy_s=dict(run.busy_s)
+        seconds=run.now_s,
+        step_ends_s=dict(run.step_ends_s),
+        step_busy_s=dict(run.step_busy_s),
     )
 
 
@@ -170,7 +180,7 @@ class _Run:
         self._computed: dict[int, _Task] = {}  # the last of each batch
         self.now_s = 0.0
         self.step_ends_s: dict[int, float] = {}
-        self.busy_s = dict.fromkeys(Resource, 0.0)
+        self.step_busy_s: dict[int, dict[Resource, float]] = {}
         self._ends: list[tuple[int, _Task]] = []  # (step, compute call)
 
     def alive(self, step: int, batch: int) -> bool:
@@ -181,6 +191,7 @@ class _Run:
 
     def load(self, buffer: Buffer, step: int) -> None:
         seconds = self._costs.load(buffer, step)
+        self._count(step, seconds)
         disk = [(r, s) for r, s in seconds.items() if r in DISK and s > 0]
         rest = [(r, s) for r, s in seconds.items() if r not in DISK]
         after = []
@@ -206,6 +217,7 @@ class _Run:
 
     def compute(self, cell: Cell) -> None:
         seconds = dict(self._costs.compute(cell))
+        self._count(cell.step, seconds)
         cache, hidden = Cache(cell.layer, cell.batch), Hidden(cell.batch)
         weights = self._layer_parts[cell.layer]
         inputs: list[Buffer] = [*weights, hidden, cache]
@@ -228,6 +240,7 @@ class _Run:
 
     def store(self, buffer: Cache | Hidden, step: int) -> _Task:
         seconds = self._costs.store(buffer, step)
+        self._count(step, seconds)
         lane = _Queue.CACHE_OUT if isinstance(buffer, Cache) else _Queue.HIDDEN
         stages = sorted(seconds.items(), key=lambda stage: stage[0] in DISK)
         task = self._add(lane, stages, [self._computed[buffer.batch]])
@@ -251,11 +264,12 @@ class _Run:
         for step, task in self._ends:
             self.step_ends_s[step] = max(self.step_ends_s.get(step, 0.0), task.end_s)
 
+    def _count(self, step: int, seconds: Seconds) -> None:
+        add_seconds(self.step_busy_s.setdefault(step, {}), seconds)
+
     def _add(
         self, queue: _Queue, stages: list[tuple[Resource, float]], after: list[_Task]
     ) -> _Task:
-        for resource, seconds in stages:
-            self.busy_s[resource] += seconds
         task = _Task([stage for stage in stages[::-1] if stage[1] > 0], after)
         self._queues[queue].append(task)
         return task
@@ -318,20 +332,6 @@ class _Run:
             for resource in busy_disks:
                 speeds[resource] *= self._contention.disk_beside_compute
         return speeds
-
-
-def total_seconds(costs: Costs, ops: Iterable[Op]) -> dict[Resource, float]:
-    """Seconds that `ops` take of each resource, when nothing else happens."""
-    total = dict.fromkeys(Resource, 0.0)
-    for op in ops:
-        match op:
-            case Load(buffer, step):
-                add_seconds(total, costs.load(buffer, step))
-            case Compute(step, layer, batch):
-                add_seconds(total, costs.compute(Cell(step, layer, batch)))
-            case Store(buffer, step):
-                add_seconds(total, costs.store(buffer, step))
-    return total
 
 
 def add_seconds(total: dict[Resource, float], more: Seconds, times: float = 1) -> None:

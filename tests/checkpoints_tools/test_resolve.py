@@ -92,7 +92,9 @@ def test_weights_are_quantized_once_and_that_is_said(
         bits=4, group_size=8, dtype="float32"
     )
     before = (made / "manifest.json").stat().st_mtime_ns
+    caplog.clear()
     assert resolve_model(store, cache_dir=cache, weight_bits=4, group_size=8) == made
+    assert not caplog.text
     assert (made / "manifest.json").stat().st_mtime_ns == before
     others = {
         resolve_model(checkpoint, cache_dir=cache, weight_bits=bits, group_size=size)

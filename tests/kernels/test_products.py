@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flexjax.kernels import compiled
 from flexjax.kernels.products import (
+    SOURCE,
     can_multiply_quantized,
     contract_quantized,
     is_multiplied,
@@ -128,11 +129,11 @@ def test_without_a_working_compiler_xla_does_the_work(anew, monkeypatch, caplog,
 
 
 def test_what_is_compiled_is_kept(anew, monkeypatch):
-    assert compiled.library("products") is not None
+    assert compiled.library(SOURCE) is not None
     (made,) = (anew / "kernels").iterdir()
     compiled.library.cache_clear()
     monkeypatch.setattr(compiled, "_compile", None)  # not called again
-    assert compiled.library("products") is not None
+    assert compiled.library(SOURCE) is not None
     assert list((anew / "kernels").iterdir()) == [made]
 
 

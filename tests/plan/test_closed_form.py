@@ -11,18 +11,19 @@ from flexjax.memory.footprint import RunFootprint, run_peak_bytes
 from flexjax.models.config import OPTConfig
 from flexjax.plan.closed_form import (
     block_form,
-    peak_from_above,
     phase_seconds,
     shares_of,
 )
 from flexjax.plan.costs import RunCosts
+from flexjax.plan.peak import peak_from_above
 from flexjax.plan.planner import Found
 from flexjax.plan.predict import Job, predict
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import serial_step, zigzag
 from flexjax.schedule.footprint import by_tier
 from flexjax.schedule.ops import Weights
-from flexjax.schedule.simulate import Resource, simulate, total_seconds
+from flexjax.schedule.simulate import Resource, simulate
+from tests.common import total_seconds
 from tests.plan.test_hardware import MACHINE
 
 CONFIG = OPTConfig(

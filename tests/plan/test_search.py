@@ -215,3 +215,27 @@ def test_a_model_is_a_name_a_store_or_a_checkpoint(golden):
     assert sizes[0] == sizes[1]
     with pytest.raises(ValueError, match="unknown model 'opt-9b'"):
         find_model("opt-9b", platform="cpu")
+
+
+def test_of_a_model_on_the_hub_only_the_config_is_fetched(golden, monkeypatch):
+    folder, asked = golden("opt-pre-ln").folder, []
+
+    def fetch(model, allow_patterns, **_options):
+        asked.append((model, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("checkpoints_tools.hub.snapshot_download", fetch)
+    found = find_model("someone/their-opt", platform="cpu")
+    made = find_model(str(folder), platform="cpu")
+    assert (found.config, found.dtype) == (made.config, made.dtype)
+    assert asked == [("someone/their-opt", ["config.json"])]
+
+
+def test_a_model_on_the_hub_of_another_type_is_refused(golden, monkeypatch):
+    folder = golden("opt-pre-ln").folder
+    monkeypatch.setattr(
+        "checkpoints_tools.hub.snapshot_download", lambda *_, **__: str(folder)
+    )
+    monkeypatch.setattr("flexjax.plan.planner.read_dtype", lambda _: "float64")
+    with pytest.raises(ValueError, match="their-opt has weights of float64, expected"):
+        find_model("someone/their-opt", platform="cpu")

@@ -13,9 +13,9 @@ from flexjax.schedule.simulate import (
     Contention,
     Resource,
     simulate,
-    total_seconds,
 )
 from flexjax.workload import Workload
+from tests.common import total_seconds
 from tests.drawn import works
 
 seconds = st.floats(0, 10).map(lambda value: round(value, 3))

@@ -1,0 +1,99 @@
+"""The peak bytes of a run, without its schedule: as many or more, and found quickly."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
+from flexjax.memory.placement import Rows
+from flexjax.policy import Kind, Tier
+from flexjax.schedule.footprint import Bytes
+from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
+
+Counted = Counter[tuple[Tier, Kind]]
+
+
+def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
+    """What `flexjax.schedule.footprint.peak_bytes` would say of `zigzag`, or more.
+
+    Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, two
+    caches and two hidden states.
+
+    Args:
+        sizes: of a run.
+        alike: all its caches are alike, and all its hidden states.
+    """
+    work = sizes.work
+    last = work.gen_len - 1
+    total = Counter(sizes.resident())
+    layers = [
+        _sum(sizes.loaded(Weights(layer, part), 0) for part in range(work.num_parts))
+        for layer in (range(1) if alike else range(work.num_layers))
+    ]
+    _add(total, _most(layers), work.layers_ahead + 1)
+    if last > 0:
+        caches = _caches(sizes, alike=alike)
+        _add_homes(total, sizes, caches, last - 1)
+        _add(total, _most([sizes.loaded(cache, last) for cache in caches]), 2)
+    _add_homes(total, sizes, _states(sizes, alike=alike), 0)
+    _add(total, sizes.loaded(Hidden(0), 0), 2)
+    for size in sizes.computed(Cell(0, 0, 0)).values():
+        _add(total, size, 2)
+    _add(total, _most([sizes.workspace(Cell(step, 0, 0)) for step in (0, last)]))
+    return total
+
+
+def _caches(sizes: RunFootprint, *, alike: bool) -> Mapping[Cache, int]:
+    """One of the caches whose rows are on the same tiers, and how many of them are."""
+    work, policy = sizes.work, sizes.policy
+    if alike:
+        return {Cache(0, 0): work.num_decoder_layers * work.num_batches}
+    first: dict[Rows, Cache] = {}
+    caches = itertools.starmap(
+        Cache,
+        itertools.product(range(work.num_decoder_layers), range(work.num_batches)),
+    )
+    return Counter(first.setdefault(cache_rows(policy, work, c), c) for c in caches)
+
+
+def _states(sizes: RunFootprint, *, alike: bool) -> Mapping[Hidden, int]:
+    """The same of hidden states."""
+    work, policy = sizes.work, sizes.policy
+    if alike:
+        return {Hidden(0): work.num_batches}
+    first: dict[Rows, Hidden] = {}
+    states = map(Hidden, range(work.num_batches))
+    return Counter(first.setdefault(hidden_rows(policy, work, s), s) for s in states)
+
+
+def _add_homes(
+    total: Counted,
+    sizes: RunFootprint,
+    counts: Mapping[Cache, int] | Mapping[Hidden, int],
+    step: int,
+) -> None:
+    """Adds what all buffers take up at home, and two of the largest once more."""
+    for buffer, count in counts.items():
+        _add(total, sizes.stored(buffer, step), count)
+    _add(total, _most([sizes.stored(buffer, step) for buffer in counts]), 2)
+
+
+def _sum(sizes: Iterable[Bytes]) -> Counted:
+    total: Counted = Counter()
+    for size in sizes:
+        _add(total, size)
+    return total
+
+
+def _most(sizes: Iterable[Bytes]) -> Counted:
+    """The largest of each kind on each tier."""
+    most: Counted = Counter()
+    for size in sizes:
+        for key, nbytes in size.items():
+            most[key] = max(most[key], nbytes)
+    return most
+
+
+def _add(total: Counted, more: Bytes, times: int = 1) -> None:
+    for key, nbytes in more.items():
+        total[key] += times * nbytes
