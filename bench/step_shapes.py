@@ -54,7 +54,7 @@ def workspace_bytes(policy: Policy, work: Workload, layout: WeightLayout) -> int
     """Bytes that a decoder layer's prefill or last decode needs, whichever is more.
 
     Beside arguments and results, where all that is cached is attended to on the device,
-    densely. Compiles both steps, in a run's shapes.
+    densely. Compiles both steps, in a run's shapes. 0 where the backend says nothing.
     """
     params, config = _layer_shapes(layout), layout.config
     start = Shape((work.batch_size,), np.int32)
@@ -71,7 +71,8 @@ def workspace_bytes(policy: Policy, work: Workload, layout: WeightLayout) -> int
         past = past_shapes(policy, work, layout, layer=0, step=last)
         length = Shape((), np.int32)
         steps += [decode_step.lower(params, hidden(1), past, start, length, **how)]
-    return max(step.compile().memory_analysis().temp_size_in_bytes for step in steps)
+    found = [step.compile().memory_analysis() for step in steps]
+    return max(0 if memory is None else memory.temp_size_in_bytes for memory in found)
 
 
 def _layer_shapes(layout: WeightLayout) -> Any:

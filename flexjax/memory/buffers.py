@@ -53,19 +53,30 @@ class BufferPool:
             make=lambda nbytes: page_aligned(nbytes),
             nbytes=lambda nbytes: nbytes,
         )
+        self._whole: dict[int, np.ndarray] = {}  # what is lent, by its address
 
-    def take(self, nbytes: int) -> np.ndarray:
+    def take(self, nbytes: int, *, most: int = 0) -> np.ndarray:
         """A page-aligned buffer of `nbytes`; its content is arbitrary.
+
+        It is part of a free one of up to `most` bytes, where that saves making one: the
+        system has to find and to clear the pages of a new one.
 
         Raises:
             MemoryError: the machine has no more memory.
         """
-        return self._pool.lend(nbytes)
+        whole = self._pool.lend(nbytes, lambda free: nbytes <= free <= most)
+        self._whole[_address(whole)] = whole
+        return whole[:nbytes]
 
     def give(self, buffer: np.ndarray) -> None:
         """Takes a buffer back; nobody may look at it any more."""
-        self._pool.take_back(buffer.nbytes, buffer)
+        whole = self._whole.pop(_address(buffer))
+        self._pool.take_back(whole.nbytes, whole)
 
     def clear(self) -> None:
         """Gives all buffers that are not lent back to the system."""
         self._pool.clear()
+
+
+def _address(buffer: np.ndarray) -> int:
+    return buffer.__array_interface__["data"][0]

@@ -82,6 +82,7 @@ class _Load(NamedTuple):
 
     spans: dict[str, slice]
     moved: Moved
+    staged: int  # bytes of the buffers that it is read into from disk, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,13 +165,34 @@ class WeightLayout:
         return {self.config.head_table: self.head.span(block, self.config.vocab_size)}
 
     def _load(self, spans: dict[str, slice]) -> _Load:
-        moved, wide = dict.fromkeys(Tier, 0), 0
+        moved, wide, staged = dict.fromkeys(Tier, 0), 0, 0
         for name, rows in spans.items():
             entry, count = self.tensors[name], rows.stop - rows.start
-            moved[self.tiers[name]] += count * entry.row_bytes
+            nbytes = count * entry.row_bytes
+            moved[self.tiers[name]] += nbytes
+            if self.tiers[name] is Tier.DISK:
+                staged += self.buffer_bytes(name, nbytes)
             if self.is_widened(name):
                 wide += count * entry.used_row_bytes
-        return _Load(spans, Moved(moved, wide))
+        return _Load(spans, Moved(moved, wide), staged)
+
+    def buffer_bytes(self, name: str, nbytes: int) -> int:
+        """Bytes of the buffer that rows of a tensor from disk are read into, at most.
+
+        The head's blocks take those of decoder layers, if they are not too large.
+        """
+        if name != self.config.head_table:
+            return nbytes
+        return max([nbytes, *(n for n in self._sizes_on_disk if n <= 2 * nbytes)])
+
+    @functools.cached_property
+    def _sizes_on_disk(self) -> set[int]:
+        """Bytes of the decoder layers' tensors that are on disk."""
+        return {
+            entry.nbytes
+            for name, entry in self.tensors.items()
+            if name.startswith("layers.") and self.tiers[name] is Tier.DISK
+        }
 
     def home_bytes(self) -> Mapping[Tier, int]:
         """Bytes on each tier, where the tensors live."""
@@ -184,12 +206,13 @@ class WeightLayout:
     def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
         """Bytes that a load needs: for what is not on the device, or not wide there."""
         moved, wide = self.moved(layer, part)
-        on_device = wide + moved[Tier.DISK]
+        from_disk = self._loads[layer, part].staged
+        on_device = wide + from_disk
         if self.device_is_host:
             return {(Tier.DEVICE, Kind.WEIGHTS): on_device}
         return {
             (Tier.DEVICE, Kind.WEIGHTS): on_device + moved[Tier.HOST],
-            (Tier.HOST, Kind.WEIGHTS): moved[Tier.DISK],
+            (Tier.HOST, Kind.WEIGHTS): from_disk,
         }
 
     @property
@@ -261,10 +284,11 @@ def head_blocks(
     *,
     processor: Processor,
 ) -> HeadBlocks:
-    """Cuts a table of logits that has to travel into blocks of about a layer's bytes.
+    """Cuts a table of logits that has to travel into blocks.
 
-    So the head needs no larger stage buffers than a decoder layer does. A table that is
-    used where it lies, as it lies, stays whole.
+    None is larger than a decoder layer's largest tensor, so that it goes through a
+    buffer of that tensor's: other buffers would have to be made in every step, in
+    place of those. A table that is used where it lies, as it lies, stays whole.
     """
     table = tensors[config.head_table]
     tier = tiers[config.head_table]
@@ -272,11 +296,12 @@ def head_blocks(
     is_narrow = is_multiplied_narrow(table, processor)
     if stays and (table.quantization is None or is_narrow):
         return HeadBlocks(1, config.vocab_size)
-    layer_bytes = sum(
+    largest_bytes = max(
         entry.nbytes for name, entry in tensors.items() if name.startswith("layers.0.")
     )
-    num_blocks = max(1, round(table.nbytes / layer_bytes))
-    # Whole chunks, so that no chunk is read twice.
-    rows = math.ceil(config.vocab_size / num_blocks / table.chunk_rows)
-    rows *= table.chunk_rows
+    # Whole chunks, so that no chunk is read twice; and blocks of about one size.
+    most_chunks = max(1, largest_bytes // table.row_bytes // table.chunk_rows)
+    num_chunks = math.ceil(config.vocab_size / table.chunk_rows)
+    num_blocks = math.ceil(num_chunks / most_chunks)
+    rows = math.ceil(num_chunks / num_blocks) * table.chunk_rows
     return HeadBlocks(math.ceil(config.vocab_size / rows), rows)

@@ -36,14 +36,20 @@ class ReusePool[Key: Hashable, Item]:
         self._free: dict[Key, list[Item]] = defaultdict(list)
         self._lent_bytes = self._most_lent_bytes = self._free_bytes = 0
 
-    def lend(self, key: Key) -> Item:
+    def lend(self, key: Key, serves: Callable[[Key], bool] | None = None) -> Item:
         """An item of a kind; what it holds is arbitrary.
+
+        Args:
+            key: of the kind.
+            serves: which kinds are as good, if of this one none is free: the smallest
+                of them is lent, and taken back as what it is.
 
         Raises:
             Exception: what `make` raises.
         """
-        nbytes = self._nbytes(key)
         with self._lock:
+            key = self._free_kind(key, serves)
+            nbytes = self._nbytes(key)
             self._lent_bytes += nbytes
             self._most_lent_bytes = max(self._most_lent_bytes, self._lent_bytes)
             if free := self._free[key]:
@@ -79,6 +85,13 @@ class ReusePool[Key: Hashable, Item]:
         with self._lock:
             self._most_lent_bytes = self._lent_bytes
             self._shrink()
+
+    def _free_kind(self, key: Key, serves: Callable[[Key], bool] | None) -> Key:
+        """The kind of which an item is lent."""
+        if self._free[key] or serves is None:
+            return key
+        serving = [kind for kind, items in self._free.items() if items and serves(kind)]
+        return min(serving, key=self._nbytes, default=key)
 
     def _shrink(self) -> None:
         for key, items in self._free.items():

@@ -177,7 +177,9 @@ class PlacedWeights:
             for name, rows in spans.items():
                 if self.layout.tiers[name] is Tier.DISK:
                     entry, count = self._store.tensors[name], rows.stop - rows.start
-                    buffer = self._stage.take(count * entry.row_bytes)
+                    nbytes = count * entry.row_bytes
+                    most = self.layout.buffer_bytes(name, nbytes)
+                    buffer = self._stage.take(nbytes, most=most)
                     array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
                     reads[name] = _Read(
                         buffer, array, self._read(name, rows.start, array)

@@ -106,3 +106,18 @@ def test_without_memory_nothing_is_counted(monkeypatch):
     pool.give(pool.take(5000))
     pool.clear()
     assert ledger.held_on(Tier.HOST) == 0
+
+
+def test_a_part_of_a_larger_buffer_saves_making_one():
+    ledger = Ledger()
+    pool = BufferPool(ledger, *PLACE)
+    large, larger = pool.take(5000), pool.take(8000)
+    for buffer in (large, larger):
+        pool.give(buffer)
+    part = pool.take(4500, most=8000)
+    assert part.nbytes == 4500
+    assert part.ctypes.data == large.ctypes.data  # the smallest that will do
+    assert pool.take(4500, most=7999).ctypes.data != larger.ctypes.data
+    pool.give(part)
+    assert pool.take(5000).ctypes.data == large.ctypes.data
+    assert ledger.held(*PLACE) <= 5000 + 8000 + 4500
