@@ -161,22 +161,6 @@ def memory_budgets(
     }
 
 
-def free_for(needed: Mapping[Tier, int]) -> dict[Tier, int]:
-    """Bytes that are to be free on each tier so that a plan may use `needed`.
-
-    The inverse of `memory_budgets`, where no two tiers share a memory.
-    """
-
-    def free(nbytes: int) -> int:
-        return math.ceil((nbytes + RESERVED_BYTES + 1) / (1 - RESERVED))
-
-    return {
-        Tier.DEVICE: free(needed[Tier.DEVICE]),
-        Tier.HOST: free(needed[Tier.HOST]),
-        Tier.DISK: needed[Tier.DISK],
-    }
-
-
 def fits(
     model: Model,
     policy: Policy,
