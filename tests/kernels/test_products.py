@@ -108,15 +108,22 @@ def test_weights_for_other_inputs_are_refused():
         contract_last(jnp.zeros((2, 512), jnp.bfloat16), weight)
 
 
+def forget():
+    for function in (compiled.library, can_multiply_quantized):
+        function.cache_clear()
+
+
 @pytest.fixture
-def anew(monkeypatch, tmp_path):
+def anew(tmp_path):
     """As if nothing had been compiled in this process."""
-    monkeypatch.setattr(compiled, "default_cache", lambda: tmp_path)
-    for function in (compiled.library, can_multiply_quantized):
-        function.cache_clear()
-    yield tmp_path
-    for function in (compiled.library, can_multiply_quantized):
-        function.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "default_cache", lambda: tmp_path)
+        forget()
+        yield tmp_path
+    forget()
+    # Now, and not in a test with a cache folder of its own: the handler of a library
+    # that is compiled once more cannot be registered in place of the first.
+    assert can_multiply_quantized()
 
 
 @pytest.mark.parametrize("cxx", [None, "/bin/false"])
