@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        help=f"a published model, or a folder; {_CALIBRATE}: measure this machine anew",
+        help="a published model, a folder, or a Hub id; "
+        f"{_CALIBRATE}: measure this machine anew",
     )
     parser.add_argument("--prompt-len", type=int, default=512, metavar="N")
     parser.add_argument("--gen-len", type=int, default=32, metavar="N")
