@@ -24,8 +24,8 @@ class _Slot:
     """A cache or a hidden state on the device: how it came, and what became of it."""
 
     loaded: Future[PlacedLoan] | None
-    made: Future[Made] | None = None  # once dispatched
-    ended: Future[Made] | None = None
+    made: Future[Made] | None = None  # what the last call made of it, once dispatched
+    ended: Future[Made] | None = None  # the last call that uses it
     stored: Future[int] | None = None
     attended: Future[Attended] | None = None  # where attention is apart
 
@@ -58,6 +58,7 @@ class LayerStage:
         self._timeline = transport.timeline
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
+        self._made_bytes: dict[Cache | Hidden, int] = {}  # that calls made
         # Calls that end:
         self._last_use: dict[int, Future[Made]] = {}  # the last of a layer
         self._heads: dict[int, Future[Made]] = {}  # the last head call of a batch
@@ -90,13 +91,14 @@ class LayerStage:
             for part in range(self._work.num_parts)
         ]
         hidden = self._slots[Hidden(cell.batch)]
-        is_decoder = self._work.is_decoder(cell.layer)
+        given = hidden.made or hidden.loaded
+        assert given is not None
         key = Cache(cell.layer, cell.batch)
         cache, attended = self._slots.get(key), None
         past = None if cache is None else cache.loaded
         if past is not None and self._calls.attends_apart:
             projected = self._lanes.submit(
-                Lane.PROJECT, self._project, cell, parts, hidden.loaded, past
+                Lane.PROJECT, self._project, cell, parts, given, past
             )
             attended = self._lanes.submit(
                 Lane.ATTENTION, self._attend, cell, projected, past
@@ -106,12 +108,13 @@ class LayerStage:
             )
         else:
             task = self._lanes.submit(
-                Lane.DISPATCH, self._dispatch, cell, parts, hidden.loaded, past
+                Lane.DISPATCH, self._dispatch, cell, parts, given, past
             )
         ended = self._lanes.submit(Lane.COMPUTE, self._follow, cell, task)
         self._last_use[cell.layer] = ended
-        if is_decoder:
-            self._slots[Hidden(cell.batch)] = _Slot(hidden.loaded, task, ended)
+        hidden.ended = ended
+        if self._work.is_decoder(cell.layer):
+            hidden.made = task
             self._slots[key] = _Slot(past, task, ended, attended=attended)
         else:
             self._heads[cell.batch] = ended
@@ -135,15 +138,13 @@ class LayerStage:
             self._free_weights(buffer)
             return
         slot = self._slots[buffer]
-        if slot.ended is not None:
-            made = slot.ended.result()
-            if slot.stored is not None:
-                slot.stored.result()
-            self._count(made, buffer, -1)
-            made.let_go(buffer)
-        else:
-            assert isinstance(buffer, Hidden)
-            self._heads[buffer.batch].result()
+        assert slot.ended is not None
+        slot.ended.result()
+        if slot.stored is not None:
+            slot.stored.result()
+        if slot.made is not None:
+            slot.made.result().let_go(buffer)
+            self._count(buffer, 0)
         if slot.attended is not None:
             slot.attended.result().release()
         if slot.loaded is not None:
@@ -166,12 +167,12 @@ class LayerStage:
             if parts.exception() is None:
                 for loan in parts.result().values():
                     loan.release()
-        for buffer, slot in self._slots.items():
-            if slot.made is not None and slot.made.exception() is None:
-                self._count(slot.made.result(), buffer, -1)
+        for slot in self._slots.values():
             for lent in (slot.attended, slot.loaded):
                 if lent is not None and lent.exception() is None:
                     lent.result().release()
+        for buffer in list(self._made_bytes):
+            self._count(buffer, 0)
         self._parts.clear()
         self._slots.clear()
 
@@ -184,13 +185,12 @@ class LayerStage:
         self,
         cell: Cell,
         parts: list[Future[Loans]],
-        hidden: Future[PlacedLoan],
+        given: Future[PlacedLoan] | Future[Made],
         past: Future[PlacedLoan] | None,
     ) -> Made:
-        tensors, loaded = _tensors(parts), hidden.result()
+        tensors, state = _tensors(parts), _state(given)
         segments = () if past is None else past.result().segments
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
-            state = _joined(loaded)
             if not self._work.is_decoder(cell.layer):
                 return self._calls.head(cell, tensors, state)
             return self._counted(
@@ -201,13 +201,12 @@ class LayerStage:
         self,
         cell: Cell,
         parts: list[Future[Loans]],
-        hidden: Future[PlacedLoan],
+        given: Future[PlacedLoan] | Future[Made],
         past: Future[PlacedLoan],
     ) -> Projected:
         """What of a decode call comes before attention; waits until it is done."""
-        tensors, loaded, segments = _tensors(parts), hidden.result(), past.result()
+        tensors, state, segments = _tensors(parts), _state(given), past.result()
         with self._lanes.working(Lane.PROJECT, _name(cell)):
-            state = _joined(loaded)
             made = self._calls.project(cell, tensors, state, segments.by_tier)
             jax.block_until_ready((made.query, made.new))
         return made
@@ -233,8 +232,10 @@ class LayerStage:
             return self._counted(cell, done)
 
     def _counted(self, cell: Cell, made: Made) -> Made:
-        self._count(made, Cache(cell.layer, cell.batch), 1)
-        self._count(made, Hidden(cell.batch), 1)
+        cache = sum(array.nbytes for array in made.cache)
+        self._count(Cache(cell.layer, cell.batch), cache)
+        assert made.hidden is not None
+        self._count(Hidden(cell.batch), made.hidden.nbytes)
         return made
 
     def _follow(self, cell: Cell, task: Future[Made]) -> Made:
@@ -247,13 +248,13 @@ class LayerStage:
         self._device_free_s = now
         return made
 
-    def _count(self, made: Made, buffer: Buffer, sign: int) -> None:
-        """Counts what a compute call made and a `Free` lets go of."""
-        if isinstance(buffer, Cache):
-            nbytes = sum(array.nbytes for array in made.cache)
-            self._ledger.hold(Tier.DEVICE, Kind.KV_CACHE, sign * nbytes)
-        elif made.hidden is not None:
-            self._ledger.hold(Tier.DEVICE, Kind.ACTIVATIONS, sign * made.hidden.nbytes)
+    def _count(self, buffer: Cache | Hidden, nbytes: int) -> None:
+        """Counts what a call made of `buffer`, in place of what the one before made."""
+        kind = Kind.KV_CACHE if isinstance(buffer, Cache) else Kind.ACTIVATIONS
+        added = nbytes - self._made_bytes.pop(buffer, 0)
+        if nbytes:
+            self._made_bytes[buffer] = nbytes
+        self._ledger.hold(Tier.DEVICE, kind, added)
 
 
 def _name(cell: Cell) -> str:
@@ -271,7 +272,11 @@ def _tensors(parts: list[Future[Loans]]) -> dict[str, jax.Array]:
     return {n: loan.array for part in parts for n, loan in part.result().items()}
 
 
-def _joined(loan: PlacedLoan) -> jax.Array:
-    """The rows of all tiers as one batch."""
-    arrays = [array for ((array,),) in loan.segments]
+def _state(given: Future[PlacedLoan] | Future[Made]) -> jax.Array:
+    """The hidden state of a whole batch, once it is there."""
+    state = given.result()
+    if isinstance(state, Made):
+        assert state.hidden is not None
+        return state.hidden
+    arrays = [array for ((array,),) in state.segments]
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)

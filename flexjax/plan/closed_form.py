@@ -28,6 +28,7 @@ from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.peak import Counted, peak_from_above
 from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Cache, Cell, Hidden
 from flexjax.schedule.simulate import DISK, Contention, Resource, add_seconds
 
@@ -241,12 +242,14 @@ class _Corner:
         total = dict(self._weights_s)
         cell, cache, hidden = Cell(step, 0, 0), Cache(0, 0), Hidden(0)
         cells = work.num_decoder_layers * work.num_batches
-        # The head reads hidden states too.
-        loads = work.num_layers * work.num_batches
-        add_seconds(total, costs.load(hidden, step), loads)
+        if hidden_stays(self._sizes.policy.schedule, work):
+            add_seconds(total, costs.load(hidden, step), work.num_batches)
+        else:  # the head reads hidden states too
+            loads = work.num_layers * work.num_batches
+            add_seconds(total, costs.load(hidden, step), loads)
+            add_seconds(total, costs.store(hidden, step), cells)
         for seconds in (
             costs.compute(cell),
-            costs.store(hidden, step),
             costs.load(cache, step) if step > 0 else {},
             costs.store(cache, step) if work.keeps_cache(step) else {},
         ):

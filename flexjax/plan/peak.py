@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
 from flexjax.memory.placement import Rows
 from flexjax.policy import Kind, Tier
+from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.footprint import Bytes
 from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
 
@@ -17,7 +18,8 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     """What `flexjax.schedule.footprint.peak_bytes` would say of `zigzag`, or more.
 
     Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, two
-    caches and two hidden states.
+    caches and two hidden states; of one batch, whose hidden state stays, but one and
+    what its next layer makes of it.
 
     Args:
         sizes: of a run.
@@ -35,8 +37,10 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
         caches = _caches(sizes, alike=alike)
         _add_homes(total, sizes, caches, last - 1)
         _add(total, _most([sizes.loaded(cache, last) for cache in caches]), 2)
-    _add_homes(total, sizes, _states(sizes, alike=alike), 0)
-    _add(total, sizes.loaded(Hidden(0), 0), 2)
+    stays = hidden_stays(sizes.policy.schedule, work)
+    if not stays:
+        _add_homes(total, sizes, _states(sizes, alike=alike), 0)
+    _add(total, sizes.loaded(Hidden(0), 0), 1 if stays else 2)
     for size in sizes.computed(Cell(0, 0, 0)).values():
         _add(total, size, 2)
     _add(total, _most([sizes.workspace(Cell(step, 0, 0)) for step in (0, last)]))

@@ -101,6 +101,8 @@ class _State:
                 self._unsaved.add(cache)
             self._unsaved.add(hidden)
             self._staged[hidden] = cell
+        elif cell.layer == work.num_layers - 1:
+            self._unsaved.discard(hidden)  # nobody needs it any more
 
     def store(self, op: Op, buffer: Cache | Hidden, step: int) -> None:
         self._on_device(op, buffer)

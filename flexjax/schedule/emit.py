@@ -9,7 +9,7 @@ An emitter may be told who is still `alive`: it asks once a step for each batch,
 as it can, and leaves out the batches that have ended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from flexjax.policy import Schedule
@@ -40,22 +40,18 @@ def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """Load, compute, store, one after the other: slow, and plainly right."""
     for step in range(work.gen_len):
         batches = [batch for batch in range(work.num_batches) if alive(step, batch)]
-        yield from serial_step(work, step, batches)
-
-
-def serial_step(work: Workload, step: int, batches: Sequence[int]) -> Iterator[Op]:
-    """One step of `serial`."""
-    for layer in range(work.num_layers if batches else 0):
-        yield from _load_weights(step, layer, range(work.num_parts))
-        for batch in batches:
-            cell = Cell(step, layer, batch)
-            yield from _load_cache(work, cell)
-            yield Load(Hidden(batch), step)
-            yield Compute(*cell)
-            yield from _stores(work, cell)
-            yield from _free_cache(work, cell)
-            yield Free(Hidden(batch))
-        yield from _free_weights(layer, range(work.num_parts))
+        for layer in range(work.num_layers if batches else 0):
+            yield from _load_weights(step, layer, range(work.num_parts))
+            for batch in batches:
+                cell = Cell(step, layer, batch)
+                yield from _load_cache(work, cell)
+                yield Load(Hidden(batch), step)
+                yield Compute(*cell)
+                yield from _store_cache(work, cell)
+                yield from _store_hidden(work, cell)
+                yield from _free_cache(work, cell)
+                yield Free(Hidden(batch))
+            yield from _free_weights(layer, range(work.num_parts))
 
 
 def zigzag(work: Workload, alive: Alive = always) -> Iterator[Op]:
@@ -99,6 +95,13 @@ EMITTERS: dict[Schedule, Callable[[Workload, Alive], Iterator[Op]]] = {
 }
 
 
+def hidden_stays(schedule: Schedule, work: Workload) -> bool:
+    """Whether a hidden state stays on the device until its step ends."""
+    return schedule is Schedule.ROW_BY_ROW or (
+        schedule is Schedule.ZIGZAG and work.num_batches == 1
+    )
+
+
 class _Turn(NamedTuple):
     """A cell, and how many parts of the weights to come are due while it runs."""
 
@@ -121,9 +124,11 @@ def _pipeline(
     batch lives to see it. What nobody came for is freed at the end.
 
     Every `Free` comes one cell late, so that it waits for work that was dispatched
-    before the work in progress; only a hidden state that the very next cell needs again
-    is freed at once, after everything else that the next cell needs was asked for. At
-    most `layers_ahead + 1` layers' weights, two caches and two hidden states are on the
+    before the work in progress. A hidden state that the very next cell goes on with
+    stays where it is; so even where a batch is alone, the device has its next layer
+    before it is through with one. Only at the end of such a step it is freed at once,
+    after everything else that the next cell needs was asked for. At most
+    `layers_ahead + 1` layers' weights, two caches and two hidden states are on the
     device.
     """
     turn = next(turns, None)
@@ -138,7 +143,7 @@ def _pipeline(
     while turn is not None:
         cell, due = turn
         yield Compute(*cell)
-        yield from _stores(work, cell)
+        yield from _store_cache(work, cell)
         if before is not None:
             yield from _free_cache(work, before)
             if before.layer != cell.layer:
@@ -153,10 +158,12 @@ def _pipeline(
                 yield from weights.load_until(visit + work.layers_ahead, 0)
         if before is not None and before.batch != cell.batch:
             yield Free(Hidden(before.batch))
-        if after is None or after.batch == cell.batch:
-            yield Free(Hidden(cell.batch))
-        if after is not None:
-            yield Load(Hidden(after.batch), after.step)
+        if after is None or after[::2] != cell[::2]:  # of another step or batch
+            yield from _store_hidden(work, cell)
+            if after is None or after.batch == cell.batch:
+                yield Free(Hidden(cell.batch))
+            if after is not None:
+                yield Load(Hidden(after.batch), after.step)
         before = cell
     yield from _free_cache(work, cell)
     yield from weights.free_all()
@@ -216,8 +223,11 @@ def _free_cache(work: Workload, cell: Cell) -> Iterator[Op]:
         yield Free(Cache(cell.layer, cell.batch))
 
 
-def _stores(work: Workload, cell: Cell) -> Iterator[Op]:
+def _store_cache(work: Workload, cell: Cell) -> Iterator[Op]:
+    if work.is_decoder(cell.layer) and work.keeps_cache(cell.step):
+        yield Store(Cache(cell.layer, cell.batch), cell.step)
+
+
+def _store_hidden(work: Workload, cell: Cell) -> Iterator[Op]:
     if work.is_decoder(cell.layer):
-        if work.keeps_cache(cell.step):
-            yield Store(Cache(cell.layer, cell.batch), cell.step)
         yield Store(Hidden(cell.batch), cell.step)

@@ -48,36 +48,39 @@ def peak_bytes(ops: Iterable[Op], footprint: Footprint) -> dict[tuple[Tier, Kind
 
     An upper bound for any timing of the transfers: memory is counted from the op that
     asks for it to the `Free` that waits for its last use, and a home that is written
-    anew counts twice until then. What a tier needs in all is the sum over its kinds,
-    since stage buffers stay with their kind between one use and the next.
+    anew counts twice until then. What a call makes of a buffer takes the place of what
+    the call before it made. What a tier needs in all is the sum over its kinds, since
+    stage buffers stay with their kind between one use and the next.
     """
     now = dict(footprint.resident())
     peak = dict(now)
-    on_device: dict[Buffer, list[Bytes]] = {}
+    loaded: dict[Buffer, Bytes] = {}
+    made: dict[Buffer, Bytes] = {}
     homes: dict[Buffer, Bytes] = {}
     replaced: dict[Buffer, Bytes] = {}
     for op in ops:
         match op:
             case Load(buffer, step):
-                on_device[buffer] = [footprint.loaded(buffer, step)]
-                _add(now, on_device[buffer][0])
+                loaded[buffer] = footprint.loaded(buffer, step)
+                _add(now, loaded[buffer])
             case Compute(step, layer, batch):
                 cell = Cell(step, layer, batch)
-                for buffer, size in footprint.computed(cell).items():
-                    on_device.setdefault(buffer, []).append(size)
+                makes, workspace = footprint.computed(cell), footprint.workspace(cell)
+                for size in (*makes.values(), workspace):
                     _add(now, size)
-                workspace = footprint.workspace(cell)
-                _add(now, workspace)
                 _raise(peak, now)
                 _add(now, workspace, -1)
+                for buffer, size in makes.items():
+                    _add(now, made.get(buffer, {}), -1)
+                    made[buffer] = size
             case Store(buffer, step):
                 replaced[buffer] = homes.get(buffer, {})
                 homes[buffer] = footprint.stored(buffer, step)
                 _add(now, homes[buffer])
             case Free(buffer):
                 _raise(peak, now)  # only here it falls
-                for size in (*on_device.pop(buffer), replaced.pop(buffer, {})):
-                    _add(now, size, -1)
+                for held in (loaded, made, replaced):
+                    _add(now, held.pop(buffer, {}), -1)
     _raise(peak, now)
     return {key: nbytes for key, nbytes in peak.items() if nbytes > 0}
 

@@ -222,6 +222,8 @@ class _Run:
         weights = self._layer_parts[cell.layer]
         inputs: list[Buffer] = [*weights, hidden, cache]
         after = [self._loads[buffer] for buffer in inputs if buffer in self._loads]
+        if cell.batch in self._computed:
+            after.append(self._computed[cell.batch])  # made what it is given
         if (host_s := seconds.pop(Resource.HOST_ATTENTION, 0.0)) > 0:
             # As the engine does: projections, attention, and what comes after it.
             half = [(r, s / 2) for r, s in seconds.items()]

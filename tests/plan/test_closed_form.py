@@ -19,9 +19,9 @@ from flexjax.plan.peak import peak_from_above
 from flexjax.plan.planner import Found
 from flexjax.plan.predict import Job, predict
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
-from flexjax.schedule.emit import serial_step, zigzag
+from flexjax.schedule.emit import zigzag
 from flexjax.schedule.footprint import by_tier
-from flexjax.schedule.ops import Weights
+from flexjax.schedule.ops import Free, Weights
 from flexjax.schedule.simulate import Resource, simulate
 from tests.common import total_seconds
 from tests.plan.test_hardware import MACHINE
@@ -80,9 +80,8 @@ def run_of(policy, hardware, *, prompt_len=20, gen_len=5):
 
 
 def steps_s(costs, steps):
-    work = costs.work
-    ops = (op for s in steps for op in serial_step(work, s, range(work.num_batches)))
-    return total_seconds(costs, ops)
+    ops = (op for op in zigzag(costs.work) if not isinstance(op, Free))
+    return total_seconds(costs, (op for op in ops if op.step in steps))
 
 
 @pytest.mark.parametrize("gen_len", [1, 2, 5])

@@ -6,10 +6,18 @@ from collections import Counter
 
 import pytest
 from hypothesis import example, given
+from hypothesis import strategies as st
 
 from flexjax.policy import Schedule
 from flexjax.schedule.check import check
-from flexjax.schedule.emit import EMITTERS, row_by_row, serial, zigzag
+from flexjax.schedule.emit import (
+    EMITTERS,
+    always,
+    hidden_stays,
+    row_by_row,
+    serial,
+    zigzag,
+)
 from flexjax.schedule.ops import (
     Cache,
     Cell,
@@ -186,6 +194,27 @@ def test_while_a_cell_computes_all_transfers_of_the_next_are_under_way(emit, dra
         wants_cache = after.step > 0 and work.is_decoder(after.layer)
         cache = Load(Cache(after.layer, after.batch), after.step)
         assert between.count(cache) == wants_cache
+
+
+@looking_ahead
+@given(drawn=works_with_endings())
+@example(drawn=LONE_BATCH)
+@example(drawn=FAR_AHEAD)
+def test_a_hidden_state_that_the_next_cell_goes_on_with_stays(emit, drawn):
+    """And nothing waits for a cell before the next of its batch is issued."""
+    work, ends = drawn
+    for cell, after, between in gaps(list(emit(work, until(ends)))):
+        if (cell.step, cell.batch) == (after.step, after.batch):
+            buffers = {op.buffer for op in between}
+            assert Hidden(cell.batch) not in buffers
+            assert Free(Cache(cell.layer, cell.batch)) not in between
+
+
+@given(work=works(), schedule=st.sampled_from(Schedule))
+def test_whether_hidden_states_stay_is_known_beforehand(work, schedule):
+    ops = list(EMITTERS[schedule](work, always))
+    stored = any(isinstance(op, Store) and op.buffer == Hidden(0) for op in ops)
+    assert stored != hidden_stays(schedule, work)
 
 
 @given(drawn=works_with_endings())

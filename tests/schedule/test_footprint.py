@@ -100,6 +100,17 @@ def lives(ops, footprint):
             never,
         )
 
+    def anew(buffer, after):
+        """When a later call has made it again."""
+        return next(
+            (
+                i + 1
+                for i in range(after + 1, never)
+                if isinstance(ops[i], Compute) and buffer in footprint.computed(ops[i])
+            ),
+            never,
+        )
+
     yield footprint.resident(), 0, never
     for i, op in enumerate(ops):
         match op:
@@ -107,11 +118,11 @@ def lives(ops, footprint):
                 yield footprint.loaded(buffer, step), i, next_op(Free, buffer, i)
             case Compute():
                 for buffer, nbytes in footprint.computed(op).items():
-                    yield nbytes, i, next_op(Free, buffer, i)
+                    yield nbytes, i, min(next_op(Free, buffer, i), anew(buffer, i))
                 yield footprint.workspace(op), i, i + 1
             case Store(buffer, step):
-                anew = next_op(Store, buffer, i)
-                yield footprint.stored(buffer, step), i, next_op(Free, buffer, anew)
+                again = next_op(Store, buffer, i)
+                yield footprint.stored(buffer, step), i, next_op(Free, buffer, again)
 
 
 def reference(ops, footprint):
@@ -163,6 +174,8 @@ def test_the_peak_grows_with_the_batch(emit, work, data):
 def test_looking_ahead_costs_memory_and_running_serially_never_does(work, data):
     footprint = data.draw(sizes(work))
     least = Counter(peak_bytes(serial(work), footprint))
+    if work.num_batches == 1:
+        del least[HIDDEN_HOME]  # a batch that is alone leaves the device for nobody
     assert least <= Counter(peak_bytes(zigzag(work), footprint))
 
 
