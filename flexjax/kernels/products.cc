@@ -228,29 +228,32 @@ bool Block(const Work& work, const Weights& weights, int64_t row, int64_t row_en
   return true;
 }
 
-// A product in shares of some outputs, which threads take one after the other.
+// A product in shares, some outputs of a block of rows, which threads take one after
+// the other. All outputs of a block come before the next block, so that its rows of x
+// stay in the caches: each share reads them anew.
 template <typename Weights>
 class Shares {
  public:
   Shares(const Work& work, int64_t num_threads)
       : work_(work),
         weights_(work),
-        count_(num_threads * Ceil(work.outputs, kPanelOutputs * num_threads)),
-        size_(Ceil(work.outputs, count_)),
-        stride_(size_ * num_threads) {}
+        num_threads_(num_threads),
+        per_block_(num_threads * Ceil(work.outputs, kPanelOutputs * num_threads)),
+        size_(Ceil(work.outputs, per_block_)),
+        count_(per_block_ * Ceil(work.rows, kBlockRows)) {}
 
   int64_t count() const { return count_; }
 
   void Take() {
     for (int64_t index; (index = taken_.fetch_add(1)) < count_;) {
-      const int64_t begin = std::min(work_.outputs, index * size_);
-      const int64_t end = std::min(work_.outputs, begin + size_);
-      for (int64_t row = 0; row < work_.rows && begin < end; row += kBlockRows) {
-        const int64_t row_end = std::min(work_.rows, row + kBlockRows);
-        const int64_t after = row_end < work_.rows ? begin : begin + stride_;
-        if (!Block(work_, weights_, row, row_end, begin, end, after)) {
-          has_failed_ = true;
-        }
+      const int64_t row = index / per_block_ * kBlockRows;
+      const int64_t row_end = std::min(work_.rows, row + kBlockRows);
+      const int64_t begin = OutputsOf(index), end = OutputsOf(index, 1);
+      const int64_t next = index + num_threads_;
+      const int64_t after = next < count_ ? OutputsOf(next) : work_.outputs;
+      if (begin < end &&
+          !Block(work_, weights_, row, row_end, begin, end, after)) {
+        has_failed_ = true;
       }
       if (done_.fetch_add(1) + 1 == count_) done_.notify_all();
     }
@@ -263,9 +266,14 @@ class Shares {
   }
 
  private:
+  // Where the outputs of a share begin, or end with `shift` 1.
+  int64_t OutputsOf(int64_t index, int64_t shift = 0) const {
+    return std::min(work_.outputs, (index % per_block_ + shift) * size_);
+  }
+
   const Work work_;
   const Weights weights_;
-  const int64_t count_, size_, stride_;
+  const int64_t num_threads_, per_block_, size_, count_;
   std::atomic<int64_t> taken_ = 0, done_ = 0;
   std::atomic<bool> has_failed_ = false;
 };
