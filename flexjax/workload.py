@@ -27,6 +27,8 @@ class Workload:
         num_parts: parts in which a layer's weights travel.
         layers_ahead: layers whose weights are on their way while one computes; fewer
             than there are layers.
+        blocks_per_layer: blocks of logits that may be on their way in place of one
+            decoder layer, being smaller.
         num_batches: batches that share one load of a layer's weights.
         batch_size: rows of a batch.
         prompt_len: slots of a padded prompt.
@@ -37,6 +39,7 @@ class Workload:
     num_head_blocks: int = 1
     num_parts: int = 1
     layers_ahead: int = 1
+    blocks_per_layer: int = 1
     num_batches: int = 1
     batch_size: int = 1
     prompt_len: int = 1
@@ -48,6 +51,31 @@ class Workload:
 
     def is_decoder(self, layer: int) -> bool:
         return layer < self.num_decoder_layers
+
+    def last_ahead(self, visit: int) -> int:
+        """The last visit whose weights may be on their way during `visit`, or there.
+
+        Layers are visited one after the other and round again; visit 0 is the first
+        layer's, and visit -1 what comes before it. A layer's own weights are gone
+        before they come again.
+        """
+        num_layers, size = self.num_layers, self.blocks_per_layer
+        round_size = self._size_before(num_layers)
+
+        def begin(visit: int) -> int:
+            rounds, layer = divmod(visit, num_layers)
+            return rounds * round_size + self._size_before(layer)
+
+        most = begin(visit + 1) + self.layers_ahead * size
+        rounds, left = divmod(min(most, begin(visit) + round_size), round_size)
+        decoders = min(left // size, self.num_decoder_layers)
+        blocks = left - decoders * size if decoders == self.num_decoder_layers else 0
+        return rounds * num_layers + decoders + blocks - 1
+
+    def _size_before(self, layer: int) -> int:
+        """Of the weights of all layers before `layer`, in blocks."""
+        decoders = min(layer, self.num_decoder_layers)
+        return decoders * self.blocks_per_layer + layer - decoders
 
     def keeps_cache(self, step: int) -> bool:
         """Whether a later step reads the cache that `step` writes."""

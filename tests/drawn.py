@@ -16,6 +16,7 @@ def works(draw: st.DrawFn, *, most_tokens: int = 4) -> Workload:
         num_head_blocks=num_head_blocks,
         num_parts=draw(st.integers(1, 5)),
         layers_ahead=draw(st.integers(1, num_decoder_layers + num_head_blocks - 1)),
+        blocks_per_layer=draw(st.integers(1, 3)),
         num_batches=draw(st.integers(1, 5)),
         batch_size=draw(st.integers(1, 6)),
         prompt_len=draw(st.integers(1, 70)),

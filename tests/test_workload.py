@@ -68,3 +68,18 @@ def test_a_cache_is_kept_exactly_while_a_later_step_reads_it(work):
 def test_layers_are_decoder_layers_then_blocks_of_the_vocabulary(work):
     decoders = [work.is_decoder(layer) for layer in range(work.num_layers)]
     assert decoders == [True] * work.num_decoder_layers + [False] * work.num_head_blocks
+
+
+@given(work=works(), visit=st.integers(-1, 30))
+@example(work=Workload(num_decoder_layers=1, num_head_blocks=9), visit=0)
+def test_as_much_is_ahead_as_takes_no_more_than_so_many_decoder_layers(work, visit):
+    def size(visit):
+        is_decoder = work.is_decoder(visit % work.num_layers)
+        return work.blocks_per_layer if is_decoder else 1
+
+    room = work.layers_ahead * work.blocks_per_layer
+    last = work.last_ahead(visit)
+    assert sum(size(each) for each in range(visit + 1, last + 1)) <= room
+    is_round = last + 1 == visit + work.num_layers  # the next would be its own again
+    assert is_round or sum(map(size, range(visit + 1, last + 2))) > room
+    assert visit + work.layers_ahead <= last < visit + work.num_layers

@@ -186,6 +186,23 @@ class WeightLayout:
         return max([nbytes, *(n for n in self._sizes_on_disk if n <= 2 * nbytes)])
 
     @functools.cached_property
+    def _blocks_per_layer(self) -> int:
+        """Blocks of the head that go through the stage buffers of any decoder layer."""
+        head = self.config.head_table
+        if self.tiers[head] is not Tier.DISK or self.is_widened(head):
+            return 1
+        block_bytes = self.head.rows * self.tensors[head].row_bytes
+        counts = [
+            sum(
+                block_bytes <= self.tensors[name].nbytes <= 2 * block_bytes
+                and self.tiers[name] is Tier.DISK
+                for name in layer_tensors(self.config, layer)
+            )
+            for layer in range(self.config.num_hidden_layers)
+        ]
+        return max(1, min(counts))
+
+    @functools.cached_property
     def _sizes_on_disk(self) -> set[int]:
         """Bytes of the decoder layers' tensors that are on disk."""
         return {
@@ -231,6 +248,7 @@ class WeightLayout:
             num_decoder_layers=self.config.num_hidden_layers,
             num_head_blocks=self.head.num_blocks,
             num_parts=self.num_parts,
+            blocks_per_layer=self._blocks_per_layer,
             num_batches=math.ceil(num_rows / batch_size),
             batch_size=batch_size,
             prompt_len=bucket(prompt_len),

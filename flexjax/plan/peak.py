@@ -17,9 +17,9 @@ Counted = Counter[tuple[Tier, Kind]]
 def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     """What `flexjax.schedule.footprint.peak_bytes` would say of `zigzag`, or more.
 
-    Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, two
-    caches and two hidden states; of one batch, whose hidden state stays, but one and
-    what its next layer makes of it.
+    Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, or in
+    place of each `blocks_per_layer` blocks of the head; two caches; and two hidden
+    states, or of one batch, whose hidden state stays, one and what is made of it.
 
     Args:
         sizes: of a run.
@@ -30,8 +30,13 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     total = Counter(sizes.resident())
     layers = [
         _sum(sizes.loaded(Weights(layer, part), 0) for part in range(work.num_parts))
-        for layer in (range(1) if alike else range(work.num_layers))
+        for layer in (range(1) if alike else range(work.num_decoder_layers))
     ]
+    if not alike:  # else a block is not larger
+        layers += [
+            _sum([sizes.loaded(Weights(layer), 0)] * work.blocks_per_layer)
+            for layer in range(work.num_decoder_layers, work.num_layers)
+        ]
     _add(total, _most(layers), work.layers_ahead + 1)
     if last > 0:
         caches = _caches(sizes, alike=alike)

@@ -63,12 +63,10 @@ def zigzag(work: Workload, alive: Alive = always) -> Iterator[Op]:
             for batch in range(work.num_batches):
                 if alive(step, batch):
                     batches.append(batch)
-                    due = _share(work, batch + 1, work.num_batches)
-                    yield _Turn(Cell(step, 0, batch), due)
+                    yield _Turn(Cell(step, 0, batch), batch + 1, work.num_batches)
             for layer in range(1, work.num_layers):
                 for turn, batch in enumerate(batches, 1):
-                    due = _share(work, turn, len(batches))
-                    yield _Turn(Cell(step, layer, batch), due)
+                    yield _Turn(Cell(step, layer, batch), turn, len(batches))
 
     return _pipeline(work, turns(), num_visits=work.gen_len * work.num_layers)
 
@@ -82,7 +80,7 @@ def row_by_row(work: Workload, alive: Alive = always) -> Iterator[Op]:
                 if not alive(step, batch):
                     break
                 for layer in range(work.num_layers):
-                    yield _Turn(Cell(step, layer, batch), work.num_parts)
+                    yield _Turn(Cell(step, layer, batch), 1, 1)
 
     num_visits = work.num_batches * work.gen_len * work.num_layers
     return _pipeline(work, turns(), num_visits=num_visits)
@@ -103,15 +101,11 @@ def hidden_stays(schedule: Schedule, work: Workload) -> bool:
 
 
 class _Turn(NamedTuple):
-    """A cell, and how many parts of the weights to come are due while it runs."""
+    """A cell: the `turn`-th of those that share a layer's weights, from 1 on."""
 
     cell: Cell
-    due: int
-
-
-def _share(work: Workload, turn: int, num_turns: int) -> int:
-    """Parts that are due in the `turn`-th of the turns that share a layer's weights."""
-    return -(-work.num_parts * turn // num_turns)
+    turn: int
+    num_turns: int
 
 
 def _pipeline(
@@ -120,42 +114,42 @@ def _pipeline(
     """Runs `turns` with the next cell's inputs and the next layers' weights under way.
 
     Layers are visited one after the other and round again, whoever ends early; so
-    weights are loaded `layers_ahead` visits before their own, in the hope that some
-    batch lives to see it. What nobody came for is freed at the end.
+    weights are loaded as many visits before their own as `Workload.last_ahead` says, in
+    the hope that some batch lives to see it. What nobody came for is freed at the end.
 
     Every `Free` comes one cell late, so that it waits for work that was dispatched
     before the work in progress. A hidden state that the very next cell goes on with
     stays where it is; so even where a batch is alone, the device has its next layer
     before it is through with one. Only at the end of such a step it is freed at once,
     after everything else that the next cell needs was asked for. At most
-    `layers_ahead + 1` layers' weights, two caches and two hidden states are on the
-    device.
+    `layers_ahead + 1` layers' weights, or as much of smaller ones, two caches and two
+    hidden states are on the device.
     """
     turn = next(turns, None)
     if turn is None:
         return
     weights = _WeightsAhead(work, num_visits)
     cell = turn.cell
-    yield from weights.load_until(work.layers_ahead, 0)
+    yield from weights.load_ahead(0)
     yield Load(Hidden(cell.batch), cell.step)
     before: Cell | None = None
     visit = 0  # of the cell's layer
     while turn is not None:
-        cell, due = turn
+        cell = turn.cell
         yield Compute(*cell)
         yield from _store_cache(work, cell)
         if before is not None:
             yield from _free_cache(work, before)
             if before.layer != cell.layer:
                 yield from weights.free_first()
-        yield from weights.load_until(visit + work.layers_ahead, due)
+        yield from weights.load_ahead(visit, turn.turn, turn.num_turns)
         turn = next(turns, None)
         after = None if turn is None else turn.cell
         if after is not None:
             yield from _load_cache(work, after)
             if after.layer != cell.layer:
                 visit += 1
-                yield from weights.load_until(visit + work.layers_ahead, 0)
+                yield from weights.load_ahead(visit)
         if before is not None and before.batch != cell.batch:
             yield Free(Hidden(before.batch))
         if after is None or after[::2] != cell[::2]:  # of another step or batch
@@ -177,9 +171,17 @@ class _WeightsAhead:
         self._num_parts = num_visits * work.num_parts
         self._freed = self._loaded = 0
 
-    def load_until(self, visit: int, part: int) -> Iterator[Op]:
-        """Loads what comes before part `part` of a visit and is not loaded yet."""
-        wanted = min(self._num_parts, visit * self._work.num_parts + part)
+    def load_ahead(self, visit: int, turn: int = 0, num_turns: int = 1) -> Iterator[Op]:
+        """Loads what may be on its way during a visit and is not loaded yet.
+
+        What there was no room for during the visit before is spread over the turns.
+        """
+        first, end = (
+            (self._work.last_ahead(each) + 1) * self._work.num_parts
+            for each in (visit - 1, visit)
+        )
+        due = -(-(end - first) * turn // num_turns)
+        wanted = min(self._num_parts, first + due)
         for index in range(self._loaded, wanted):
             weights, step = self._at(index)
             yield Load(weights, step)

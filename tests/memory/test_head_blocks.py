@@ -32,3 +32,20 @@ def test_a_block_goes_through_a_buffer_of_a_layer(name, how):
     assert sum(sizes) == table.nbytes
     for nbytes in sizes[:-1]:  # the last one may be small
         assert layout.buffer_bytes(config.head_table, nbytes) == largest
+    work = layout.workload(policy, prompt_len=8, gen_len=2, num_rows=1)
+    assert work.blocks_per_layer == 2  # fc1's and fc2's
+
+
+@pytest.mark.parametrize("placement", [Placement(host=1.0), Placement(device=1.0)])
+def test_where_no_block_goes_through_a_buffer_one_counts_as_a_layer(placement):
+    config, dtype = named_config("opt-1.3b"), np.dtype("bfloat16")
+    policy = Policy(weights=placement)
+    layout = lay_out(
+        config,
+        dtype,
+        planned_entries(config, dtype, None),
+        policy,
+        processor=Processor(is_host=False),
+    )
+    work = layout.workload(policy, prompt_len=8, gen_len=2, num_rows=1)
+    assert work.blocks_per_layer == 1
