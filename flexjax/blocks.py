@@ -255,10 +255,10 @@ class ScoreRows:
         if state is None:
             state = start_score(targets)
         first_id = np.int32(block * self._head.rows)
-        state = score_step(state, table, hidden, first_id, targets)
+        state, done = score_step(state, table, hidden, first_id, targets)
         if block + 1 < self._head.num_blocks:
             self._states[cell.batch] = state
-            return state
+            return done
         return finish_score(state)
 
     def take(self, batch: int, scores: Any) -> None:

@@ -88,6 +88,8 @@ class WeightStore:
         self.tensors: Mapping[str, TensorEntry] = manifest.tensors
         name, entry = next(iter(self.tensors.items()))
         self.direct_io = reads_direct(chunk_path(folder, name, entry, 0))
+        # Made once: a decode asks for all of them in every step.
+        self._paths: dict[str, list[pathlib.Path]] = {}
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fills `out` with a tensor.
@@ -120,7 +122,7 @@ class WeightStore:
                 f"rows {first}:{last} are not in tensor {name!r} of {entry.shape[0]}"
             )
         _check_buffer(name, entry, last - first, out)
-        memory, found = as_bytes(out), []
+        memory, found, paths = as_bytes(out), [], self._chunks(name)
         for index in range(first // entry.chunk_rows, entry.num_chunks):
             chunk_first = index * entry.chunk_rows
             begin = max(first, chunk_first)
@@ -132,7 +134,7 @@ class WeightStore:
             )
             found.append(
                 Extent(
-                    chunk_path(self.folder, name, entry, index),
+                    paths[index],
                     (begin - chunk_first) * entry.row_bytes,
                     memory[into],
                 )
@@ -173,7 +175,7 @@ class WeightStore:
         for index in np.unique(chunks):
             inside = chunks == index
             self._read_from_chunk(
-                chunk_path(self.folder, name, entry, int(index)),
+                self._chunks(name)[index],
                 (rows[inside] - index * entry.chunk_rows) * entry.row_bytes,
                 [into[target] for target in where[inside]],
             )
@@ -210,7 +212,7 @@ class WeightStore:
     ) -> None:
         entry, chunk = self.tensors[name], rows
         if rows.size < chunk_bytes:
-            path = chunk_path(self.folder, name, entry, index)
+            path = self._chunks(name)[index]
             chunk = np.empty(chunk_bytes, np.uint8)
             self._read_from_chunk(path, np.zeros(1, int), [chunk])
         found, expected = _checksum(chunk), entry.chunk_checksums[index]
@@ -245,6 +247,16 @@ class WeightStore:
                     f"{path} ended early: {count} of {buffer.nbytes} bytes of a row; "
                     "convert the checkpoint again"
                 )
+
+    def _chunks(self, name: str) -> list[pathlib.Path]:
+        """The files of a tensor's chunks."""
+        if name not in self._paths:
+            entry = self.tensors[name]
+            self._paths[name] = [
+                chunk_path(self.folder, name, entry, index)
+                for index in range(entry.num_chunks)
+            ]
+        return self._paths[name]
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:

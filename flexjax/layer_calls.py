@@ -43,7 +43,11 @@ class Rows(Protocol):
     def read_head(
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
     ) -> Any:
-        """Dispatches one block of the vocabulary; a tree of arrays to wait for."""
+        """Dispatches one block of the vocabulary.
+
+        Returns:
+            A tree of arrays to wait for, which no later call donates.
+        """
         ...
 
 

@@ -75,7 +75,9 @@ class Policy:
     weights serves all `num_batches` calls of `batch_size` rows.
 
     Attributes:
-        weights, kv_cache, activations: fractions on each tier.
+        weights, kv_cache, activations: fractions on each tier; the activations of a
+            batch wait there while others are computed, so of one that is alone they
+            stay on the device.
         batch_size: rows of one compute call.
         num_batches: calls that share one load of a layer's weights.
         schedule: the order of the calls.

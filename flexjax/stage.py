@@ -58,7 +58,7 @@ class LayerStage:
         self._timeline = transport.timeline
         self._parts: dict[Weights, Future[Loans]] = {}
         self._slots: dict[Cache | Hidden, _Slot] = {}
-        self._made_bytes: dict[Cache | Hidden, int] = {}  # that calls made
+        self._made_bytes: dict[Cache | Hidden, int] = {}  # last made by a call
         # Calls that end:
         self._last_use: dict[int, Future[Made]] = {}  # the last of a layer
         self._heads: dict[int, Future[Made]] = {}  # the last head call of a batch

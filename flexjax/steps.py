@@ -227,10 +227,14 @@ def score_step(
     hidden: Float[Array, "batch 1 seq embed"],
     first_id: Int[Array, ""],
     targets: Int[Array, "batch seq"],
-) -> ScoreState:
+) -> tuple[ScoreState, Array]:
     """Takes one block of the vocabulary into the scores of all tokens.
 
     Works on `SCORE_CHUNK` tokens at a time, so that no `[batch, seq, block]` exists.
+
+    Returns:
+        The new state, and one element of it to wait for, since the next block donates
+        the state itself.
     """
     count = targets.size
     chunk = math.gcd(count, SCORE_CHUNK)
@@ -247,6 +251,7 @@ def score_step(
         chunked(hidden, hidden.shape[-1]),
         chunked(targets),
     )
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda array: array.reshape(targets.shape), jax.lax.map(fold, inputs)
     )
+    return state, jax.tree.leaves(state)[0].reshape(-1)[:1]

@@ -57,7 +57,7 @@ class Workload:
 
         Layers are visited one after the other and round again; visit 0 is the first
         layer's, and visit -1 what comes before it. A layer's own weights are gone
-        before they come again.
+        before they come again. Sizes are counted in blocks of the head.
         """
         num_layers, size = self.num_layers, self.blocks_per_layer
         round_size = self._size_before(num_layers)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexjax import blocks, steps, trace
+from flexjax import blocks, steps, store_format, trace
 from flexjax.blocks import Row
 from flexjax.checkpoint import open_store
 from flexjax.engine import Engine
@@ -25,7 +25,7 @@ from flexjax.schedule.footprint import by_tier
 from flexjax.schedule.ops import Cache, Hidden
 from flexjax.stopping import StopChecker
 from flexjax.workload import Workload
-from tests.golden_checkpoints import GOLDEN_NAMES, Golden
+from tests.golden_checkpoints import GOLDEN_NAMES, Golden, load_golden
 
 DEVICE, HOST, DISK = Placement(device=1.0), Placement(host=1.0), Placement()
 WEIGHTS, CACHE = Placement(device=0.3, host=0.4), Placement(device=0.5, host=0.25)
@@ -132,6 +132,24 @@ def test_every_cell_gives_hugging_faces_answers(
 ):
     policy = policy_of(PLACEMENTS[placement], schedule, shape)
     check_golden(golden("opt-pre-ln"), policy, tmp_path, first_logits)
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_a_head_that_travels_in_blocks_gives_the_same_answers(
+    schedule, shape, golden, tmp_path, first_logits
+):
+    with pytest.MonkeyPatch.context() as patch:  # chunks of a few rows
+        patch.setattr(store_format, "MIN_CHUNK_BYTES", 4096)
+        patch.setattr(store_format, "MAX_CHUNK_BYTES", 8192)
+        checkpoint = load_golden("opt-pre-ln", tmp_path / "store")
+    policy = policy_of(PLACEMENTS["disk"], schedule, shape)
+    engine = make_engine(open_store(checkpoint.store), policy, tmp_path)
+    assert engine.weights.layout.head.num_blocks > 2
+    engine.close()
+    folder = tmp_path / "spill"
+    folder.mkdir()
+    check_golden(checkpoint, policy, folder, first_logits)
 
 
 # The other checkpoints go through every placement, schedule and shape, if not through

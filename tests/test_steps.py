@@ -111,11 +111,13 @@ def test_scores_over_any_blocks_are_the_log_softmax(cuts, shape):
     table, hidden = random_array(1, 51, 8), random_array(2, batch, 1, seq, 8)
     targets = np.random.default_rng(3).integers(0, 51, (batch, seq)).astype(np.int32)
     state = start_score(jnp.asarray(targets))
-    edges = [0, *sorted(cuts), 51]
+    edges, ended = [0, *sorted(cuts), 51], []
     for first, last in itertools.pairwise(edges):
-        state = score_step(
+        state, done = score_step(
             state, table[first:last], hidden, jnp.int32(first), jnp.asarray(targets)
         )
+        ended.append(done)
+    jax.block_until_ready(ended)  # no later block has taken what was to be waited for
     logits = np.asarray(hidden[:, 0], np.float64) @ np.asarray(table, np.float64).T
     total = np.log(np.exp(logits).sum(axis=-1))
     chosen = np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -248,9 +248,9 @@ class Shares {
     for (int64_t index; (index = taken_.fetch_add(1)) < count_;) {
       const int64_t row = index / per_block_ * kBlockRows;
       const int64_t row_end = std::min(work_.rows, row + kBlockRows);
-      const int64_t begin = OutputsOf(index), end = OutputsOf(index, 1);
-      const int64_t next = index + num_threads_;
-      const int64_t after = next < count_ ? OutputsOf(next) : work_.outputs;
+      const int64_t share = index % per_block_, next = index + num_threads_;
+      const int64_t begin = Outputs(share), end = Outputs(share + 1);
+      const int64_t after = next < count_ ? Outputs(next % per_block_) : work_.outputs;
       if (begin < end &&
           !Block(work_, weights_, row, row_end, begin, end, after)) {
         has_failed_ = true;
@@ -266,10 +266,8 @@ class Shares {
   }
 
  private:
-  // Where the outputs of a share begin, or end with `shift` 1.
-  int64_t OutputsOf(int64_t index, int64_t shift = 0) const {
-    return std::min(work_.outputs, (index % per_block_ + shift) * size_);
-  }
+  // How many outputs come before those of a share.
+  int64_t Outputs(int64_t share) const { return std::min(work_.outputs, share * size_); }
 
   const Work work_;
   const Weights weights_;

@@ -33,18 +33,21 @@ class Group {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale_, minimum_);
   }
 
-  // What the 16 codes of 4 bits stand for, in the lower half.
+  // What the 16 codes of 4 bits stand for, twice: so whatever is above the lower 4 bits
+  // of a code changes nothing when it is looked up.
   __m512i Values() const {
     const __m512i codes =
         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(Wide(codes)));
+    const __m512 values = Wide(codes);
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
   }
 
  private:
+  // A bfloat16 is the upper half of a float.
   static __m512 Float(const uint8_t* at) {
-    uint16_t half;
-    std::memcpy(&half, at, sizeof half);
-    return _mm512_castsi512_ps(_mm512_set1_epi32(uint32_t{half} << 16));
+    constexpr __mmask32 kUpper = 0xaaaaaaaa;
+    const __m128i half = _mm_loadu_si16(at);
+    return _mm512_castsi512_ps(_mm512_maskz_broadcastw_epi16(kUpper, half));
   }
 
   __m512 scale_, minimum_;
@@ -126,9 +129,8 @@ class Weights {
     for (int64_t i = 0; i < work_.group_size; i += 2 * kLanes) {
       const __m256i* from = reinterpret_cast<const __m256i*>(codes + i);
       const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from));
-      const __m512i first = _mm512_and_si512(both, _mm512_set1_epi16(15));
       const __m512i second = _mm512_srli_epi16(both, 4);
-      _mm512_store_si512(into_low + i, _mm512_permutexvar_epi16(first, low_values));
+      _mm512_store_si512(into_low + i, _mm512_permutexvar_epi16(both, low_values));
       _mm512_store_si512(into_high + i, _mm512_permutexvar_epi16(second, high_values));
     }
   }

@@ -55,16 +55,16 @@ class BufferPool:
         )
         self._whole: dict[int, np.ndarray] = {}  # what is lent, by its address
 
-    def take(self, nbytes: int, *, most: int = 0) -> np.ndarray:
+    def take(self, nbytes: int, *, most_bytes: int = 0) -> np.ndarray:
         """A page-aligned buffer of `nbytes`; its content is arbitrary.
 
-        It is part of a free one of up to `most` bytes, where that saves making one: the
+        It is part of a free one of up to `most_bytes`, where that saves making one: the
         system has to find and to clear the pages of a new one.
 
         Raises:
             MemoryError: the machine has no more memory.
         """
-        whole = self._pool.lend(nbytes, lambda free: nbytes <= free <= most)
+        whole = self._pool.lend(nbytes, lambda free: nbytes <= free <= most_bytes)
         self._whole[_address(whole)] = whole
         return whole[:nbytes]
 

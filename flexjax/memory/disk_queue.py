@@ -17,8 +17,9 @@ from flexjax.memory.lanes import Lane, Span, Timeline
 # took 2.10, 1.98 and 1.85 s with 4, 8 and 16. What is urgent still waits for what is
 # under way: with most of the cache on disk too, a step took 3.0 s with 6, 3.6 with 16.
 DEPTH = 8
-# A chunk of a weight store is one request. Each takes time of the processor's: a layer
-# of OPT-6.7B took 1.09 times as long beside reads of 2 MiB, and 1.01 beside 4 MiB.
+# As large as a chunk of a weight store gets: so each is one request, and few requests
+# take little of the processor's time. A layer of OPT-6.7B took 1.09 times as long
+# beside reads of 2 MiB, and 1.01 beside as many bytes in reads of 4 MiB.
 REQUEST_BYTES = 8 << 20
 
 

@@ -25,6 +25,7 @@ MATRIX = "layers.0.fc1.weight"  # quantized as all of the decoder layers' are
 # request of its own, which waits in the disk's queue as long as megabytes do.
 LEAST_ON_DISK = 64 << 10
 MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
+MOST_ROOM = 2  # of a buffer that a block of the head goes through, in blocks
 MOST_PARTS = 4  # in which a layer's weights travel
 MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
@@ -82,7 +83,7 @@ class _Load(NamedTuple):
 
     spans: dict[str, slice]
     moved: Moved
-    staged: int  # bytes of the buffers that it is read into from disk, at most
+    staged_bytes: int  # of the buffers that it is read into from disk, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,8 @@ class WeightLayout:
         """
         if name != self.config.head_table:
             return nbytes
-        return max([nbytes, *(n for n in self._sizes_on_disk if n <= 2 * nbytes)])
+        larger = (n for n in self._sizes_on_disk if _takes_block(n, nbytes))
+        return max(larger, default=nbytes)
 
     @functools.cached_property
     def _blocks_per_layer(self) -> int:
@@ -194,8 +196,8 @@ class WeightLayout:
         block_bytes = self.head.rows * self.tensors[head].row_bytes
         counts = [
             sum(
-                block_bytes <= self.tensors[name].nbytes <= 2 * block_bytes
-                and self.tiers[name] is Tier.DISK
+                self.tiers[name] is Tier.DISK
+                and _takes_block(self.tensors[name].nbytes, block_bytes)
                 for name in layer_tensors(self.config, layer)
             )
             for layer in range(self.config.num_hidden_layers)
@@ -223,7 +225,7 @@ class WeightLayout:
     def staged_bytes(self, layer: int, part: int) -> dict[tuple[Tier, Kind], int]:
         """Bytes that a load needs: for what is not on the device, or not wide there."""
         moved, wide = self.moved(layer, part)
-        from_disk = self._loads[layer, part].staged
+        from_disk = self._loads[layer, part].staged_bytes
         on_device = wide + from_disk
         if self.device_is_host:
             return {(Tier.DEVICE, Kind.WEIGHTS): on_device}
@@ -254,6 +256,11 @@ class WeightLayout:
             prompt_len=bucket(prompt_len),
             gen_len=gen_len,
         )
+
+
+def _takes_block(buffer_bytes: int, block_bytes: int) -> bool:
+    """Whether a block of the head goes through a buffer of a decoder layer's."""
+    return block_bytes <= buffer_bytes <= MOST_ROOM * block_bytes
 
 
 def looking_ahead(work: Workload, layers: int = MOST_LAYERS_AHEAD) -> Workload:
@@ -304,9 +311,10 @@ def head_blocks(
 ) -> HeadBlocks:
     """Cuts a table of logits that has to travel into blocks.
 
-    None is larger than a decoder layer's largest tensor, so that it goes through a
-    buffer of that tensor's: other buffers would have to be made in every step, in
-    place of those. A table that is used where it lies, as it lies, stays whole.
+    None is larger than a decoder layer's largest tensor, but for a single chunk, so
+    that it goes through a buffer of that tensor's: other buffers would have to be made
+    in every step, in place of those. A table that is used where it lies, as it lies,
+    stays whole.
     """
     table = tensors[config.head_table]
     tier = tiers[config.head_table]

@@ -123,7 +123,7 @@ class PlacedWeights:
         self._store.verify(name, array)
         if tier is Tier.HOST:
             self._on_host[name] = array
-        else:
+        if tier is Tier.DEVICE or self._link.is_shared:  # the same memory, if it is
             self._on_device[name] = jax.device_put(array, self._link.device)
 
     def _gather(self, name: str, ids: np.ndarray, out: np.ndarray) -> None:
@@ -179,7 +179,7 @@ class PlacedWeights:
                     entry, count = self._store.tensors[name], rows.stop - rows.start
                     nbytes = count * entry.row_bytes
                     most = self.layout.buffer_bytes(name, nbytes)
-                    buffer = self._stage.take(nbytes, most=most)
+                    buffer = self._stage.take(nbytes, most_bytes=most)
                     array = typed(buffer, (count, *entry.shape[1:]), entry.dtype)
                     reads[name] = _Read(
                         buffer, array, self._read(name, rows.start, array)
@@ -237,10 +237,13 @@ class PlacedWeights:
         return wide
 
     def _resident(self, name: str, rows: slice) -> Loan:
+        array = self._on_device.get(name)
+        if array is not None and rows == slice(0, array.shape[0]):
+            return Loan(array)
         if self.layout.tiers[name] is Tier.HOST:
             return self._link.lend(self._on_host[name][rows], Kind.WEIGHTS)
-        array = self._on_device[name]
-        return Loan(array if rows == slice(0, array.shape[0]) else array[rows])
+        assert array is not None
+        return Loan(array[rows])
 
 
 class _Read(NamedTuple):

@@ -14,6 +14,7 @@ from flexjax.policy import Policy, Tier
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MOST_BATCHES = 64
+LEAST_GAIN = 0.01  # of a block's seconds, for twice the memory: less is not looked for
 MEMORIES = (Tier.DEVICE, Tier.HOST)  # in which weights wait that are ahead
 
 
@@ -82,8 +83,9 @@ def _solved(
         blocks = max(1.0, job.num_prompts / policy.block_size)
         job_s = solved.block_s * blocks
         yield Candidate(job_s, policy, layers_ahead, form, solved)
-        if all(solved.worth_s.get(tier, 0.0) <= 0 for tier in MEMORIES):
-            break  # nothing would be gained
+        gained_s = (solved.worth_s.get(tier, 0.0) * budgets[tier] for tier in MEMORIES)
+        if max(gained_s) <= LEAST_GAIN * solved.block_s:
+            break
 
 
 def _batch_sizes(num_prompts: int) -> list[int]:

@@ -9,6 +9,7 @@ from flexjax.memory.placement import Rows
 from flexjax.models.config import layer_tensors
 from flexjax.plan.hardware import Hardware
 from flexjax.policy import Policy, Tier
+from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
 from flexjax.schedule.simulate import Resource, Seconds, add_seconds
 from flexjax.sparse import kept_slots
@@ -42,6 +43,8 @@ class RunCosts:
                 return self._load_cache(buffer, step)
             case Hidden(batch):
                 rows = hidden_rows(self.policy, self.work, Hidden(batch))
+                if hidden_stays(self.policy.schedule, self.work):
+                    rows = Rows(0, self.work.batch_size, 0)  # none but token rows come
                 return self._load_rows(
                     rows, self.work.seq_len(step) * self.run.hidden_bytes
                 )

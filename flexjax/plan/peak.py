@@ -32,7 +32,7 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
         _sum(sizes.loaded(Weights(layer, part), 0) for part in range(work.num_parts))
         for layer in (range(1) if alike else range(work.num_decoder_layers))
     ]
-    if not alike:  # else a block is not larger
+    if not alike:  # else a layer stands for the blocks too, which are no larger
         layers += [
             _sum([sizes.loaded(Weights(layer), 0)] * work.blocks_per_layer)
             for layer in range(work.num_decoder_layers, work.num_layers)
@@ -42,10 +42,9 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
         caches = _caches(sizes, alike=alike)
         _add_homes(total, sizes, caches, last - 1)
         _add(total, _most([sizes.loaded(cache, last) for cache in caches]), 2)
-    stays = hidden_stays(sizes.policy.schedule, work)
-    if not stays:
+    if not hidden_stays(sizes.policy.schedule, work):
         _add_homes(total, sizes, _states(sizes, alike=alike), 0)
-    _add(total, sizes.loaded(Hidden(0), 0), 1 if stays else 2)
+    _add(total, sizes.loaded(Hidden(0), 0), min(2, work.num_batches))
     for size in sizes.computed(Cell(0, 0, 0)).values():
         _add(total, size, 2)
     _add(total, _most([sizes.workspace(Cell(step, 0, 0)) for step in (0, last)]))

@@ -146,8 +146,10 @@ def test_more_memory_is_not_slower(base):
         assert more <= 1.05 * less
 
 
-def test_where_everything_fits_everything_is_on_the_device():
-    plan = search(MODEL, machine(APART, 10**6, 10**6), JOB)
+@pytest.mark.parametrize("gen_len", [8, 1])  # of one token no cache is kept
+def test_where_everything_fits_everything_is_on_the_device(gen_len):
+    job = dataclasses.replace(JOB, gen_len=gen_len)
+    plan = search(MODEL, machine(APART, 10**6, 10**6), job)
     for kind in Kind:
         assert plan.policy.placement(kind).device == pytest.approx(1.0), kind
 
