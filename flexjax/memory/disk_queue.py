@@ -17,10 +17,12 @@ from flexjax.memory.lanes import Lane, Span, Timeline
 # took 2.10, 1.98 and 1.85 s with 4, 8 and 16. What is urgent still waits for what is
 # under way: with most of the cache on disk too, a step took 3.0 s with 6, 3.6 with 16.
 DEPTH = 8
-# As large as a chunk of a weight store gets: so each is one request, and few requests
-# take little of the processor's time. A layer of OPT-6.7B took 1.09 times as long
-# beside reads of 2 MiB, and 1.01 beside as many bytes in reads of 4 MiB.
-REQUEST_BYTES = 8 << 20
+# Few requests take little of the processor's time: a layer of OPT-6.7B took 1.09 times
+# as long beside reads of 2 MiB, and 1.01 beside as many bytes in reads of 4 MiB. But
+# what is urgent waits for those under way: with caches and half of the weights on disk,
+# decoding took 1.08 to 1.14 times as long with 8 MiB as with 4. So a store's small
+# chunks, of 4 to 5 MB, are one request each, and its large ones two.
+REQUEST_BYTES = 5 << 20
 
 
 class Urgency(enum.IntEnum):

@@ -90,7 +90,7 @@ class RunFootprint:
         if self.policy.attention_sparsity < 1:
             size[Tier.DEVICE, Kind.KV_CACHE] += self._value_sums_bytes()
         for kind, nbytes in self._passing():
-            size[Tier.HOST, kind] += 2 * nbytes  # in and out at the same time
+            size[Tier.HOST, kind] += nbytes
         return size
 
     def _value_sums_bytes(self) -> int:
@@ -106,7 +106,10 @@ class RunFootprint:
             slot_bytes = self.cache_slot_bytes // 2  # keys and values are two arrays
             row_bytes = max(work.prompt_len, MAX_TAIL_SLOTS) * slot_bytes
             # As many segments as can be under way: their number grows with the tokens.
-            yield Kind.KV_CACHE, passing_bytes(rows, row_bytes, segments=MOST_PASSING)
+            nbytes = passing_bytes(rows, row_bytes, segments=MOST_PASSING)
+            # What is loaded passes too once a tail was written behind the prompt.
+            is_short = work.gen_len <= tail_slots(rows * slot_bytes)
+            yield Kind.KV_CACHE, nbytes if is_short else 2 * nbytes
         if policy.activations.disk > 0:
             row_bytes = work.prompt_len * self.hidden_bytes
             yield Kind.ACTIVATIONS, passing_bytes(rows, row_bytes, segments=1)

@@ -98,6 +98,11 @@ class RunCosts:
         # What is on disk is read as far as it is in use, a host's array is lent whole.
         used = self.work.past_len(step)
         self._add_read(seconds, rows.disk * used * slot_bytes)
+        if rows.disk and self.run.device_is_host:
+            # To load and to store what is spilled takes the processor about as long as
+            # a call with next to nothing to do: 1.1 ms (OPT-1.3B, 16 rows, 2 cores).
+            calls = self.hardware.call_s
+            add_seconds(seconds, {Resource.COMPUTE: calls[min(calls)]})
         for tier, count in zip(Tier, rows, strict=True):
             route = self.run.routes[tier]
             if tier is Tier.DEVICE or route.on_host:
