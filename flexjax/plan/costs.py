@@ -100,7 +100,7 @@ class RunCosts:
         self._add_read(seconds, rows.disk * used * slot_bytes)
         if rows.disk and self.run.device_is_host:
             # To load and to store what is spilled takes the processor about as long as
-            # a call with next to nothing to do: 1.1 ms (OPT-1.3B, 16 rows, 2 cores).
+            # a call with next to nothing to do: 1.0 to 1.3 ms for OPT-1.3B, 16 rows.
             calls = self.hardware.call_s
             add_seconds(seconds, {Resource.COMPUTE: calls[min(calls)]})
         for tier, count in zip(Tier, rows, strict=True):
