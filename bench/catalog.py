@@ -75,6 +75,9 @@ def _own_cases() -> Iterator[Case]:
     for model in ("opt-1.3b", "opt-6.7b"):
         note = "4-bit weights on disk"
         yield _streamed(model, "4bit-disk", four_bits, note)
+        policy = dataclasses.replace(four_bits, activation_bits=8)
+        note = "4-bit weights on disk, what they multiply rounded to 8 bits"
+        yield _streamed(model, "4bit-rounded-disk", policy, note)
         note = "4-bit weights and KV cache on disk"
         yield _streamed(model, "4bit-kv-disk", both, note)
     yield _streamed(

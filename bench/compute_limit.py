@@ -298,11 +298,9 @@ class _Steps:
         self._store.read_rows(name, rows.start, rows.stop, array)
         read = jax.device_put(array, self._device)
         how = entry.quantization
-        if how is None:
-            return read
-        if self._layout.is_widened(name):
+        if how is not None and self._layout.is_widened(name):
             return dequantize(read, how)
-        return QuantizedArray(read, how)
+        return self._layout.as_used(name, read)
 
 
 def _outside(params: Params) -> Params:

@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -32,7 +33,7 @@ from flexjax.kernels.products import can_multiply_quantized, is_multiplied
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
 from flexjax.models.opt import contract_last, unflatten
-from flexjax.policy import BITS, Policy
+from flexjax.policy import ACTIVATION_BITS, BITS, Policy
 from flexjax.quant import (
     Quantization,
     QuantizedArray,
@@ -69,10 +70,10 @@ def measure_kernels(
     ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
     for rows in ROWS:
         yield _product(config, rows)
-    for how in ways:
+    for how, rounded in itertools.product(ways, (None, *ACTIVATION_BITS)):
         if can_multiply_quantized() and is_multiplied(how, config.hidden_size):
             for rows in ROWS:
-                yield _product(config, rows, how)
+                yield _product(config, rows, how, rounded)
     peak = compiled.library(PEAK) if compiled.is_wanted() else None
     if peak is not None:
         yield _peak(peak)
@@ -86,17 +87,23 @@ def measure_kernels(
 
 
 def _product(
-    config: OPTConfig, rows: int, how: Quantization | None = None
+    config: OPTConfig,
+    rows: int,
+    how: Quantization | None = None,
+    activation_bits: int | None = None,
 ) -> dict[str, Any]:
     """The MLP's first matrix, quantized or not, times `rows` rows of bfloat16."""
     weight = wide = _random((config.ffn_dim, config.hidden_size), jnp.bfloat16)
     if how is not None:
-        weight = QuantizedArray(_narrow(wide, how), how)
+        weight = QuantizedArray(_narrow(wide, how), how, activation_bits)
+    kinds = "bfloat16" if how is None else f"{how.bits} bits"
+    if activation_bits is not None:
+        kinds += f", rows in {activation_bits}"
     x = _random((rows, config.hidden_size), jnp.bfloat16)
     step = jax.jit(contract_last)
     seconds = median_s(lambda _: step(x, weight), None)
     return {
-        "kernel": "product, " + ("bfloat16" if how is None else f"{how.bits} bits"),
+        "kernel": f"product, {kinds}",
         "shape": f"{rows} rows, {config.ffn_dim} x {config.hidden_size}",
         "seconds": seconds,
         "flops_per_s": 2 * rows * wide.size / seconds,

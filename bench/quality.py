@@ -28,26 +28,31 @@ from checkpoints_tools.resolve import resolve_model
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
+from flexjax.kernels.products import can_multiply_quantized
 from flexjax.llm import EMBEDDED_MODEL
 from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Policy
-from flexjax.quant import cache_quantization, dequantize
+from flexjax.quant import QuantizedArray, cache_quantization, dequantize
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sparse import sparse_prefill_attention
 from flexjax.tokenizer import load_tokenizer
 
-# Bits of weights and of the KV cache, and how much of the past is attended to; the
-# first is what the others are compared with.
+# Bits of weights, of the KV cache and of activations, and how much of the past is
+# attended to; the first is what the others are compared with.
 SETTINGS = (
-    (None, None, 1.0),
-    (8, None, 1.0),
-    (None, 8, 1.0),
-    (8, 8, 1.0),
-    (4, None, 1.0),
-    (None, 4, 1.0),
-    (4, 4, 1.0),
-    (None, None, 0.1),
-    (4, 4, 0.1),
+    (None, None, None, 1.0),
+    (8, None, None, 1.0),
+    (None, 8, None, 1.0),
+    (8, 8, None, 1.0),
+    (8, 8, 8, 1.0),
+    (4, None, None, 1.0),
+    (4, None, 8, 1.0),
+    (None, 4, None, 1.0),
+    (4, 4, None, 1.0),
+    (4, 4, 8, 1.0),
+    (None, None, None, 0.1),
+    (4, 4, None, 0.1),
+    (4, 4, 8, 0.1),
 )
 HELD_OUT = pathlib.Path(EMBEDDED_MODEL) / "heldout.txt"
 _ROWS_A_CALL = 8
@@ -67,10 +72,13 @@ def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]
         most_windows: windows of text to look at; all, if None.
     """
     plain: _Said | None = None
-    for weight_bits, kv_cache_bits, sparsity in SETTINGS:
+    for weight_bits, kv_cache_bits, activation_bits, sparsity in SETTINGS:
+        if activation_bits is not None and not can_multiply_quantized():
+            continue
         policy = Policy(
             weight_bits=weight_bits,
             kv_cache_bits=kv_cache_bits,
+            activation_bits=activation_bits,
             attention_sparsity=sparsity,
         )
         store = open_store(resolve_model(EMBEDDED_MODEL, weight_bits=weight_bits))
@@ -81,6 +89,7 @@ def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]
         yield {
             "weight_bits": weight_bits,
             "kv_cache_bits": kv_cache_bits,
+            "activation_bits": activation_bits,
             "attention_sparsity": sparsity,
             **row,
             "bits_per_matrix_element": _matrix_bits(store),
@@ -107,7 +116,8 @@ def _prompt_len(store: WeightStore) -> int:
 def _listen(store: WeightStore, policy: Policy, most_windows: int | None) -> _Said:
     config, attention = store.config, prefill_attention
     how = cache_quantization(policy, config, store.dtype)
-    params = unflatten({name: _wide(store, name) for name in store.tensors})
+    bits = policy.activation_bits
+    params = unflatten({name: _used(store, name, bits) for name in store.tensors})
     if policy.attention_sparsity < 1:
         attention = functools.partial(
             sparse_prefill_attention,
@@ -143,12 +153,19 @@ def _windows(store: WeightStore) -> list[np.ndarray]:
     ]
 
 
-def _wide(store: WeightStore, name: str) -> jax.Array:
+def _used(
+    store: WeightStore, name: str, activation_bits: int | None
+) -> jax.Array | QuantizedArray:
+    """A tensor made wide, unless what it is multiplied with is rounded."""
     entry = store.tensors[name]
     array = np.empty(entry.shape, entry.dtype)
     store.read(name, array)
     how = entry.quantization
-    return jnp.asarray(array) if how is None else dequantize(jnp.asarray(array), how)
+    if how is None:
+        return jnp.asarray(array)
+    if activation_bits is not None:
+        return QuantizedArray(jnp.asarray(array), how, activation_bits)
+    return dequantize(jnp.asarray(array), how)
 
 
 def _matrix_bits(store: WeightStore) -> float:
@@ -164,12 +181,13 @@ def _matrix_bits(store: WeightStore) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows for a person."""
-    heads = f"{'weights':>8} {'cache':>6} {'past':>6} {'perplexity':>11}"
+    heads = f"{'weights':>8} {'cache':>6} {'inputs':>7} {'past':>6} {'perplexity':>11}"
     lines = [f"{heads} {'change':>8}  same top 1"]
     for row in rows:
-        weights, cache = row["weight_bits"] or 16, row["kv_cache_bits"] or 16
+        kinds = "weight", "kv_cache", "activation"
+        weights, cache, inputs = (row[f"{kind}_bits"] or 16 for kind in kinds)
         lines.append(
-            f"{weights:8} {cache:6} {row['attention_sparsity']:6.0%} "
+            f"{weights:8} {cache:6} {inputs:7} {row['attention_sparsity']:6.0%} "
             f"{row['perplexity']:11.3f} {row['increase']:+8.2%} "
             f"{row['top_1_agreement']:11.1%}"
         )

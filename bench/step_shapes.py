@@ -80,9 +80,10 @@ def _layer_shapes(layout: WeightLayout) -> Any:
 
     def array(name: str) -> jax.Array | QuantizedArray:
         entry = layout.tensors[name]
-        if entry.quantization is None or layout.is_widened(name):
+        if layout.is_widened(name):
             return jnp.zeros(entry.used_shape, layout.dtype)
-        return QuantizedArray(jnp.zeros(entry.shape, BYTES), entry.quantization)
+        dtype = layout.dtype if entry.quantization is None else BYTES
+        return layout.as_used(name, jnp.zeros(entry.shape, dtype))
 
     names = [n for n in layer_tensors(layout.config, 0) if n.startswith(LAYER)]
     return jax.eval_shape(

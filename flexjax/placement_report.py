@@ -37,6 +37,7 @@ def placement_report(weights: WeightLayout, policy: Policy) -> dict[str, Any]:
     return report | {
         "weight_bits": weights.bits,
         "kv_cache_bits": policy.kv_cache_bits or 8 * weights.dtype.itemsize,
+        "activation_bits": policy.activation_bits or 8 * weights.dtype.itemsize,
         "attention_sparsity": policy.attention_sparsity,
         "attention": {
             tier.value: "host" if route.on_host else "device"

@@ -62,6 +62,7 @@ class Placement:
 
 
 BITS = (4, 8)  # of an element of what is quantized
+ACTIVATION_BITS = (8,)  # of what is rounded to be multiplied with it
 static = functools.partial(dataclasses.field, metadata={"static": True})
 ALL_ON_DEVICE = Placement(device=1.0)
 
@@ -87,6 +88,9 @@ class Policy:
         attention_sparsity: fraction of its past that a new token attends to, by row and
             head; prompts are attended to whole.
         weight_bits, kv_cache_bits: 4 or 8 to quantize in groups; None is as stored.
+        activation_bits: 8 to round what is multiplied with quantized weights, each row
+            in the weights' groups, and so to multiply integers; None multiplies what
+            there is. It is for CPUs, see `flexjax.kernels`.
         group_size: elements of a group at most.
     """
 
@@ -100,6 +104,7 @@ class Policy:
     attention_sparsity: float = static(default=1.0)
     weight_bits: int | None = static(default=None)
     kv_cache_bits: int | None = static(default=None)
+    activation_bits: int | None = static(default=None)
     group_size: int = static(default=64)
 
     def placement(self, kind: Kind) -> Placement:
@@ -130,6 +135,7 @@ def validate(policy: Policy) -> Policy:
             raise ValueError(
                 f"{name} is {bits!r}, expected 4, 8 or None, which is as stored"
             )
+    _validate_activation_bits(policy)
     if type(policy.host_attention) is not bool:
         raise ValueError(
             f"host_attention is {policy.host_attention!r}, expected True or False"
@@ -153,6 +159,21 @@ def validate(policy: Policy) -> Policy:
             f"schedule is {policy.schedule!r}, expected one of {names}"
         ) from None
     return dataclasses.replace(policy, schedule=schedule)
+
+
+def _validate_activation_bits(policy: Policy) -> None:
+    bits = policy.activation_bits
+    if bits is None:
+        return
+    if type(bits) is not int or bits not in ACTIVATION_BITS:
+        raise ValueError(
+            f"activation_bits is {bits!r}, expected 8 or None, which rounds nothing"
+        )
+    if policy.weight_bits is None:
+        raise ValueError(
+            f"activation_bits={bits} is for products with quantized weights, but "
+            "weight_bits is None: give 4 or 8 of them, or leave activation_bits out"
+        )
 
 
 def _validate_placement(name: str, placement: Placement) -> None:

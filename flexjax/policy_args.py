@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 
 from flexjax.policy import (
+    ACTIVATION_BITS,
     BITS,
     Kind,
     Placement,
@@ -18,7 +19,7 @@ from flexjax.policy import (
 # Arguments that stand for the policy's field of the same name.
 _PLAIN = (
     *("batch_size", "num_batches", "schedule"),
-    *("weight_bits", "kv_cache_bits", "group_size"),
+    *("weight_bits", "kv_cache_bits", "activation_bits", "group_size"),
     *("host_attention", "attention_sparsity"),
 )
 _SWITCHES = ("compress_weight", "compress_cache")
@@ -78,6 +79,12 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
             choices=BITS,
             help=f"quantize the {what} in groups (default: as stored)",
         )
+    group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=ACTIVATION_BITS,
+        help="round what quantized weights are multiplied with (default: do not)",
+    )
     group.add_argument(
         "--group-size",
         type=int,

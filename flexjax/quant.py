@@ -78,7 +78,7 @@ class Quantization:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("data",),
-    meta_fields=("quantization",),
+    meta_fields=("quantization", "activation_bits"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
@@ -87,10 +87,12 @@ class QuantizedArray:
     Attributes:
         data: what `quantize` made.
         quantization: how.
+        activation_bits: see `Policy`.
     """
 
     data: UInt8[Array, "... width"]
     quantization: Quantization
+    activation_bits: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

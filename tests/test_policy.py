@@ -187,7 +187,10 @@ def test_an_unknown_schedule_is_refused_with_those_there_are(schedule):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"weight": {"device": 1}}, "policy has no 'weight'; known are activations, "),
+        (
+            {"weight": {"device": 1}},
+            "policy has no 'weight'; known are activation_bits, activations, ",
+        ),
         ({"weights": {"gpu": 1}}, "weights has no 'gpu'; known are device, disk, host"),
         ({"weights": 0.5}, 'weights is 0.5, expected an object such as {"device": '),
         ({"weights": [20, 80]}, "weights is [20, 80], expected an object"),

@@ -22,11 +22,15 @@ from flexjax.cache_folder import default_cache
 from flexjax.safe_files import make_folder, sync_tree
 
 # What a source is compiled for. With AMX, XLA's own products are faster than these.
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+NEEDED = (
+    *("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    *("avx512_bf16", "avx512_vnni"),
+)
 BETTER = "amx_bf16"
 FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-w"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    *("-mavx512bf16", "-mavx512vnni"),
 )
 COMPILERS = ("c++", "g++", "clang++")
 COMPILES_WITHIN_S = 300.0

@@ -1,20 +1,25 @@
 // Products `x @ weight.T` with quantized weights, on processors with AVX-512 and its
 // bfloat16 instructions. `flexjax.quant` tells how the weights are kept.
 //
-// Weights are made wide a panel at a time, some outputs for some inputs, in the level-2
-// cache: as bfloat16 they are never in memory. Rows of x lie in the lanes of registers,
-// and weights, which are contiguous along what is summed, are broadcast to all lanes two
-// inputs at a time. So weights need no rearranging; x does, and is smaller.
+// Weights are unpacked a panel at a time, some outputs for some inputs, in the level-2
+// cache: they are never in memory so. Rows of x lie in the lanes of registers, and
+// weights, which are contiguous along what is summed, are broadcast to all lanes a word
+// of inputs at a time. So weights need no rearranging; x does, and is smaller.
+//
+// `Arithmetic` is `Bfloat16` or `Int8`: how inputs and weights are multiplied.
 
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
+#include "bfloat16.h"
+#include "int8.h"
+#include "rounding.h"
+#include "tasks.h"
 #include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -23,14 +28,17 @@ namespace {
 namespace ffi = xla::ffi;
 template <ffi::DataType kType>
 using Matrix = ffi::BufferR2<kType>;
-using flexjax::bfloat16;
 using flexjax::kLanes;
+using flexjax::kWordBytes;
+using flexjax::Panel;
+using flexjax::Strip;
 using flexjax::Work;
 
-constexpr int64_t kStripVectors = 4;  // of rows; with a panel's inputs 32 KiB
+constexpr int64_t kStripVectors = 4;  // of rows; with a panel's inputs at most 32 KiB
 constexpr int64_t kPanelOutputs = 256;
+constexpr int64_t kPanelInputs = 256;  // if groups are no larger
 constexpr int64_t kTileSums = 24;         // registers that a tile adds up in
-constexpr int64_t kMostTileOutputs = 16;  // see `Strip`
+constexpr int64_t kMostTileOutputs = 16;  // see `Tiles`
 constexpr int64_t kBlockRows = 256;       // for which sums are kept, in the level-2 cache
 
 inline int64_t Ceil(int64_t value, int64_t step) { return (value + step - 1) / step; }
@@ -60,80 +68,58 @@ inline void Transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// Writes inputs of a strip as `[pairs, rows]`, and returns where the next ones belong;
-// lanes without a row are zero.
-inline bfloat16* Pack(const Work& work, int64_t row, int64_t row_end, int64_t first,
-                      int64_t count, bfloat16* into) {
-  const int64_t vectors = Ceil(row_end - row, kLanes);
+// Writes words of a strip as `[words, rows]`; lanes without a row are zero.
+inline void Pack(const char* x, int64_t row_bytes, int64_t rows, int64_t words,
+                 int32_t* into) {
+  const int64_t vectors = Ceil(rows, kLanes);
   for (int64_t v = 0; v < vectors; ++v) {
-    for (int64_t k = 0; k < count; k += 2 * kLanes) {
+    for (int64_t k = 0; k < words; k += kLanes) {
+      const int64_t some = std::min(kLanes, words - k);
+      const __mmask16 there = (1u << some) - 1;
       __m512i tile[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t m = row + v * kLanes + i;
-        tile[i] = m < row_end
-                      ? _mm512_loadu_si512(work.x + m * work.inputs + first + k)
-                      : _mm512_setzero_si512();
+        const int64_t m = v * kLanes + i;
+        tile[i] = m < rows ? _mm512_maskz_loadu_epi32(
+                                 there, x + m * row_bytes + k * kWordBytes)
+                           : _mm512_setzero_si512();
       }
       Transpose(tile);
-      for (int64_t i = 0; i < kLanes; ++i) {
-        bfloat16* pair = into + 2 * kLanes * vectors * (k / 2 + i);
-        _mm512_store_si512(pair + 2 * kLanes * v, tile[i]);
+      for (int64_t i = 0; i < some; ++i) {
+        _mm512_store_si512(into + kLanes * (vectors * (k + i) + v), tile[i]);
       }
-    }
-  }
-  return into + kLanes * vectors * count;
-}
-
-// Adds to `sums`, `[outputs, rows]`, the products of a panel's first outputs,
-// `[outputs, inputs]`, and `kVectors` times 16 rows, `[pairs, rows]`.
-template <int kVectors, int kOutputs>
-void Tile(const bfloat16* x, const bfloat16* panel, int64_t count, float* sums,
-          int64_t stride) {
-  __m512 sum[kOutputs][kVectors];
-  for (int n = 0; n < kOutputs; ++n) {
-    for (int v = 0; v < kVectors; ++v) {
-      sum[n][v] = _mm512_load_ps(sums + n * stride + v * kLanes);
-    }
-  }
-  for (int64_t pair = 0; pair < count / 2; ++pair) {
-    __m512bh rows[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      rows[v] = (__m512bh)_mm512_load_si512(x + 2 * kLanes * (pair * kVectors + v));
-    }
-    for (int n = 0; n < kOutputs; ++n) {
-      int32_t both;
-      std::memcpy(&both, panel + n * count + 2 * pair, sizeof both);
-      const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
-      for (int v = 0; v < kVectors; ++v) {
-        sum[n][v] = _mm512_dpbf16_ps(sum[n][v], rows[v], weight);
-      }
-    }
-  }
-  for (int n = 0; n < kOutputs; ++n) {
-    for (int v = 0; v < kVectors; ++v) {
-      _mm512_store_ps(sums + n * stride + v * kLanes, sum[n][v]);
     }
   }
 }
 
-// The same for all `outputs` of a panel; calls `before_tile` with those of each tile.
-template <int kVectors, typename BeforeTile>
-void Strip(const bfloat16* x, const bfloat16* panel, int64_t count, int64_t outputs,
-           float* sums, int64_t stride, const BeforeTile& before_tile) {
+// A panel from an output on.
+inline Panel At(const Panel& panel, int64_t output, int64_t num_words,
+                int64_t num_groups) {
+  return {panel.words + output * num_words, panel.factors + output * 2 * num_groups};
+}
+
+// Adds to `sums`, `[outputs, rows]`, the products of a panel's `outputs`, of `num_words`
+// words and `num_groups` groups each, and a strip; calls `before_tile` with the outputs
+// of each tile.
+template <int kVectors, typename Arithmetic, typename BeforeTile>
+void Tiles(const Arithmetic& arithmetic, const Strip& strip, const Panel& panel,
+           int64_t num_words, int64_t num_groups, int64_t outputs, float* sums,
+           int64_t stride, const BeforeTile& before_tile) {
   constexpr int kOutputs = std::min(kTileSums / kVectors, kMostTileOutputs);
   for (int64_t n = 0; n < outputs; n += kOutputs) {
     before_tile(n, std::min(outputs, n + kOutputs));
-    Tile<kVectors, kOutputs>(x, panel + n * count, count, sums + n * stride, stride);
+    const Panel tile = At(panel, n, num_words, num_groups);
+    arithmetic.template Tile<kVectors, kOutputs>(strip, tile, num_words,
+                                                 sums + n * stride, stride);
   }
 }
 
 template <typename... Args>
-void StripOf(int64_t vectors, const Args&... args) {
+void TilesOf(int64_t vectors, const Args&... args) {
   switch (vectors) {
-    case 1: return Strip<1>(args...);
-    case 2: return Strip<2>(args...);
-    case 3: return Strip<3>(args...);
-    default: return Strip<kStripVectors>(args...);
+    case 1: return Tiles<1>(args...);
+    case 2: return Tiles<2>(args...);
+    case 3: return Tiles<3>(args...);
+    default: return Tiles<kStripVectors>(args...);
   }
 }
 
@@ -184,33 +170,49 @@ class Memory {
 
 // Rows from `row` to `row_end` times the weights of the outputs from `begin` to `end`;
 // false if there is no memory to work in. `after` is where the next outputs may begin.
-template <typename Weights>
-bool Block(const Work& work, const Weights& weights, int64_t row, int64_t row_end,
+template <typename Arithmetic>
+bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row_end,
            int64_t begin, int64_t end, int64_t after) {
   thread_local Memory memory;
-  const int64_t span = weights.panel_positions(), strip = kStripVectors * kLanes;
-  const int64_t most = span * Weights::kHalves;  // inputs of a panel
+  constexpr int64_t kHalves = Arithmetic::kHalves, kBytes = Arithmetic::kInputBytes;
+  constexpr int64_t kStripRows = kStripVectors * kLanes;
+  const int64_t span = weights.panel_positions(kPanelInputs);
+  const int64_t most_words = span * kHalves * kBytes / kWordBytes;
+  const int64_t most_factors =
+      Arithmetic::kHasFactors ? 2 * kHalves * span / work.group_size : 0;
   const int64_t stride = kLanes * Ceil(row_end - row, kLanes);
   const int64_t outputs = end - begin + kMostTileOutputs;  // the last tile's too
-  memory.Reset((outputs + strip) * most * sizeof(bfloat16) +
-               outputs * stride * sizeof(float) + 3 * 64);
+  memory.Reset((outputs + kStripRows) * (most_words + most_factors) * kWordBytes +
+               outputs * stride * sizeof(float) + 5 * 64);
   if (!memory.is_there()) return false;
-  bfloat16* panel = memory.Take<bfloat16>(outputs * most);
-  bfloat16* x = memory.Take<bfloat16>(strip * most);
+  const Panel panel{memory.Take<int32_t>(outputs * most_words),
+                    memory.Take<float>(outputs * most_factors)};
+  const Strip strip{memory.Take<int32_t>(kStripRows * most_words),
+                    memory.Take<float>(kStripRows * most_factors)};
   float* sums = memory.Take<float>(outputs * stride);
+  std::memset(strip.factors, 0, kStripRows * most_factors * sizeof(float));
   std::memset(sums, 0, outputs * stride * sizeof(float));
   for (int64_t first = 0; first < weights.half(); first += span) {
     const int64_t positions = std::min(span, weights.half() - first);
-    const int64_t count = positions * Weights::kHalves, next = first + positions;
+    const int64_t next = first + positions;
     const int64_t next_positions = std::min(span, weights.half() - next);
+    const int64_t half_words = positions * kBytes / kWordBytes;
+    const int64_t num_words = half_words * kHalves;
+    const int64_t num_groups =
+        Arithmetic::kHasFactors ? kHalves * positions / work.group_size : 0;
     for (int64_t n = begin; n < end; ++n) {
-      weights.Widen(n, first, positions, panel + (n - begin) * count);
+      weights.Unpack(n, first, positions, At(panel, n - begin, num_words, num_groups));
     }
-    for (int64_t m = row; m < row_end; m += strip) {
-      const int64_t m_end = std::min(row_end, m + strip);
-      bfloat16* at = x;
-      for (int64_t half = 0; half < Weights::kHalves; ++half) {
-        at = Pack(work, m, m_end, half * weights.half() + first, positions, at);
+    for (int64_t m = row; m < row_end; m += kStripRows) {
+      const int64_t rows = std::min(kStripRows, row_end - m);
+      const int64_t vectors = Ceil(rows, kLanes);
+      for (int64_t half = 0; half < kHalves; ++half) {
+        const int64_t input = half * weights.half() + first;
+        Pack(work.x + (m * work.inputs + input) * kBytes, work.inputs * kBytes, rows,
+             half_words, strip.words + half * half_words * vectors * kLanes);
+      }
+      if constexpr (Arithmetic::kHasFactors) {
+        weights.PackFactors(m, rows, first, positions, vectors * kLanes, strip.factors);
       }
       const auto ask_ahead = [&](int64_t tile, int64_t tile_end) {
         if (m > row) return;
@@ -220,18 +222,18 @@ bool Block(const Work& work, const Weights& weights, int64_t row, int64_t row_en
           weights.Ask(n, is_last ? 0 : next, is_last ? span : next_positions);
         }
       };
-      StripOf(Ceil(m_end - m, kLanes), x, panel, count, end - begin, sums + m - row,
-              stride, ask_ahead);
+      TilesOf(vectors, weights, strip, panel, num_words, num_groups, end - begin,
+              sums + m - row, stride, ask_ahead);
     }
   }
   Store(work, sums, stride, row, row_end, begin, end);
   return true;
 }
 
-// A product in shares, some outputs of a block of rows, which threads take one after
-// the other. All outputs of a block come before the next block, so that its rows of x
-// stay in the caches: each share reads them anew.
-template <typename Weights>
+// A product in shares, some outputs of a block of rows each. All outputs of a block come
+// before the next block, so that its rows of x stay in the caches: each share reads them
+// anew.
+template <typename Arithmetic>
 class Shares {
  public:
   Shares(const Work& work, int64_t num_threads)
@@ -244,25 +246,14 @@ class Shares {
 
   int64_t count() const { return count_; }
 
-  void Take() {
-    for (int64_t index; (index = taken_.fetch_add(1)) < count_;) {
-      const int64_t row = index / per_block_ * kBlockRows;
-      const int64_t row_end = std::min(work_.rows, row + kBlockRows);
-      const int64_t share = index % per_block_, next = index + num_threads_;
-      const int64_t begin = Outputs(share), end = Outputs(share + 1);
-      const int64_t after = next < count_ ? Outputs(next % per_block_) : work_.outputs;
-      if (begin < end &&
-          !Block(work_, weights_, row, row_end, begin, end, after)) {
-        has_failed_ = true;
-      }
-      if (done_.fetch_add(1) + 1 == count_) done_.notify_all();
-    }
-  }
-
-  // Waits until all are done; whether all are well.
-  bool Wait() {
-    for (int64_t done; (done = done_.load()) < count_;) done_.wait(done);
-    return !has_failed_;
+  // Computes one of them; false if there is no memory to work in.
+  bool operator()(int64_t index) const {
+    const int64_t row = index / per_block_ * kBlockRows;
+    const int64_t row_end = std::min(work_.rows, row + kBlockRows);
+    const int64_t share = index % per_block_, next = index + num_threads_;
+    const int64_t begin = Outputs(share), end = Outputs(share + 1);
+    const int64_t after = next < count_ ? Outputs(next % per_block_) : work_.outputs;
+    return begin >= end || Block(work_, weights_, row, row_end, begin, end, after);
   }
 
  private:
@@ -270,55 +261,106 @@ class Shares {
   int64_t Outputs(int64_t share) const { return std::min(work_.outputs, share * size_); }
 
   const Work work_;
-  const Weights weights_;
+  const Arithmetic weights_;
   const int64_t num_threads_, per_block_, size_, count_;
-  std::atomic<int64_t> taken_ = 0, done_ = 0;
-  std::atomic<bool> has_failed_ = false;
 };
 
-// Threads of XLA's pool help the one that calls, which takes shares too: so it never
-// waits for a thread that has not begun.
-template <typename Weights>
+template <typename Arithmetic>
 ffi::Error Run(ffi::ThreadPool pool, const Work& work) {
-  const int64_t num_threads = std::max<int64_t>(1, pool.num_threads());
-  auto shares = std::make_shared<Shares<Weights>>(work, num_threads);
-  for (int64_t i = 1; i < num_threads; ++i) {
-    pool.Schedule([shares] { shares->Take(); });
-  }
-  shares->Take();
-  if (!shares->Wait()) {
+  const Shares<Arithmetic> shares(work, flexjax::NumThreads(pool));
+  if (!flexjax::InParallel(pool, shares.count(), shares)) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "no memory for a product with quantized weights");
   }
   return ffi::Error::Success();
 }
 
+// What is said of a product by the shapes of its parts.
+template <typename X>
+Work WorkOf(const X& x, const Matrix<ffi::U8>& weight, Matrix<ffi::F32>& out,
+            int64_t group_size, const float* factors = nullptr) {
+  return {static_cast<const char*>(x.untyped_data()),
+          factors,
+          static_cast<const uint8_t*>(weight.untyped_data()),
+          static_cast<float*>(out.untyped_data()),
+          x.dimensions()[0],
+          x.dimensions()[1],
+          weight.dimensions()[0],
+          weight.dimensions()[1],
+          std::max<int64_t>(1, group_size)};
+}
+
+bool IsWhole(const Work& work, int64_t bits) {
+  const int64_t num_groups = work.inputs / work.group_size;
+  return work.row_bytes == work.inputs * bits / 8 + 4 * num_groups && work.outputs > 0;
+}
+
+ffi::Error Refusal() {
+  return ffi::Error::InvalidArgument("the weights are not for so many inputs");
+}
+
 ffi::Error ContractQuantized(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
                              Matrix<ffi::U8> weight,
                              ffi::Result<Matrix<ffi::F32>> out, int64_t bits,
                              int64_t group_size) {
-  const Work work{static_cast<const bfloat16*>(x.untyped_data()),
-                  static_cast<const uint8_t*>(weight.untyped_data()),
-                  static_cast<float*>(out->untyped_data()),
-                  x.dimensions()[0],
-                  x.dimensions()[1],
-                  weight.dimensions()[0],
-                  weight.dimensions()[1],
-                  group_size};
-  const int64_t num_groups = work.inputs / std::max<int64_t>(1, group_size);
-  if (work.row_bytes != work.inputs * bits / 8 + 4 * num_groups || work.outputs == 0) {
-    return ffi::Error::InvalidArgument("the weights are not for so many inputs");
-  }
-  return bits == 4 ? Run<flexjax::Weights<4>>(pool, work)
-                   : Run<flexjax::Weights<8>>(pool, work);
+  const Work work = WorkOf(x, weight, *out, group_size);
+  if (!IsWhole(work, bits)) return Refusal();
+  return bits == 4 ? Run<flexjax::Bfloat16<4>>(pool, work)
+                   : Run<flexjax::Bfloat16<8>>(pool, work);
+}
+
+ffi::Error ContractRounded(ffi::ThreadPool pool, Matrix<ffi::S8> x,
+                           ffi::BufferR3<ffi::F32> factors, Matrix<ffi::U8> weight,
+                           ffi::Result<Matrix<ffi::F32>> out, int64_t bits,
+                           int64_t group_size) {
+  const Work work = WorkOf(x, weight, *out, group_size,
+                           static_cast<const float*>(factors.untyped_data()));
+  if (!IsWhole(work, bits)) return Refusal();
+  return bits == 4 ? Run<flexjax::Int8<4>>(pool, work)
+                   : Run<flexjax::Int8<8>>(pool, work);
+}
+
+ffi::Error RoundRows(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
+                     ffi::Result<Matrix<ffi::S8>> codes,
+                     ffi::Result<ffi::BufferR3<ffi::F32>> factors, int64_t group_size) {
+  const flexjax::Rounding work{static_cast<const uint16_t*>(x.untyped_data()),
+                               codes->typed_data(),
+                               factors->typed_data(),
+                               x.dimensions()[0],
+                               x.dimensions()[1],
+                               group_size};
+  flexjax::InParallel(pool, Ceil(work.rows, kLanes), [work](int64_t index) {
+    const int64_t begin = index * kLanes;
+    for (int64_t row = begin; row < std::min(work.rows, begin + kLanes); ++row) {
+      flexjax::RoundRow(work, row);
+    }
+    return true;
+  });
+  return ffi::Error::Success();
 }
 
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_round_rows, RoundRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix<ffi::BF16>>()
+                                  .Ret<Matrix<ffi::S8>>()
+                                  .Ret<ffi::BufferR3<ffi::F32>>()
+                                  .Attr<int64_t>("group_size"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_contract_quantized, ContractQuantized,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Matrix<ffi::BF16>>()
+                                  .Arg<Matrix<ffi::U8>>()
+                                  .Ret<Matrix<ffi::F32>>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_contract_rounded, ContractRounded,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix<ffi::S8>>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
                                   .Arg<Matrix<ffi::U8>>()
                                   .Ret<Matrix<ffi::F32>>()
                                   .Attr<int64_t>("bits")

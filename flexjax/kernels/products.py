@@ -11,13 +11,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from flexjax.kernels import compiled
 from flexjax.quant import Quantization, QuantizedArray
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
-_NAME = "flexjax_contract_quantized"
+_ROUND = "flexjax_round_rows"
+_CONTRACT = {None: "flexjax_contract_quantized", 8: "flexjax_contract_rounded"}
 _STEP = 32  # elements that the kernel makes wide at once
 
 
@@ -29,8 +30,9 @@ def can_multiply_quantized() -> bool:
     library = compiled.library(SOURCE)
     if library is None:
         return False
-    handler = jax.ffi.pycapsule(getattr(library, _NAME))
-    jax.ffi.register_ffi_target(_NAME, handler, platform="cpu")
+    for name in (_ROUND, *_CONTRACT.values()):
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return True
 
 
@@ -47,10 +49,11 @@ def is_multiplied(quantization: Quantization, inputs: int) -> bool:
 def contract_quantized(
     x: Float[Array, "rows inputs"], weight: QuantizedArray
 ) -> Float[Array, "rows outputs"]:
-    """`x @ weight.T` in bfloat16, accumulated in float32.
+    """`x @ weight.T`, accumulated in float32.
 
-    The weights are what `dequantize` makes of them; only the order of summation is the
-    kernel's own.
+    In bfloat16 the weights are what `dequantize` makes of them, and only the order of
+    summation is the kernel's own. With `activation_bits` x is what `round_rows` makes
+    of it, codes are multiplied with codes, and a weight is not rounded to bfloat16.
 
     Raises:
         ValueError: the kernel is not there, or is not for such weights; or they are for
@@ -61,12 +64,42 @@ def contract_quantized(
         raise ValueError(f"no kernel multiplies with weights of {how} on this machine")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"x is {x.shape}, but the weights are {weight.shape}")
+    factors = [x]
+    if weight.activation_bits is not None:
+        factors = [*round_rows(x, how.group_size)]
     call = jax.ffi.ffi_call(
-        _NAME, jax.ShapeDtypeStruct((x.shape[0], weight.data.shape[0]), jnp.float32)
+        _CONTRACT[weight.activation_bits],
+        jax.ShapeDtypeStruct((x.shape[0], weight.data.shape[0]), jnp.float32),
     )
     return call(
-        x,
+        *factors,
         weight.data,
         bits=np.int64(how.bits),
         group_size=np.int64(how.group_size),
     )
+
+
+def round_rows(
+    x: Float[Array, "rows inputs"], group_size: int
+) -> tuple[Int8[Array, "rows inputs"], Float[Array, "groups 2 rows"]]:
+    """Rows of bfloat16 rounded to 8 bits in groups, as `Policy.activation_bits` asks.
+
+    A group is divided by a step of a 127th of its largest magnitude and rounded to the
+    nearest code, ties to even: no element is farther than half a step from its code. A
+    group whose step would be less than a float can divide by is zero; one with NaN is
+    NaN.
+
+    Returns:
+        The codes; and by group each row's step, and the sum of what its codes stand
+        for, which what weights have for a minimum is multiplied with.
+    """
+    rows, inputs = x.shape
+    call = jax.ffi.ffi_call(
+        _ROUND,
+        (
+            jax.ShapeDtypeStruct((rows, inputs), jnp.int8),
+            jax.ShapeDtypeStruct((inputs // group_size, 2, rows), jnp.float32),
+        ),
+    )
+    codes, factors = call(x, group_size=np.int64(group_size))
+    return codes, factors

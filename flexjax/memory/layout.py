@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from flexjax.kernels.products import is_multiplied
 from flexjax.memory.placement import effective, partition, place_tensors
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
+from flexjax.quant import QuantizedArray
 from flexjax.store_format import TensorEntry
 from flexjax.workload import Workload, bucket
 
@@ -98,6 +99,7 @@ class WeightLayout:
         head: how the table of logits is cut.
         num_parts: in which a layer's weights travel.
         processor: that computes with them.
+        activation_bits: see `Policy`.
     """
 
     config: OPTConfig
@@ -107,6 +109,7 @@ class WeightLayout:
     head: HeadBlocks
     num_parts: int
     processor: Processor
+    activation_bits: int | None = None
 
     @property
     def device_is_host(self) -> bool:
@@ -117,6 +120,13 @@ class WeightLayout:
         entry = self.tensors[name]
         is_narrow = is_multiplied_narrow(entry, self.processor)
         return entry.quantization is not None and not is_narrow
+
+    def as_used(self, name: str, array: Any) -> Any:
+        """A tensor of the device's that is not widened, as layers use it."""
+        how = self.tensors[name].quantization
+        if how is None:
+            return array
+        return QuantizedArray(array, how, self.activation_bits)
 
     @property
     def bits(self) -> int:
@@ -276,7 +286,21 @@ def lay_out(
     *,
     processor: Processor,
 ) -> WeightLayout:
-    """The layout of a model under a policy."""
+    """The layout of a model under a policy.
+
+    Raises:
+        ValueError: it has `activation_bits`, which are not for such weights, or not for
+            this processor.
+    """
+    is_narrow = is_multiplied_narrow(tensors[MATRIX], processor)
+    if policy.activation_bits is not None and not is_narrow:
+        raise ValueError(
+            f"activation_bits={policy.activation_bits} is for weights that are "
+            "multiplied with as they are quantized, and these are made wide: it takes "
+            "a checkpoint in bfloat16, groups of a multiple of 32 that divide half of "
+            "a row, a C++ compiler, and a CPU with AVX-512, its VNNI and its bfloat16, "
+            "but no AMX; leave activation_bits out"
+        )
     tiers = place_weights(tensors, policy.weights)
     return WeightLayout(
         config=config,
@@ -286,6 +310,7 @@ def lay_out(
         head=head_blocks(config, tensors, tiers, processor=processor),
         num_parts=min(policy.num_batches, MOST_PARTS),
         processor=processor,
+        activation_bits=policy.activation_bits,
     )
 
 

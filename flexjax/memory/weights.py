@@ -19,7 +19,7 @@ from flexjax.memory.link import Loan
 from flexjax.memory.transport import Transport
 from flexjax.memory.widened import WidenedArrays
 from flexjax.policy import Kind, Tier
-from flexjax.quant import Quantization, QuantizedArray
+from flexjax.quant import Quantization
 
 Loans = dict[str, Loan]  # by the tensor's name
 
@@ -161,8 +161,9 @@ class PlacedWeights:
                 how = self._store.tensors[name].quantization
                 if how is not None and self.layout.is_widened(name):
                     loan = self._wide(self._widened, loan, how)
-                elif how is not None:
-                    loan = Loan(QuantizedArray(loan.array, how), loan.release)
+                else:
+                    used = self.layout.as_used(name, loan.array)
+                    loan = Loan(used, loan.release)
                 loans[name] = loan
         except BaseException:
             self._give_up(reads)

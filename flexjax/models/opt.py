@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Int
 from flexjax.attention import prefill_attention
 from flexjax.kernels.products import contract_quantized
 from flexjax.models.config import LAYER_NORM_EPSILON, POSITION_OFFSET, OPTConfig
-from flexjax.quant import Quantization, QuantizedArray, passed_through
+from flexjax.quant import (
+    Quantization,
+    QuantizedArray,
+    dequantize,
+    passed_through,
+)
 
 Params = Mapping[str, Any]
 # (query, key, value), each [batch, heads, seq, head_dim] -> the same shape
@@ -322,7 +327,12 @@ def forward(
         key, value = (passed_through(new, cache_as) for new in (key, value))
         return attention(query, key, value, start)
 
-    rows = jnp.take(params["embed_tokens"]["weight"], token_ids, axis=0)
+    tokens = params["embed_tokens"]["weight"]
+    if isinstance(tokens, QuantizedArray):
+        rows = jnp.take(tokens.data, token_ids, axis=0)
+        rows = dequantize(rows, tokens.quantization)
+    else:
+        rows = jnp.take(tokens, token_ids, axis=0)
     slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
     positions = token_positions(slots, start)
     hidden = apply(Embedding(config), params, rows, positions)

@@ -37,7 +37,7 @@ from flexjax.plan.step_rates import (
     step_figures,
 )
 from flexjax.plan.this_machine import budgets, machine_id, machine_name
-from flexjax.policy import BITS, Kind
+from flexjax.policy import ACTIVATION_BITS, BITS, Kind
 from flexjax.safe_files import make_folder
 
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
@@ -113,12 +113,14 @@ def calibrate(
         del layers
     if device_is_host and can_multiply_quantized():
         progress("measuring layers that are quantized")
-        figures["quantized_product_flops_per_s"] = {
-            bits: quantized_product_rates(
-                Layers(LAYERS[-1], device, bits), figures, call_s
-            )
-            for bits in BITS
-        }
+        names = "quantized_product_flops_per_s", "rounded_product_flops_per_s"
+        for name, activation_bits in zip(names, (None, *ACTIVATION_BITS), strict=True):
+            figures[name] = {
+                bits: quantized_product_rates(
+                    Layers(LAYERS[-1], device, bits, activation_bits), figures, call_s
+                )
+                for bits in BITS
+            }
     if not device_is_host:
         progress("measuring copies to the device and back")
         figures |= _copy_rates(device)

@@ -56,8 +56,8 @@ class RunCosts:
             block = cell.layer - work.num_decoder_layers
             span = self.weights.head.span(block, self.weights.config.vocab_size)
             size = (span.stop - span.start) * self.weights.config.embed_dim
-            bits = self._narrow_bits(self.weights.config.head_table)
-            seconds[Resource.COMPUTE] += hardware.layer_s(work.batch_size, size, bits)
+            table = self.weights.config.head_table
+            seconds[Resource.COMPUTE] += self._products_s(work.batch_size, size, table)
             logits = work.batch_size * (span.stop - span.start)
             seconds[Resource.COMPUTE] += logits / hardware.sampled_logits_per_s
         elif cell.step == 0:
@@ -174,13 +174,18 @@ class RunCosts:
 
     def _layer_s(self, rows: int) -> float:
         """Of all but attention in a call of a decoder layer."""
-        bits = self._narrow_bits(MATRIX)
-        return self.hardware.layer_s(rows, self._layer_weights, bits)
+        return self._products_s(rows, self._layer_weights, MATRIX)
 
-    def _narrow_bits(self, name: str) -> int | None:
-        """Bits of a tensor that is quantized and multiplied with so, else None."""
+    def _products_s(self, rows: int, num_weights: int, name: str) -> float:
+        """The same of so many weights, which are kept as those of a tensor are."""
         how = self.weights.tensors[name].quantization
-        return None if how is None or self.weights.is_widened(name) else how.bits
+        is_narrow = not self.weights.is_widened(name)
+        return self.hardware.layer_s(
+            rows,
+            num_weights,
+            how.bits if how is not None and is_narrow else None,
+            is_rounded=self.weights.activation_bits is not None,
+        )
 
     @functools.cached_property
     def _layer_weights(self) -> int:

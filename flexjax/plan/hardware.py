@@ -19,10 +19,10 @@ from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
 from flexjax.schedule.simulate import Contention
 
-VERSION = 3
+VERSION = 4
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
 _TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
-_NESTED = "quantized_product_flops_per_s"
+_NESTED = ("quantized_product_flops_per_s", "rounded_product_flops_per_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class Hardware:
             activations, and the call itself.
         quantized_product_flops_per_s: of products with quantized weights, by their bits
             and the number of rows; None where weights are made wide first.
+        rounded_product_flops_per_s: the same where what they multiply is rounded to 8
+            bits.
         compute_beside_disk, disk_beside_compute: fraction of its speed that each keeps
             while the other is busy.
     """
@@ -72,6 +74,7 @@ class Hardware:
     dequantized_bytes_per_s: Mapping[int, float]
     call_s: Mapping[int, float]
     quantized_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
+    rounded_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
     compute_beside_disk: float = 1.0
     disk_beside_compute: float = 1.0
 
@@ -99,17 +102,29 @@ class Hardware:
             multiplies_quantized=self.quantized_product_flops_per_s is not None,
         )
 
-    def layer_s(self, rows: int, num_weights: int, bits: int | None = None) -> float:
+    def layer_s(
+        self,
+        rows: int,
+        num_weights: int,
+        bits: int | None = None,
+        *,
+        is_rounded: bool = False,
+    ) -> float:
         """Seconds of a call of a layer that multiplies `rows` rows with its matrices.
 
         Between two measured numbers of rows, time grows evenly; past the last, with
         the rows. `num_weights` are the elements of all matrices, of `bits` bits where
-        they are multiplied with as they are quantized.
+        they are multiplied with as they are quantized, by rows that may be rounded.
         """
         rates = self.product_flops_per_s
         if bits is not None:
-            assert self.quantized_product_flops_per_s is not None
-            rates = self.quantized_product_flops_per_s[bits]
+            by_bits = (
+                self.rounded_product_flops_per_s
+                if is_rounded
+                else self.quantized_product_flops_per_s
+            )
+            assert by_bits is not None
+            rates = by_bits[bits]
         products = {count: 2 * count / rate for count, rate in rates.items()}
         return num_weights * _between(products, rows) + _between(self.call_s, rows)
 
@@ -166,8 +181,9 @@ def _check_tables(hardware: Hardware) -> None:
         "product_flops_per_s": hardware.product_flops_per_s,
         "call_s": hardware.call_s,
     }
-    for bits, rates in (hardware.quantized_product_flops_per_s or {}).items():
-        by_rows[f"{_NESTED} of {bits} bits"] = rates
+    for name in _NESTED:
+        for bits, rates in (getattr(hardware, name) or {}).items():
+            by_rows[f"{name} of {bits} bits"] = rates
     for name, table in by_rows.items():
         if not table:
             raise ValueError(f"{name} is empty; give it some numbers of rows")
@@ -176,15 +192,18 @@ def _check_tables(hardware: Hardware) -> None:
     by_bits: dict[str, Mapping[int, Any]] = {
         "dequantized_bytes_per_s": hardware.dequantized_bytes_per_s
     }
-    if hardware.quantized_product_flops_per_s is not None:
-        by_bits[_NESTED] = hardware.quantized_product_flops_per_s
+    given = {name: getattr(hardware, name) for name in _NESTED}
+    by_bits |= {name: table for name, table in given.items() if table is not None}
     for name, table in by_bits.items():
         if missing := set(BITS) - set(table):
             raise ValueError(f"{name} lacks {min(missing)} bits")
+    missing = [name for name, table in given.items() if table is None]
+    if len(missing) == 1:
+        raise ValueError(f"{missing[0]} is missing: a machine has all of them or none")
     if hardware.processor.multiplies_quantized and not hardware.device_is_host:
         raise ValueError(
-            f"{_NESTED} has no meaning: weights are made wide for a device with memory "
-            "of its own"
+            f"{_NESTED[0]} has no meaning: weights are made wide for a device with "
+            "memory of its own"
         )
 
 
@@ -194,7 +213,7 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
         value = getattr(hardware, field.name)
         if field.name in _TABLES:
             yield from ((f"{field.name} of {key}", rate) for key, rate in value.items())
-        elif field.name == _NESTED:
+        elif field.name in _NESTED:
             for bits, rates in (value or {}).items():
                 for rows, rate in rates.items():
                     yield f"{field.name} of {bits} bits and {rows} rows", rate
@@ -254,11 +273,12 @@ def hardware_from_json(values: Any) -> Hardware:
         raise ValueError(f"{missing[0]} is missing")
     for name in _TABLES:
         fields[name] = _with_numbers(name, fields[name])
-    if fields.get(_NESTED) is not None:
-        fields[_NESTED] = {
-            bits: _with_numbers(f"{_NESTED} of {bits} bits", rates)
-            for bits, rates in _with_numbers(_NESTED, fields[_NESTED]).items()
-        }
+    for name in _NESTED:
+        if fields.get(name) is not None:
+            fields[name] = {
+                bits: _with_numbers(f"{name} of {bits} bits", rates)
+                for bits, rates in _with_numbers(name, fields[name]).items()
+            }
     return validate_hardware(Hardware(**fields))
 
 

@@ -142,7 +142,7 @@ def policy_in_words(plan: Plan) -> str:
         words.append(f"{kind.value} {shares}")
     words += [
         f"{name} {bits}"
-        for name in ("weight_bits", "kv_cache_bits")
+        for name in ("weight_bits", "kv_cache_bits", "activation_bits")
         if (bits := getattr(policy, name)) is not None
     ]
     if policy.host_attention:

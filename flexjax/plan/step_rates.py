@@ -75,10 +75,15 @@ class Layers:
         config: of a model that has such layers.
         device: that computes them.
         bits: of their matrices, if these are multiplied with as they are quantized.
+        activation_bits: see `Policy`.
     """
 
     def __init__(
-        self, config: OPTConfig, device: Device, bits: int | None = None
+        self,
+        config: OPTConfig,
+        device: Device,
+        bits: int | None = None,
+        activation_bits: int | None = None,
     ) -> None:
         shapes = decoder_layer_shapes(config)
 
@@ -87,7 +92,7 @@ class Layers:
             if bits is None or len(shape) == 1:
                 return wide
             how = _quantization(bits)
-            return QuantizedArray(_narrow(wide, how), how)
+            return QuantizedArray(_narrow(wide, how), how, activation_bits)
 
         self._params = [
             unflatten({name: make(shape) for name, shape in shapes.items()})
