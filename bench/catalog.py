@@ -70,6 +70,16 @@ def _own_cases() -> Iterator[Case]:
     for model in ("opt-1.3b", "opt-6.7b"):
         policy = dataclasses.replace(halves, kv_cache=_DISK)
         yield _streamed(model, "kv-disk", policy, "weights and KV cache on disk")
+    yield from _quantized_cases(streamed, halves)
+    yield _streamed(
+        "opt-1.3b",
+        "kv-host",
+        dataclasses.replace(halves, kv_cache=_HOST),
+        "weights on disk, KV cache on the host",
+    )
+
+
+def _quantized_cases(streamed: Policy, halves: Policy) -> Iterator[Case]:
     four_bits = dataclasses.replace(streamed, weight_bits=4)
     both = dataclasses.replace(halves, kv_cache=_DISK, weight_bits=4, kv_cache_bits=4)
     for model in ("opt-1.3b", "opt-6.7b"):
@@ -80,12 +90,6 @@ def _own_cases() -> Iterator[Case]:
         yield _streamed(model, "4bit-rounded-disk", policy, note)
         note = "4-bit weights and KV cache on disk"
         yield _streamed(model, "4bit-kv-disk", both, note)
-    yield _streamed(
-        "opt-1.3b",
-        "kv-host",
-        dataclasses.replace(halves, kv_cache=_HOST),
-        "weights on disk, KV cache on the host",
-    )
 
 
 def _streamed(

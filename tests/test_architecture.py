@@ -50,6 +50,7 @@ STAIRS = [
     "trace",
     "memory.disk_queue",
     "memory.placement",
+    "memory.processor",
     "memory.layout",
     "memory.pool",
     "memory.buffers",

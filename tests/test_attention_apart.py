@@ -10,7 +10,7 @@ from flexjax.checkpoint import open_store
 from flexjax.memory import link, transport
 from flexjax.memory.host import HostStore
 from flexjax.memory.lanes import Lane
-from flexjax.memory.layout import Processor
+from flexjax.memory.processor import Processor
 from flexjax.memory.routes import DIRECT, Route, cache_routes
 from flexjax.policy import Kind, Placement, Policy, Tier, validate
 from tests.common import ApartLink, in_time

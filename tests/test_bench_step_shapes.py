@@ -5,7 +5,7 @@ import pytest
 
 from bench.step_shapes import workspace_bytes
 from flexjax.memory.footprint import RunFootprint
-from flexjax.memory.layout import Processor
+from flexjax.memory.processor import Processor
 from flexjax.models.config import OPTConfig
 from flexjax.plan.planner import Found
 from flexjax.policy import Placement, Policy

@@ -162,7 +162,8 @@ def test_metrics_and_placement_can_be_written_as_json(llm, golden):
         assert sum(effective) == pytest.approx(1.0)
     assert placement["weights"]["host"]["requested"] == 0.5
     assert placement["kv_cache"]["disk"]["effective"] == 1.0
-    assert placement["weight_bits"] == placement["kv_cache_bits"] == 32
+    for kind in ("weight", "kv_cache", "activation"):
+        assert placement[f"{kind}_bits"] == 32
     assert placement["attention"] == dict.fromkeys(("device", "host", "disk"), "device")
     assert placement["attention_sparsity"] == 1.0
 

@@ -152,6 +152,20 @@ def test_a_sparsity_that_is_no_fraction_is_refused(sparsity):
         validate(Policy(attention_sparsity=sparsity))
 
 
+@pytest.mark.parametrize("bits", [4, 16, 8.0, True, "8"])
+def test_activations_have_8_bits_or_what_they_have(bits):
+    message = f"^activation_bits is {bits!r}, expected 8 or None, which rounds nothing$"
+    with pytest.raises(ValueError, match=message):
+        validate(Policy(weight_bits=4, activation_bits=bits))
+    assert validate(Policy(weight_bits=4, activation_bits=8))
+
+
+def test_activations_are_rounded_for_quantized_weights_alone():
+    message = "^activation_bits=8 is for products with quantized weights, but weight_b"
+    with pytest.raises(ValueError, match=message):
+        validate(Policy(activation_bits=8))
+
+
 def test_host_attention_without_a_cache_to_attend_to_is_refused():
     message = "^host_attention does nothing where the whole KV cache is on the device"
     with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ from flexjax import engine
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import open_store
 from flexjax.memory import transport
-from flexjax.memory.layout import Processor
+from flexjax.memory.processor import Processor
 from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Placement, Policy, Schedule, Tier, validate
 from flexjax.quant import Quantization, cache_quantization, dequantize

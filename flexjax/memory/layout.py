@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexjax.kernels.products import is_multiplied
 from flexjax.memory.placement import effective, partition, place_tensors
+from flexjax.memory.processor import Processor, check_rounding, is_multiplied_narrow
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.quant import QuantizedArray
@@ -41,30 +41,6 @@ class HeadBlocks(NamedTuple):
 
     def span(self, block: int, vocab_size: int) -> slice:
         return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Processor:
-    """What a layout depends on of the device.
-
-    Attributes:
-        is_host: whether it computes in the host's memory.
-        multiplies_quantized: whether it multiplies with quantized weights as they are;
-            else they are made wide first.
-    """
-
-    is_host: bool
-    multiplies_quantized: bool = False
-
-
-def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
-    """Whether a tensor that is multiplied with is quantized, and used so."""
-    how = entry.quantization
-    return (
-        how is not None
-        and processor.multiplies_quantized
-        and is_multiplied(how, entry.used_shape[-1])
-    )
 
 
 class Moved(NamedTuple):
@@ -292,15 +268,8 @@ def lay_out(
         ValueError: it has `activation_bits`, which are not for such weights, or not for
             this processor.
     """
-    is_narrow = is_multiplied_narrow(tensors[MATRIX], processor)
-    if policy.activation_bits is not None and not is_narrow:
-        raise ValueError(
-            f"activation_bits={policy.activation_bits} is for weights that are "
-            "multiplied with as they are quantized, and these are made wide: it takes "
-            "a checkpoint in bfloat16, groups of a multiple of 32 that divide half of "
-            "a row, a C++ compiler, and a CPU with AVX-512, its VNNI and its bfloat16, "
-            "but no AMX; leave activation_bits out"
-        )
+    if policy.activation_bits is not None:
+        check_rounding(policy.activation_bits, tensors[MATRIX], processor)
     tiers = place_weights(tensors, policy.weights)
     return WeightLayout(
         config=config,

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from flexjax.kernels.products import can_multiply_quantized
-from flexjax.memory.layout import Processor
 from flexjax.memory.ledger import Ledger
+from flexjax.memory.processor import Processor
 from flexjax.policy import Kind, Tier
 
 

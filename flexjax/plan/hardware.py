@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flexjax.memory.layout import Processor
+from flexjax.memory.processor import Processor
 from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
 from flexjax.schedule.simulate import Contention
@@ -197,14 +197,14 @@ def _check_tables(hardware: Hardware) -> None:
     for name, table in by_bits.items():
         if missing := set(BITS) - set(table):
             raise ValueError(f"{name} lacks {min(missing)} bits")
-    missing = [name for name, table in given.items() if table is None]
-    if len(missing) == 1:
-        raise ValueError(f"{missing[0]} is missing: a machine has all of them or none")
     if hardware.processor.multiplies_quantized and not hardware.device_is_host:
         raise ValueError(
             f"{_NESTED[0]} has no meaning: weights are made wide for a device with "
             "memory of its own"
         )
+    missing = [name for name, table in given.items() if table is None]
+    if len(missing) == 1:
+        raise ValueError(f"{missing[0]} is missing: a machine has all of them or none")
 
 
 def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:

@@ -110,24 +110,36 @@ def _on_hub(name: str, platform: str) -> Found:
 
 
 def allowed_policies(
-    *, quantized: bool, host_attention: bool, base: Policy | None = None
+    *,
+    quantized: bool,
+    host_attention: bool,
+    rounded: bool = False,
+    base: Policy | None = None,
 ) -> list[Policy]:
     """What the search may choose besides placement and sizes.
 
-    Weights that are quantized already stay as they are.
+    Weights that are quantized already stay as they are. Where it may quantize, and
+    products of rounded activations are `rounded`'s to have, it does both or neither:
+    what rounding costs is little beside the weights' own.
     """
     base = base or Policy()
-    bits = [(base.weight_bits, base.kv_cache_bits)]
+    bits = [(base.weight_bits, base.kv_cache_bits, base.activation_bits)]
     if quantized:
-        bits += [pair for pair in QUANTIZED if base.weight_bits in (None, pair[0])]
+        activation_bits = 8 if rounded else None
+        bits += [
+            (*pair, activation_bits)
+            for pair in QUANTIZED
+            if base.weight_bits in (None, pair[0])
+        ]
     return [
         dataclasses.replace(
             base,
             weight_bits=weight_bits,
             kv_cache_bits=cache_bits,
+            activation_bits=activation_bits,
             host_attention=on_host,
         )
-        for weight_bits, cache_bits in bits
+        for weight_bits, cache_bits, activation_bits in bits
         for on_host in ((False, True) if host_attention else (False,))
     ]
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from flexjax.memory.layout import Processor
+from flexjax.memory.processor import Processor
 from flexjax.plan.candidates import Candidate, candidates
 from flexjax.plan.closed_form import SHARES, Model, with_shares
 from flexjax.plan.hardware import Hardware

@@ -1,5 +1,9 @@
-"""The kernel is XLA's product of what `dequantize` makes of the weights."""
+"""The kernels are XLA's product of what `dequantize` makes of the weights.
 
+And, where inputs are rounded, of what `round_rows` makes of these.
+"""
+
+import dataclasses
 import itertools
 
 import jax
@@ -15,6 +19,7 @@ from flexjax.kernels.products import (
     can_multiply_quantized,
     contract_quantized,
     is_multiplied,
+    round_rows,
 )
 from flexjax.models.opt import contract_last
 from flexjax.quant import Quantization, QuantizedArray, dequantize, quantize
@@ -65,6 +70,89 @@ def test_a_product_is_that_of_the_wide_weights(
     assert (error <= 1e-5 * scale).all()
 
 
+def rounded(x, group_size):
+    """What `round_rows` says that it does: codes, steps and what they stand for."""
+    groups = np.asarray(x, np.float32).reshape(len(x), -1, group_size)
+    steps = np.abs(groups).max(axis=-1) / np.float32(127)
+    codes = np.round(groups / np.where(steps > 0, steps, 1)[..., None])
+    wide = codes.astype(np.float64) * steps[..., None]
+    return codes.reshape(x.shape), steps, wide.reshape(x.shape)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 9),
+    group_size=st.sampled_from([32, 64, 96, 320]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+)
+@settings(max_examples=40)
+def test_rows_are_rounded_to_the_nearest_code(seed, rows, groups, group_size, scale):
+    rng = np.random.default_rng(seed)
+    x = scale * rng.standard_normal((rows, groups * group_size))
+    x[:, ::7] *= 50  # some stand out
+    x[0] = 0
+    x = jnp.asarray(x, jnp.bfloat16)
+    codes, factors = map(np.asarray, round_rows(x, group_size))
+    expected, steps, wide = rounded(x, group_size)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_array_equal(factors[:, 0].T, steps)
+    sums = wide.reshape(rows, groups, group_size).sum(axis=-1)
+    np.testing.assert_allclose(factors[:, 1].T, sums, rtol=1e-6)
+    error = np.abs(np.asarray(x, np.float64) - wide).reshape(rows, groups, -1)
+    assert (error <= 0.5001 * steps[..., None]).all()
+
+
+def test_what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_zero():
+    x = np.ones((3, 128), np.float32)
+    x[0, 5], x[1, 70], x[2] = np.nan, np.inf, 1e-39
+    codes, factors = round_rows(jnp.asarray(x, jnp.bfloat16), 64)
+    factors = np.asarray(factors)
+    assert np.isnan(factors[0, :, 0]).all()
+    assert not np.isfinite(factors[1, :, 1]).any()
+    assert np.isfinite(factors[1, :, 0]).all()
+    assert (factors[:, :, 2] == 0).all()
+    assert (np.asarray(codes)[2] == 0).all()
+    how = Quantization(bits=4, group_size=64, dtype="bfloat16")
+    _, weight, *_ = drawn(0, 1, 128, 5, how)
+    weight = dataclasses.replace(weight, activation_bits=8)
+    found = contract_last(jnp.asarray(x, jnp.bfloat16), weight)
+    assert not np.isfinite(found[:2]).any()
+    assert (np.asarray(found)[2] == 0).all()
+
+
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 100) | st.sampled_from([1024, 1030, 2050]),
+    halves=st.integers(1, 20),
+    outputs=st.integers(1, 70) | st.sampled_from([512, 600]),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([32, 64, 96, 320]),
+)
+@settings(max_examples=60)
+def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
+    seed, rows, halves, outputs, bits, group_size
+):
+    how = Quantization(bits=bits, group_size=group_size, dtype="bfloat16")
+    x, weight, *_ = drawn(seed, rows, 2 * halves * group_size, outputs, how)
+    weight = dataclasses.replace(weight, activation_bits=8)
+    found = np.asarray(jax.jit(contract_quantized)(x, weight))
+    # As exact as float32 has them, where `dequantize` rounds to bfloat16.
+    exact = dataclasses.replace(how, dtype="float32")
+    wide = np.asarray(dequantize(in_float32(weight.data, how), exact), np.float64)
+    _, _, x = rounded(x, group_size)
+    error = np.abs(found - x @ wide.T)
+    assert (error <= 1e-5 * (np.abs(x) @ np.abs(wide).T)).all()
+
+
+def in_float32(data, how):
+    """The same codes, with scales and minima of float32."""
+    codes = how.code_bytes(how.size(data.shape[-1]))
+    numbers = np.ascontiguousarray(data[:, codes:]).view(jnp.bfloat16)
+    numbers = numbers.astype(np.float32).view(np.uint8)
+    return jnp.concatenate([data[:, :codes], numbers], axis=-1)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_weight_is_what_dequantize_makes_of_it(bits):
     """By rows that are each one 1 and zeros, which no sum can blur."""
@@ -79,9 +167,13 @@ def test_products_may_run_beside_each_other():
     how = Quantization(bits=4, group_size=64, dtype="bfloat16")
     step = jax.jit(contract_quantized)
     cases = [drawn(seed, 65, 1024, 700, how) for seed in range(4)]
-    calls = [step(x, weight) for x, weight, _, _ in cases * 8]
-    for found, (*_, expected) in zip(calls, itertools.cycle(cases), strict=False):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2)
+    for bits, atol in ((None, 1e-2), (8, 1.5)):
+        calls = [
+            step(x, dataclasses.replace(weight, activation_bits=bits))
+            for x, weight, _, _ in cases * 8
+        ]
+        for found, (*_, expected) in zip(calls, itertools.cycle(cases), strict=False):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(

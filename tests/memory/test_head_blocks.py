@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from flexjax import Placement, Policy
-from flexjax.memory.layout import Processor, lay_out
+from flexjax.memory.layout import lay_out
+from flexjax.memory.processor import Processor
 from flexjax.models.config import named_config
 from flexjax.quant import Quantization
 from flexjax.store_format import planned_entries

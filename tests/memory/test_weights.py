@@ -14,8 +14,9 @@ from flexjax.checkpoint import open_store
 from flexjax.extents import read_extent
 from flexjax.memory import weights as memory_weights
 from flexjax.memory.lanes import Lane
-from flexjax.memory.layout import HeadBlocks, Processor, WeightLayout
+from flexjax.memory.layout import HeadBlocks, WeightLayout
 from flexjax.memory.link import DeviceLink
+from flexjax.memory.processor import Processor
 from flexjax.memory.weights import PlacedWeights
 from flexjax.models.config import OPTConfig, layer_tensors, tensor_shapes
 from flexjax.policy import Kind, Tier

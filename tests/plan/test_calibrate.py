@@ -117,9 +117,12 @@ def test_a_cpu_gets_figures_that_a_machine_can_have(folder):
     assert machine.to_device_bytes_per_s is machine.from_device_bytes_per_s is None
     assert machine.host_attention_bytes_per_s == machine.attention_bytes_per_s
     assert [*machine.product_flops_per_s] == [*machine.call_s] == [1, 4, 8]
-    by_bits = machine.quantized_product_flops_per_s
-    assert (by_bits is not None) == calibrate.can_multiply_quantized()
-    assert all([*rates] == [1, 8] for rates in (by_bits or {}).values())
+    for by_bits in (
+        machine.quantized_product_flops_per_s,
+        machine.rounded_product_flops_per_s,
+    ):
+        assert (by_bits is not None) == calibrate.can_multiply_quantized()
+        assert all([*rates] == [1, 8] for rates in (by_bits or {}).values())
     assert_nothing_is_left(folder)
 
 

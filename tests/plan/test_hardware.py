@@ -55,6 +55,7 @@ COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
 TABLES = ["product_flops_per_s", "dequantized_bytes_per_s"]
 CALLS = "call_s"
 NESTED = "quantized_product_flops_per_s"
+ROUNDED = "rounded_product_flops_per_s"
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, -1, True, "1", [], {}]
 
 rates = st.floats(1e-3, 1e18)
@@ -71,9 +72,11 @@ apart = st.one_of(
     st.fixed_dictionaries(
         {
             "device_is_host": st.just(True),
-            NESTED: st.none() | st.fixed_dictionaries(dict.fromkeys(BITS, tables)),
+            NESTED: st.fixed_dictionaries(dict.fromkeys(BITS, tables)),
+            ROUNDED: st.fixed_dictionaries(dict.fromkeys(BITS, tables)),
         }
     ),
+    st.just({"device_is_host": True}),
 )
 machines = st.builds(
     lambda links, **figures: Hardware(**links, **figures),
@@ -107,7 +110,7 @@ def test_a_machine_survives_its_file(tmp_path_factory, machine):
 
 def test_the_lists_above_name_every_figure():
     fields = {field.name for field in dataclasses.fields(Hardware)}
-    others = {"name", "device_is_host", CALLS, NESTED}
+    others = {"name", "device_is_host", CALLS, NESTED, ROUNDED}
     assert fields == {*BUDGETS, *FRACTIONS, *RATES, *TABLES} | others
 
 
@@ -180,6 +183,8 @@ def test_a_machine_s_name_is_a_text():
         ("product_flops_per_s", None, "product_flops_per_s is None"),
         ("dequantized_bytes_per_s", {"8": 1.0}, "dequantized_bytes_per_s lacks 4"),
         ("dequantized_bytes_per_s", [1.0], "dequantized_bytes_per_s is"),
+        (ROUNDED, {"8": {"1": 1.0}}, f"{ROUNDED} lacks 4 bits"),
+        (ROUNDED, {"4": {"1": 0.0}, "8": {"1": 1.0}}, f"{ROUNDED} of 4 bits and 1 row"),
         (NESTED, {"8": {"1": 1.0}}, f"{NESTED} lacks 4 bits"),
         (NESTED, {"4": {}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is empty"),
         (NESTED, {"4": {"0": 1.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits has 0 rows"),
@@ -191,6 +196,17 @@ def test_a_machine_s_name_is_a_text():
 def test_a_table_has_what_is_asked_of_it(name, table, message):
     with pytest.raises(ValueError, match=message):
         hardware_from_json(hardware_to_json(MACHINE) | {name: table})
+
+
+@pytest.mark.parametrize(("given", "missing"), [(NESTED, ROUNDED), (ROUNDED, NESTED)])
+def test_a_processor_has_both_kinds_of_quantized_products_or_none(given, missing):
+    shared = dataclasses.replace(MACHINE, device_is_host=True, **dict.fromkeys(COPIES))
+    table = {bits: {1: 1e9} for bits in BITS}
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        validate_hardware(dataclasses.replace(shared, **{given: table}))
+    assert validate_hardware(
+        dataclasses.replace(shared, **{given: table, missing: table})
+    )
 
 
 @pytest.mark.parametrize("version", [None, 0, VERSION + 1, str(VERSION)])
@@ -258,3 +274,15 @@ def test_a_layer_takes_what_was_measured(machine, num_weights):
     most = max(machine.product_flops_per_s)
     once = machine.layer_s(most, num_weights)
     assert machine.layer_s(3 * most, num_weights) == pytest.approx(3 * once)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("name", "is_rounded"), [(NESTED, False), (ROUNDED, True)])
+def test_a_layer_of_quantized_weights_takes_what_was_measured(name, is_rounded, bits):
+    tables = {
+        other: {b: {1: 1e9 * b} if other != name else {1: 3e9 * b} for b in BITS}
+        for other in (NESTED, ROUNDED)
+    }
+    machine = dataclasses.replace(MACHINE, **tables)
+    spent = machine.layer_s(1, 10**9, bits, is_rounded=is_rounded)
+    assert spent == pytest.approx(2 * 10**9 / (3e9 * bits) + machine.call_s[1])

@@ -20,7 +20,7 @@ from flexjax.plan.planner import (
 from flexjax.plan.predict import Job, predict
 from flexjax.plan.report import plan_to_json, plan_to_text
 from flexjax.plan.search import fits, frontier, memory_budgets, search
-from flexjax.policy import Kind, Placement, Policy, Tier, from_json, validate
+from flexjax.policy import BITS, Kind, Placement, Policy, Tier, from_json, validate
 from flexjax.schedule.footprint import by_tier
 from tests.plan.test_closed_form import APART, CONFIG, SHARED
 
@@ -178,6 +178,21 @@ def test_weights_that_are_quantized_already_stay_so():
     allowed = allowed_policies(quantized=True, host_attention=False, base=stored)
     assert {policy.weight_bits for policy in allowed} == {4}
     assert {policy.kv_cache_bits for policy in allowed} == {None, 4}
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_plan_that_may_quantize_rounds_where_products_gain_by_it(rounded):
+    slow, quick = ({bits: {1: rate} for bits in BITS} for rate in (1e12, 1e15))
+    hardware = dataclasses.replace(
+        machine(SHARED, 10**6, 10**6),
+        quantized_product_flops_per_s=slow,
+        rounded_product_flops_per_s=quick,
+    )
+    found = Found(CONFIG, np.dtype("bfloat16"))
+    allowed = allowed_policies(quantized=True, host_attention=False, rounded=rounded)
+    plan, _ = make_plan(found, hardware, JOB, allowed)
+    assert plan.policy.weight_bits is not None
+    assert plan.policy.activation_bits == (8 if rounded else None)
 
 
 def test_a_plan_in_words_names_every_tier_and_the_bottleneck():
