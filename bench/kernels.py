@@ -76,7 +76,7 @@ def measure_kernels(
                 yield _product(config, rows, how, rounded)
     peak = compiled.library(PEAK) if compiled.is_wanted() else None
     if peak is not None:
-        yield _peak(peak)
+        yield from (_peak(peak, dtype) for dtype in ("bfloat16", "int8"))
     yield _prefill_layer(config, batch_size)
     yield _memory_read()
     for dtype in DTYPES:
@@ -139,14 +139,14 @@ def _prefill_layer(config: OPTConfig, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _peak(library: ctypes.CDLL) -> dict[str, Any]:
+def _peak(library: ctypes.CDLL, dtype: str) -> dict[str, Any]:
     """What all processors together multiply at most, of what is in registers."""
-    measure = library.flexjax_peak_flops_per_s
+    measure = getattr(library, f"flexjax_peak_{dtype}")
     measure.argtypes, measure.restype = [ctypes.c_double], ctypes.c_double
     with concurrent.futures.ThreadPoolExecutor(PROCESSORS) as threads:
         rates = list(threads.map(measure, [PEAK_S] * PROCESSORS))
     return {
-        "kernel": "the instruction alone, bfloat16",
+        "kernel": f"the instruction alone, {dtype}",
         "shape": f"on registers, {PROCESSORS} threads",
         "seconds": PEAK_S,
         "flops_per_s": sum(rates),

@@ -40,7 +40,8 @@ from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
 from flexjax.llm import EMBEDDED_MODEL, LLM
-from flexjax.memory.link import Device
+from flexjax.memory.link import Device, processor_of
+from flexjax.memory.processor import check_activation_bits
 from flexjax.policy import to_json
 from flexjax.safe_files import make_folder
 from flexjax.sampling_params import SamplingParams
@@ -94,6 +95,7 @@ def measure(job: Job) -> dict[str, Any]:
     device: Device = jax.devices()[0]
     weights = EMBEDDED_MODEL if job.weights is None else job.weights
     policy = job.case.policy
+    check_activation_bits(policy, processor_of(device, is_quantized=True))
     folder = resolve_model(
         weights,
         platform=device.platform,

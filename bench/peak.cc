@@ -1,5 +1,5 @@
-// The most that products of bfloat16 can reach: the processor's instruction for them
-// alone, on registers.
+// The most that products can reach: the processor's instructions for them alone, on
+// registers.
 
 #include <immintrin.h>
 
@@ -10,24 +10,37 @@ namespace {
 
 constexpr int kSums = 16;  // that do not wait for each other
 constexpr int64_t kRounds = 1 << 16;
-constexpr double kFlopsPerSum = 64;  // 16 lanes, 2 products and 2 additions each
+constexpr double kLanes = 16;
 
-}  // namespace
-
-// Operations per second of one thread, measured for at least `seconds`.
-extern "C" double flexjax_peak_flops_per_s(double seconds) {
+// Products and additions per second of one thread, measured for at least `seconds`.
+// `add` adds as many `products` to each lane of a sum.
+template <typename Sum, typename Add>
+double OpsPerSecond(double seconds, double products, const Add& add) {
   using Clock = std::chrono::steady_clock;
-  const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80);  // ones
-  __m512 sums[kSums] = {};
+  Sum sums[kSums] = {};
   const auto begun = Clock::now();
   for (int64_t rounds = kRounds;; rounds += kRounds) {
     for (int64_t round = 0; round < kRounds; ++round) {
-      for (__m512& sum : sums) {
-        sum = _mm512_dpbf16_ps(sum, x, x);
+      for (Sum& sum : sums) {
+        sum = add(sum);
         asm volatile("" : "+v"(sum));  // or the compiler would leave rounds out
       }
     }
     const double spent = std::chrono::duration<double>(Clock::now() - begun).count();
-    if (spent >= seconds) return rounds * kSums * kFlopsPerSum / spent;
+    if (spent >= seconds) return rounds * kSums * kLanes * 2 * products / spent;
   }
+}
+
+}  // namespace
+
+extern "C" double flexjax_peak_bfloat16(double seconds) {
+  const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80);  // ones
+  return OpsPerSecond<__m512>(seconds, 2,
+                              [x](__m512 sum) { return _mm512_dpbf16_ps(sum, x, x); });
+}
+
+extern "C" double flexjax_peak_int8(double seconds) {
+  const __m512i x = _mm512_set1_epi8(1);
+  return OpsPerSecond<__m512i>(
+      seconds, 4, [x](__m512i sum) { return _mm512_dpbusd_epi32(sum, x, x); });
 }

@@ -22,12 +22,14 @@ import jax
 import numpy as np
 
 from bench.machine import describe_machine
+from bench.report_values import bits_in_words
 from bench.step_shapes import workspace_bytes
 from bench.synthetic import weights_folder
 from checkpoints_tools.resolve import resolve_model
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
+from flexjax.kernels.products import can_multiply_quantized
 from flexjax.llm import EMBEDDED_MODEL, LLM
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
@@ -64,6 +66,8 @@ def policies(model: str) -> Iterator[Policy]:
             yield dataclasses.replace(policy, weight_bits=4)
             if cache == DISK:
                 yield dataclasses.replace(policy, weight_bits=4, kv_cache_bits=4)
+            elif can_multiply_quantized():
+                yield dataclasses.replace(policy, weight_bits=4, activation_bits=8)
 
 
 def compare(
@@ -167,7 +171,7 @@ def _line(row: dict[str, Any]) -> str:
         for phase in PHASES
     )
     on_device = [policy[kind]["device"] for kind in ("weights", "kv_cache")]
-    bits = f"{policy['weight_bits'] or 16}/{policy['kv_cache_bits'] or 16} bits"
+    bits = f"{bits_in_words(policy)} bits"
     return (
         f"{row['model']} {policy['num_batches']} x {policy['batch_size']:3}, on the "
         f"{Tier.DEVICE.value} {on_device[0]:.1f} {on_device[1]:.1f}, {bits:10} {times} "

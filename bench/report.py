@@ -122,7 +122,7 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
         if isinstance(result, Quality):
             yield f"Perplexity on held-out text, `{result.command}`:\n"
             columns = (
-                *("weights", "KV cache", "past", "perplexity", "change"),
+                *("weights", "KV cache", "inputs", "past", "perplexity", "change"),
                 "same top 1",
             )
             yield _table(columns, map(_precision_row, result.precisions))
@@ -152,6 +152,7 @@ def _precision_row(row: Precision) -> list[str]:
     return [
         f"{row.weight_bits} bits",
         f"{row.kv_cache_bits} bits",
+        f"{row.activation_bits} bits",
         f"{row.attention_sparsity:.0%}",
         f"{row.perplexity:.3f}",
         f"{row.increase:+.2%}",

@@ -27,6 +27,7 @@ from bench.report_values import (
     Trace,
     Tried,
     Work,
+    bits_in_words,
 )
 
 Values = Mapping[str, Any]
@@ -199,8 +200,10 @@ def _read_quality(path: pathlib.Path, values: Values) -> Quality:
         machine=machine_name(values["machine"]),
         precisions=[
             Precision(
-                row["weight_bits"] or 16,
-                row["kv_cache_bits"] or 16,
+                *(
+                    row[f"{kind}_bits"] or 16
+                    for kind in ("weight", "kv_cache", "activation")
+                ),
                 *(
                     float(row[name])
                     for name in (
@@ -234,8 +237,7 @@ def _read_predicted(row: Values) -> Predicted:
     }
     return Predicted(
         policy=f"{_short_model(row['model'])}, {policy['num_batches']} x "
-        f"{policy['batch_size']}, {policy['weight_bits'] or 16}/"
-        f"{policy['kv_cache_bits'] or 16} bits, "
+        f"{policy['batch_size']}, {bits_in_words(policy)} bits, "
         + (_placement(policy) or "all on the device"),
         predicted_s=seconds["predicted"],
         measured_s=seconds["measured"],

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PHASES = ("prefill", "decode")
 
@@ -109,10 +109,11 @@ class Kernels:
 
 
 class Precision(NamedTuple):
-    """Bits of weights and cache, the share of the past, and what they cost."""
+    """Bits of what is kept and multiplied, how much of the past, and what they cost."""
 
     weight_bits: int
     kv_cache_bits: int
+    activation_bits: int
     attention_sparsity: float
     perplexity: float
     increase: float
@@ -211,3 +212,9 @@ Result = (
     | Frontier
     | Trace
 )
+
+
+def bits_in_words(policy: Mapping[str, Any]) -> str:
+    """Of weights, cache and activations in a policy's JSON: 4/16/8."""
+    kinds = "weight", "kv_cache", "activation"
+    return "/".join(str(policy.get(f"{kind}_bits") or 16) for kind in kinds)

@@ -18,6 +18,8 @@ from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
+from flexjax.memory.link import processor_of
+from flexjax.memory.processor import check_activation_bits
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
@@ -69,6 +71,8 @@ class LLM:
         given = _read_policy(policy)
         self._progress = sys.stderr.isatty() if progress is None else progress
         device = jax.devices()[0]
+        if given is not None:  # before anything is converted
+            check_activation_bits(given, processor_of(device, is_quantized=True))
         folder = resolve_model(
             EMBEDDED_MODEL if model is None else model,
             dtype,

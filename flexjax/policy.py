@@ -90,7 +90,8 @@ class Policy:
         weight_bits, kv_cache_bits: 4 or 8 to quantize in groups; None is as stored.
         activation_bits: 8 to round what is multiplied with quantized weights, each row
             in the weights' groups, and so to multiply integers; None multiplies what
-            there is. It is for CPUs, see `flexjax.kernels`.
+            there is. It is for CPUs, see
+            `flexjax.kernels.products`.
         group_size: elements of a group at most.
     """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoints_tools.resolve import resolve_model
-from flexjax import LLM, Placement, Policy, SamplingParams
+from flexjax import LLM, Placement, Policy, SamplingParams, llm
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.kernels.products import can_multiply_quantized, round_rows
@@ -19,17 +19,12 @@ from flexjax.models import opt
 from flexjax.policy import Schedule, Tier
 from flexjax.quant import QuantizedArray, cache_quantization, dequantize
 from flexjax.sparse import sparse_prefill_attention
+from flexjax.steps import decode_step, prefill_step
 from flexjax.workload import bucket
 from tests.test_engine import in_group
+from tests.test_narrow_weights import PLACEMENTS, PROMPTS
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11] * 3, [20, 30, 40, 50] * 4, [300, 301, 302]]
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=1)
-PLACEMENTS = {
-    "device": Placement(device=1.0),
-    "host": Placement(host=1.0),
-    "disk": Placement(),
-    "mixed": Placement(device=0.3, host=0.3),
-}
 SPARSITY = 0.4
 needs_kernel = pytest.mark.skipif(
     not can_multiply_quantized(), reason="no processor for the kernel, or no compiler"
@@ -128,15 +123,15 @@ def test_a_run_that_rounds_is_a_plain_forward_that_rounds(
         schedule=schedule,
         **features,
     )
-    with LLM(None, policy=policy) as llm:
-        outputs = [out.outputs[0] for out in llm.generate(PROMPTS, GREEDY)]
-        peaks = llm.metrics["peak_bytes"], llm.metrics["predicted_peak_bytes"]
+    with LLM(None, policy=policy) as model:
+        outputs = [out.outputs[0] for out in model.generate(PROMPTS, GREEDY)]
+        peaks = model.metrics["peak_bytes"], model.metrics["predicted_peak_bytes"]
         whole = [
             ids + list(out.token_ids) for ids, out in zip(PROMPTS, outputs, strict=True)
         ]
         is_sparse = policy.attention_sparsity < 1
-        scores = None if is_sparse else llm.score(whole)
-        assert llm.placement["activation_bits"] == 8
+        scores = None if is_sparse else model.score(whole)
+        assert model.placement["activation_bits"] == 8
     for tier in Tier:
         assert peaks[0][tier.value] <= peaks[1][tier.value]
     lens = np.array([len(ids) for ids in PROMPTS])
@@ -168,9 +163,9 @@ def test_where_weights_are_changes_nothing(bits):
             batch_size=2,
             num_batches=2,
         )
-        with LLM(None, policy=policy) as llm:
-            scores = np.concatenate(llm.score(PROMPTS))
-            outputs = llm.generate(PROMPTS, GREEDY)
+        with LLM(None, policy=policy) as model:
+            scores = np.concatenate(model.score(PROMPTS))
+            outputs = model.generate(PROMPTS, GREEDY)
         found.append((scores, [out.outputs[0].token_ids for out in outputs]))
     for scores, token_ids in found[1:]:
         np.testing.assert_array_equal(scores, found[0][0])
@@ -184,27 +179,53 @@ def test_rounding_changes_what_a_run_computes():
     scores = []
     for activation_bits in (None, 8):
         changed = dataclasses.replace(policy, activation_bits=activation_bits)
-        with LLM(None, policy=changed) as llm:
-            scores.append(np.concatenate(llm.score(PROMPTS)))
+        with LLM(None, policy=changed) as model:
+            scores.append(np.concatenate(model.score(PROMPTS)))
     assert 0 < np.abs(scores[0] - scores[1]).max() < 0.5
 
 
-MADE_WIDE = "activation_bits=8 is for weights that are multiplied with as they are qu"
+@needs_kernel
+def test_every_step_multiplies_rounded_rows():
+    """All matrices of a layer; its queries, keys and values share what is rounded."""
+    params, store = params_of(4)
+    layer, config = params["layers"]["0"], store.config
+    hidden = jnp.zeros((2, 1, 1, config.hidden_size), jnp.bfloat16)
+    start = jnp.zeros(2, jnp.int32)
+    prefill = prefill_step.lower(layer, hidden, start, config=config)
+    slots = (2, config.num_attention_heads, 4, config.head_dim)
+    past = ((jnp.zeros(slots, jnp.bfloat16),),) * 2
+    length = np.int32(4)
+    decode = decode_step.lower(layer, hidden, (past,), start, length, config=config)
+    for step in (prefill, decode):
+        text = step.as_text()
+        assert text.count("custom_call @flexjax_contract_rounded") == 6
+        assert "flexjax_contract_quantized" not in text
 
 
-def test_where_no_kernel_is_rounding_is_refused(monkeypatch):
+def refused(message, *args, **settings):
+    policy = Policy(weight_bits=4, activation_bits=8, **settings)
+    with pytest.raises(ValueError, match=message):
+        LLM(*args, policy=policy)
+
+
+def test_a_processor_that_cannot_is_refused_before_weights_are_converted(monkeypatch):
     monkeypatch.setattr(link, "can_multiply_quantized", lambda: False)
-    with (
-        pytest.raises(ValueError, match=MADE_WIDE),
-        LLM(None, policy=Policy(weight_bits=4, activation_bits=8)) as llm,
-    ):
-        llm.score(PROMPTS)
+    monkeypatch.setattr(llm, "resolve_model", None)
+    refused(
+        "activation_bits=8 is for processors that multiply with quantized wei", None
+    )
 
 
-def test_of_weights_that_are_made_wide_rounding_is_refused(golden):
-    policy = Policy(weight_bits=4, activation_bits=8, group_size=16)
-    with (
-        pytest.raises(ValueError, match=MADE_WIDE),
-        LLM(golden("opt-pre-ln").folder, policy=policy) as llm,
-    ):
-        llm.score([[5, 6]])
+@needs_kernel
+def test_groups_that_no_kernel_takes_are_refused_before_weights_are_converted(
+    monkeypatch,
+):
+    monkeypatch.setattr(llm, "resolve_model", None)
+    refused("groups of a multiple of 32.*group_size is 16", None, group_size=16)
+
+
+@needs_kernel
+def test_weights_that_no_kernel_takes_are_refused_by_name(golden):
+    folder = golden("opt-pre-ln").folder
+    message = "activation_bits=8 cannot be had of layers.0.self_attn.k_proj.weight, whi"
+    refused(message, folder, group_size=32)

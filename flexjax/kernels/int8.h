@@ -1,8 +1,8 @@
 // Products of inputs rounded to 8 bits with the codes of weights, both as integers.
 //
 // With an input `step * code` and a weight `scale * code + minimum`, a group adds
-// `step * scale * (sum of the codes' products) + minimum * (sum of the inputs)`; integers
-// are summed without error.
+// `step * scale * (sum of the codes' products) + minimum * (sum of the inputs)`.
+// Integers are summed without error; `MOST_GROUP` in products.py keeps sums in 32 bits.
 
 #pragma once
 

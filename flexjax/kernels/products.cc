@@ -1,5 +1,5 @@
 // Products `x @ weight.T` with quantized weights, on processors with AVX-512 and its
-// bfloat16 instructions. `flexjax.quant` tells how the weights are kept.
+// bfloat16 and VNNI instructions. `flexjax.quant` tells how the weights are kept.
 //
 // Weights are unpacked a panel at a time, some outputs for some inputs, in the level-2
 // cache: they are never in memory so. Rows of x lie in the lanes of registers, and
@@ -95,6 +95,23 @@ inline void Pack(const char* x, int64_t row_bytes, int64_t rows, int64_t words,
 inline Panel At(const Panel& panel, int64_t output, int64_t num_words,
                 int64_t num_groups) {
   return {panel.words + output * num_words, panel.factors + output * 2 * num_groups};
+}
+
+// Packs `rows` rows from `row` on of x for a panel of `count` positions from `first` on.
+template <typename Arithmetic>
+void PackStrip(const Work& work, const Arithmetic& weights, int64_t row, int64_t rows,
+               int64_t first, int64_t count, const Strip& into) {
+  constexpr int64_t kBytes = Arithmetic::kInputBytes;
+  const int64_t stride = kLanes * Ceil(rows, kLanes);
+  const int64_t half_words = count * kBytes / kWordBytes;
+  for (int64_t half = 0; half < Arithmetic::kHalves; ++half) {
+    const int64_t input = half * weights.half() + first;
+    Pack(work.x + (row * work.inputs + input) * kBytes, work.inputs * kBytes, rows,
+         half_words, into.words + half * half_words * stride);
+  }
+  if constexpr (Arithmetic::kHasFactors) {
+    weights.PackFactors(row, rows, first, count, stride, into.factors);
+  }
 }
 
 // Adds to `sums`, `[outputs, rows]`, the products of a panel's `outputs`, of `num_words`
@@ -196,8 +213,7 @@ bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row
     const int64_t positions = std::min(span, weights.half() - first);
     const int64_t next = first + positions;
     const int64_t next_positions = std::min(span, weights.half() - next);
-    const int64_t half_words = positions * kBytes / kWordBytes;
-    const int64_t num_words = half_words * kHalves;
+    const int64_t num_words = kHalves * positions * kBytes / kWordBytes;
     const int64_t num_groups =
         Arithmetic::kHasFactors ? kHalves * positions / work.group_size : 0;
     for (int64_t n = begin; n < end; ++n) {
@@ -205,15 +221,7 @@ bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row
     }
     for (int64_t m = row; m < row_end; m += kStripRows) {
       const int64_t rows = std::min(kStripRows, row_end - m);
-      const int64_t vectors = Ceil(rows, kLanes);
-      for (int64_t half = 0; half < kHalves; ++half) {
-        const int64_t input = half * weights.half() + first;
-        Pack(work.x + (m * work.inputs + input) * kBytes, work.inputs * kBytes, rows,
-             half_words, strip.words + half * half_words * vectors * kLanes);
-      }
-      if constexpr (Arithmetic::kHasFactors) {
-        weights.PackFactors(m, rows, first, positions, vectors * kLanes, strip.factors);
-      }
+      PackStrip(work, weights, m, rows, first, positions, strip);
       const auto ask_ahead = [&](int64_t tile, int64_t tile_end) {
         if (m > row) return;
         const bool is_last = next_positions == 0;
@@ -222,8 +230,8 @@ bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row
           weights.Ask(n, is_last ? 0 : next, is_last ? span : next_positions);
         }
       };
-      TilesOf(vectors, weights, strip, panel, num_words, num_groups, end - begin,
-              sums + m - row, stride, ask_ahead);
+      TilesOf(Ceil(rows, kLanes), weights, strip, panel, num_words, num_groups,
+              end - begin, sums + m - row, stride, ask_ahead);
     }
   }
   Store(work, sums, stride, row, row_end, begin, end);
@@ -323,6 +331,9 @@ ffi::Error ContractRounded(ffi::ThreadPool pool, Matrix<ffi::S8> x,
 ffi::Error RoundRows(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
                      ffi::Result<Matrix<ffi::S8>> codes,
                      ffi::Result<ffi::BufferR3<ffi::F32>> factors, int64_t group_size) {
+  if (group_size < kLanes || group_size % kLanes || x.dimensions()[1] % group_size) {
+    return ffi::Error::InvalidArgument("rows are not whole groups of lanes");
+  }
   const flexjax::Rounding work{static_cast<const uint16_t*>(x.untyped_data()),
                                codes->typed_data(),
                                factors->typed_data(),

@@ -20,7 +20,8 @@ from flexjax.quant import Quantization, QuantizedArray
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _ROUND = "flexjax_round_rows"
 _CONTRACT = {None: "flexjax_contract_quantized", 8: "flexjax_contract_rounded"}
-_STEP = 32  # elements that the kernel makes wide at once
+GROUP_STEP = 32  # elements that the kernel unpacks at once
+MOST_GROUP = 1 << 16  # of which 32-bit integers hold the products of two codes of 8
 
 
 @functools.cache
@@ -42,7 +43,8 @@ def is_multiplied(quantization: Quantization, inputs: int) -> bool:
     halves = 8 // quantization.bits  # of 4-bit codes: no group lies in both
     return (
         quantization.dtype == "bfloat16"
-        and quantization.group_size % _STEP == 0
+        and quantization.group_size % GROUP_STEP == 0
+        and quantization.group_size <= MOST_GROUP
         and inputs % (halves * quantization.group_size) == 0
     )
 
@@ -65,15 +67,15 @@ def contract_quantized(
         raise ValueError(f"no kernel multiplies with weights of {how} on this machine")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"x is {x.shape}, but the weights are {weight.shape}")
-    factors = [x]
+    inputs = [x]
     if weight.activation_bits is not None:
-        factors = [*round_rows(x, how.group_size)]
+        inputs = [*round_rows(x, how.group_size)]
     call = jax.ffi.ffi_call(
         _CONTRACT[weight.activation_bits],
         jax.ShapeDtypeStruct((x.shape[0], weight.data.shape[0]), jnp.float32),
     )
     return call(
-        *factors,
+        *inputs,
         weight.data,
         bits=np.int64(how.bits),
         group_size=np.int64(how.group_size),
@@ -89,6 +91,10 @@ def round_rows(
     nearest code, ties to even: no element is farther than half a step from its code. A
     group whose step would be less than a float can divide by is zero; one with NaN is
     NaN.
+
+    Args:
+        x: of bfloat16.
+        group_size: a multiple of 16 that divides a row.
 
     Returns:
         The codes; and by group each row's step, and the sum of what its codes stand

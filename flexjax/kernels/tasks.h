@@ -41,9 +41,9 @@ inline int64_t NumThreads(const xla::ffi::ThreadPool& pool) {
   return std::max<int64_t>(1, pool.num_threads());
 }
 
-// Calls `act`, a function that owns what it needs, with each index below `count`; whether
-// it always returned true. Threads of the pool help the one that calls, which takes parts
-// too: so it never waits for a thread that has not begun.
+// Calls `act`, a function that owns what it needs, with each index below `count`;
+// whether it always returned true. Threads of the pool help the one that calls, which
+// takes parts too: so it never waits for a thread that has not begun.
 template <typename Act>
 bool InParallel(xla::ffi::ThreadPool& pool, int64_t count, Act act) {
   auto tasks = std::make_shared<Tasks<Act>>(count, std::move(act));

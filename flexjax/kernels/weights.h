@@ -9,8 +9,8 @@
 
 namespace flexjax {
 
-constexpr int64_t kLanes = 16;      // of a register: floats, or words
-constexpr int64_t kWordBytes = 4;   // of a word: the inputs that a lane multiplies at once
+constexpr int64_t kLanes = 16;     // of a register: floats, or words
+constexpr int64_t kWordBytes = 4;  // of the inputs that a lane multiplies at once
 
 // A product of rows and quantized weights.
 struct Work {
@@ -21,9 +21,9 @@ struct Work {
   int64_t rows, inputs, outputs, row_bytes, group_size;
 };
 
-// Some outputs' weights for some inputs: those of each output in words, the inputs of the
-// first half before those of the second; and by output and group, what `Int8` multiplies
-// and adds.
+// Some outputs' weights for some inputs: those of each output in words, the inputs of
+// the first half before those of the second; and by output and group, what `Int8`
+// multiplies and adds.
 struct Panel {
   int32_t* words;
   float* factors;

@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexjax.memory.placement import effective, partition, place_tensors
-from flexjax.memory.processor import Processor, check_rounding, is_multiplied_narrow
+from flexjax.memory.processor import (
+    Processor,
+    Tensors,
+    check_rounding,
+    is_multiplied_narrow,
+)
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.quant import QuantizedArray
-from flexjax.store_format import TensorEntry
 from flexjax.workload import Workload, bucket
 
 TOKEN_TABLE = "embed_tokens.weight"
@@ -29,8 +33,6 @@ MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
 MOST_ROOM = 2  # of a buffer that a block of the head goes through, in blocks
 MOST_PARTS = 4  # in which a layer's weights travel
 MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
-
-Tensors = Mapping[str, TensorEntry]
 
 
 class HeadBlocks(NamedTuple):
@@ -268,8 +270,7 @@ def lay_out(
         ValueError: it has `activation_bits`, which are not for such weights, or not for
             this processor.
     """
-    if policy.activation_bits is not None:
-        check_rounding(policy.activation_bits, tensors[MATRIX], processor)
+    check_rounding(policy, multiplied(config, tensors), processor)
     tiers = place_weights(tensors, policy.weights)
     return WeightLayout(
         config=config,
@@ -281,6 +282,13 @@ def lay_out(
         processor=processor,
         activation_bits=policy.activation_bits,
     )
+
+
+def multiplied(config: OPTConfig, tensors: Tensors) -> Tensors:
+    """What a decoder layer and the head multiply with."""
+    names = [name for name in layer_tensors(config, 0) if name.startswith("layers.")]
+    names = [*names, config.head_table]
+    return {name: tensors[name] for name in names if len(tensors[name].used_shape) == 2}
 
 
 def place_weights(tensors: Tensors, placement: Placement) -> dict[str, Tier]:

@@ -1,9 +1,13 @@
 """What a model's layout depends on of the device that computes."""
 
 import dataclasses
+from collections.abc import Mapping
 
-from flexjax.kernels.products import is_multiplied
+from flexjax.kernels.products import GROUP_STEP, is_multiplied
+from flexjax.policy import Policy
 from flexjax.store_format import TensorEntry
+
+Tensors = Mapping[str, TensorEntry]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,20 +34,44 @@ def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
     )
 
 
-def check_rounding(
-    activation_bits: int, matrix: TensorEntry, processor: Processor
-) -> None:
-    """Refuses to round what is multiplied with weights such as `matrix`.
+def check_activation_bits(policy: Policy, processor: Processor) -> None:
+    """Refuses `activation_bits` that no store of weights could be used with.
 
     Raises:
-        ValueError: they are not multiplied with as they are quantized.
+        ValueError: they are not for this processor, or not for groups of this size.
     """
-    if is_multiplied_narrow(matrix, processor):
+    bits = policy.activation_bits
+    if bits is None:
         return
-    raise ValueError(
-        f"activation_bits={activation_bits} is for weights that are multiplied with as "
-        "they are quantized, and these are made wide: it takes a checkpoint in "
-        "bfloat16, groups of a multiple of 32 that divide half of a row, a C++ "
-        "compiler, and a CPU with AVX-512, its VNNI and its bfloat16, but no AMX; "
-        "leave activation_bits out"
-    )
+    if not processor.multiplies_quantized:
+        raise ValueError(
+            f"activation_bits={bits} is for processors that multiply with quantized "
+            "weights as they are: a CPU with AVX-512, its VNNI and its bfloat16, but "
+            "no AMX, and a C++ compiler; leave activation_bits out"
+        )
+    if policy.group_size % GROUP_STEP:
+        raise ValueError(
+            f"activation_bits={bits} takes groups of a multiple of {GROUP_STEP} "
+            f"elements, but group_size is {policy.group_size}: change it, or leave "
+            "activation_bits out"
+        )
+
+
+def check_rounding(policy: Policy, multiplied: Tensors, processor: Processor) -> None:
+    """Refuses `activation_bits` that some of the tensors to be multiplied cannot have.
+
+    Raises:
+        ValueError: see `check_activation_bits`; or a tensor, which is named, is not
+            multiplied with as it is quantized.
+    """
+    if policy.activation_bits is None:
+        return
+    check_activation_bits(policy, processor)
+    for name, entry in multiplied.items():
+        if not is_multiplied_narrow(entry, processor):
+            raise ValueError(
+                f"activation_bits={policy.activation_bits} cannot be had of {name}, "
+                f"which is {entry.quantization or 'not quantized'}: it takes a "
+                "checkpoint in bfloat16, and groups that divide its rows, and of 4 "
+                "bits half of them; leave activation_bits out"
+            )

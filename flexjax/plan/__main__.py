@@ -81,8 +81,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-quantized",
         action="store_true",
-        help="try weights and KV cache of 4 and 8 bits too, and with such weights, "
-        "where the processor gains by it, activations of 8",
+        help="try weights and KV cache of 4 and 8 bits too, and where a processor "
+        "multiplies such weights as they are, activations of 8",
     )
     parser.add_argument(
         "--block-latency",

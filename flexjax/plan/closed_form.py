@@ -17,12 +17,11 @@ from flexjax.memory.footprint import RunFootprint
 from flexjax.memory.layout import (
     MOST_LAYERS_AHEAD,
     MOST_PARTS,
-    Processor,
-    Tensors,
     WeightLayout,
     lay_out,
     looking_ahead,
 )
+from flexjax.memory.processor import Processor, Tensors
 from flexjax.models.config import OPTConfig
 from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import Hardware
@@ -53,7 +52,7 @@ class Model:
         # All that a layout depends on; a search asks for the same few over and over.
         parts = min(policy.num_batches, MOST_PARTS)
         weights = policy.weights
-        key = weights.device, weights.host, parts, processor
+        key = weights.device, weights.host, parts, policy.activation_bits, processor
         if key not in self._layouts:
             self._layouts[key] = lay_out(
                 self.config,

@@ -197,12 +197,13 @@ def _check_tables(hardware: Hardware) -> None:
     for name, table in by_bits.items():
         if missing := set(BITS) - set(table):
             raise ValueError(f"{name} lacks {min(missing)} bits")
-    if hardware.processor.multiplies_quantized and not hardware.device_is_host:
-        raise ValueError(
-            f"{_NESTED[0]} has no meaning: weights are made wide for a device with "
-            "memory of its own"
-        )
     missing = [name for name, table in given.items() if table is None]
+    for name in _NESTED:
+        if name not in missing and not hardware.device_is_host:
+            raise ValueError(
+                f"{name} has no meaning: weights are made wide for a device with "
+                "memory of its own"
+            )
     if len(missing) == 1:
         raise ValueError(f"{missing[0]} is missing: a machine has all of them or none")
 

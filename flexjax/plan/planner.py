@@ -23,7 +23,7 @@ from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job
 from flexjax.plan.search import Plan, search, with_exact_peak
-from flexjax.policy import Policy
+from flexjax.policy import ACTIVATION_BITS, Policy
 from flexjax.quant import Quantization
 from flexjax.store_format import DTYPES, Manifest, planned_entries
 
@@ -118,18 +118,17 @@ def allowed_policies(
 ) -> list[Policy]:
     """What the search may choose besides placement and sizes.
 
-    Weights that are quantized already stay as they are. Where it may quantize, and
-    products of rounded activations are `rounded`'s to have, it does both or neither:
-    what rounding costs is little beside the weights' own.
+    Weights that are quantized already stay as they are. Where it may quantize, it may
+    also round activations if these are `rounded`.
     """
     base = base or Policy()
     bits = [(base.weight_bits, base.kv_cache_bits, base.activation_bits)]
     if quantized:
-        activation_bits = 8 if rounded else None
         bits += [
             (*pair, activation_bits)
             for pair in QUANTIZED
             if base.weight_bits in (None, pair[0])
+            for activation_bits in (None, *(ACTIVATION_BITS if rounded else ()))
         ]
     return [
         dataclasses.replace(

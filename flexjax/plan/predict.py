@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
 from flexjax.memory.layout import (
     MOST_LAYERS_AHEAD,
-    Processor,
     WeightLayout,
     looking_ahead,
 )
+from flexjax.memory.processor import Processor
 from flexjax.plan.closed_form import (
     Model,
     block_form,

@@ -1,6 +1,6 @@
-"""The kernels are XLA's product of what `dequantize` makes of the weights.
+"""The kernel is XLA's product of what `dequantize` makes of the weights.
 
-And, where inputs are rounded, of what `round_rows` makes of these.
+And where inputs are rounded, of what codes of both stand for.
 """
 
 import dataclasses
@@ -143,6 +143,23 @@ def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     _, _, x = rounded(x, group_size)
     error = np.abs(found - x @ wide.T)
     assert (error <= 1e-5 * (np.abs(x) @ np.abs(wide).T)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_hold_the_largest_sums_of_a_large_group(bits, sign):
+    size = 8192
+    how = Quantization(bits=bits, group_size=size, dtype="bfloat16")
+    row = jnp.ones((1, 2 * size), jnp.bfloat16).at[0, ::size].set(0)  # 0, then 1s
+    weight = QuantizedArray(quantize(row, how), how, 8)
+    found = contract_last(sign * row, weight)
+    assert float(found[0, 0]) == pytest.approx(sign * 2 * (size - 1), rel=0.01)
+
+
+@pytest.mark.parametrize("group_size", [8, 40, 96])
+def test_rows_that_are_no_whole_groups_are_refused(group_size):
+    with pytest.raises(Exception, match="rows are not whole groups"):
+        round_rows(jnp.zeros((2, 128), jnp.bfloat16), group_size)
 
 
 def in_float32(data, how):

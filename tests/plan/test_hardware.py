@@ -189,6 +189,7 @@ def test_a_machine_s_name_is_a_text():
         (NESTED, {"4": {}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is empty"),
         (NESTED, {"4": {"0": 1.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits has 0 rows"),
         (NESTED, {"4": {"1": 1.0}, "8": {"1": 1.0}}, f"{NESTED} has no meaning"),
+        (ROUNDED, {"4": {"1": 1.0}, "8": {"1": 1.0}}, f"{ROUNDED} has no meaning"),
         (NESTED, {"4": 1.0, "8": {"1": 1.0}}, f"{NESTED} of 4 bits is 1.0"),
         (NESTED, {"4": {"1": 0.0}, "8": {"1": 1.0}}, f"{NESTED} of 4 bits and 1 rows"),
     ],

@@ -180,19 +180,55 @@ def test_weights_that_are_quantized_already_stay_so():
     assert {policy.kv_cache_bits for policy in allowed} == {None, 4}
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_a_plan_that_may_quantize_rounds_where_products_gain_by_it(rounded):
-    slow, quick = ({bits: {1: rate} for bits in BITS} for rate in (1e12, 1e15))
-    hardware = dataclasses.replace(
+def kernels(*, plain, rounded):
+    """A processor with the kernels, and their rates."""
+    return dataclasses.replace(
         machine(SHARED, 10**6, 10**6),
-        quantized_product_flops_per_s=slow,
-        rounded_product_flops_per_s=quick,
+        quantized_product_flops_per_s={bits: {1: plain} for bits in BITS},
+        rounded_product_flops_per_s={bits: {1: rounded} for bits in BITS},
     )
+
+
+@pytest.mark.parametrize(
+    ("rates", "allows", "rounds"),
+    [
+        ({"plain": 1e12, "rounded": 1e15}, True, True),
+        ({"plain": 1e12, "rounded": 1e15}, False, False),
+        ({"plain": 1e15, "rounded": 1e12}, True, False),
+    ],
+)
+def test_a_plan_that_may_quantize_rounds_where_products_gain_by_it(
+    rates, allows, rounds
+):
     found = Found(CONFIG, np.dtype("bfloat16"))
-    allowed = allowed_policies(quantized=True, host_attention=False, rounded=rounded)
+    allowed = allowed_policies(quantized=True, host_attention=False, rounded=allows)
+    plan, _ = make_plan(found, kernels(**rates), JOB, allowed)
+    assert plan.policy.weight_bits is not None
+    assert plan.policy.activation_bits == (8 if rounds else None)
+
+
+def test_weights_that_no_kernel_takes_are_planned_without_rounding():
+    found = Found(CONFIG, np.dtype("float32"))
+    hardware = dataclasses.replace(
+        kernels(plain=1e12, rounded=1e15),
+        disk_read_bytes_per_s=1e6,
+        device_memory_bytes=4000 << 10,
+        host_memory_bytes=4000 << 10,
+        dequantized_bytes_per_s={4: 1e12, 8: 1e12},
+    )
+    allowed = allowed_policies(quantized=True, host_attention=False, rounded=True)
     plan, _ = make_plan(found, hardware, JOB, allowed)
     assert plan.policy.weight_bits is not None
-    assert plan.policy.activation_bits == (8 if rounded else None)
+    assert plan.policy.activation_bits is None
+
+
+def test_one_model_s_predictions_tell_rounded_products_from_others():
+    policies = [Policy(weight_bits=4, activation_bits=bits) for bits in (None, 8)]
+    model = Found(CONFIG, np.dtype("bfloat16")).model(policies[0])
+    for rates, is_quicker in (((1e9, 1e12), True), ((1e12, 1e9), False)):
+        hardware = kernels(plain=rates[0], rounded=rates[1])
+        plain, rounded = (predict(model, p, hardware, JOB).total_s for p in policies)
+        assert (rounded < plain) == is_quicker
 
 
 def test_a_plan_in_words_names_every_tier_and_the_bottleneck():
