@@ -1,12 +1,18 @@
 """What fewer bytes cost: perplexity on held-out text, and how often the answer stays.
 
     python -m bench.quality --json bench/results/quality.json
+    python -m bench.quality --outliers 32
 
 Takes the embedded model, which comes with text that it was not trained on, and looks at
 each token with everything before it in its window, weights and cache being quantized as
 a run would quantize them. Where attention is sparse, the first quarter of a window is
 the prompt, which a run attends to whole, and only tokens behind it count. The tests
 hold runs to the same arithmetic.
+
+Large models have a few features that stand out by far, which cost a group that they are
+in its precision (arXiv 2208.07339); the embedded one has none. `--outliers` gives it
+some: features of what matrices multiply become so many times as large, and their
+weights as much smaller. In 16 bits, and with a power of two, that is the same model.
 """
 
 import argparse
@@ -16,7 +22,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +38,13 @@ from flexjax.kernels.products import can_multiply_quantized
 from flexjax.llm import EMBEDDED_MODEL
 from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Policy
-from flexjax.quant import QuantizedArray, cache_quantization, dequantize
+from flexjax.quant import (
+    Quantization,
+    QuantizedArray,
+    cache_quantization,
+    dequantize,
+    quantize,
+)
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sparse import sparse_prefill_attention
 from flexjax.tokenizer import load_tokenizer
@@ -56,6 +68,10 @@ SETTINGS = (
 )
 HELD_OUT = pathlib.Path(EMBEDDED_MODEL) / "heldout.txt"
 _ROWS_A_CALL = 8
+_NUM_OUTLIERS = 6  # features of all of a layer's norms
+_NORMS = ("self_attn_layer_norm.weight", "self_attn_layer_norm.bias")
+_NORMS += ("final_layer_norm.weight", "final_layer_norm.bias")
+_READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
 
 
 class _Said(NamedTuple):
@@ -65,13 +81,17 @@ class _Said(NamedTuple):
     best: np.ndarray  # int [windows, tokens]
 
 
-def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]:
+def measure_quality(
+    most_windows: int | None = None, outliers: float = 1.0
+) -> Iterator[dict[str, Any]]:
     """One row of results a setting, as JSON values.
 
     Args:
         most_windows: windows of text to look at; all, if None.
+        outliers: times that some features become as large.
     """
     plain: _Said | None = None
+    as_stored = open_store(resolve_model(EMBEDDED_MODEL))
     for weight_bits, kv_cache_bits, activation_bits, sparsity in SETTINGS:
         if activation_bits is not None and not can_multiply_quantized():
             continue
@@ -82,7 +102,13 @@ def measure_quality(most_windows: int | None = None) -> Iterator[dict[str, Any]]
             attention_sparsity=sparsity,
         )
         store = open_store(resolve_model(EMBEDDED_MODEL, weight_bits=weight_bits))
-        said = _listen(store, policy, most_windows)
+        tensors = {
+            name: _read(store, name)
+            if outliers == 1
+            else _with_outliers(as_stored, name, outliers, entry.quantization)
+            for name, entry in store.tensors.items()
+        }
+        said = _listen(store, tensors, policy, most_windows)
         plain = plain or said
         first = _prompt_len(store) if sparsity < 1 else 0
         row = _compared(said, plain, first)
@@ -113,11 +139,21 @@ def _prompt_len(store: WeightStore) -> int:
     return store.config.max_position_embeddings // 4
 
 
-def _listen(store: WeightStore, policy: Policy, most_windows: int | None) -> _Said:
+def _listen(
+    store: WeightStore,
+    tensors: Mapping[str, jax.Array],
+    policy: Policy,
+    most_windows: int | None,
+) -> _Said:
     config, attention = store.config, prefill_attention
     how = cache_quantization(policy, config, store.dtype)
     bits = policy.activation_bits
-    params = unflatten({name: _used(store, name, bits) for name in store.tensors})
+    params = unflatten(
+        {
+            name: _used(array, store.tensors[name].quantization, bits)
+            for name, array in tensors.items()
+        }
+    )
     if policy.attention_sparsity < 1:
         attention = functools.partial(
             sparse_prefill_attention,
@@ -154,18 +190,37 @@ def _windows(store: WeightStore) -> list[np.ndarray]:
 
 
 def _used(
-    store: WeightStore, name: str, activation_bits: int | None
+    array: jax.Array, how: Quantization | None, activation_bits: int | None
 ) -> jax.Array | QuantizedArray:
     """A tensor made wide, unless what it is multiplied with is rounded."""
+    if how is None:
+        return array
+    if activation_bits is not None:
+        return QuantizedArray(array, how, activation_bits)
+    return dequantize(array, how)
+
+
+def _read(store: WeightStore, name: str) -> jax.Array:
     entry = store.tensors[name]
     array = np.empty(entry.shape, entry.dtype)
     store.read(name, array)
-    how = entry.quantization
-    if how is None:
-        return jnp.asarray(array)
-    if activation_bits is not None:
-        return QuantizedArray(jnp.asarray(array), how, activation_bits)
-    return dequantize(jnp.asarray(array), how)
+    return jnp.asarray(array)
+
+
+def _with_outliers(
+    store: WeightStore, name: str, outliers: float, how: Quantization | None
+) -> jax.Array:
+    """A tensor of a store in 16 bits with some features larger, then quantized."""
+    array = _read(store, name)
+    features = np.random.default_rng(0).choice(
+        store.config.hidden_size, _NUM_OUTLIERS, replace=False
+    )
+    if name.startswith("layers.") and name.endswith(_NORMS):
+        array = array.at[features].multiply(jnp.asarray(outliers, array.dtype))
+    if name.startswith("layers.") and name.endswith(_READERS):
+        smaller = jnp.asarray(1 / outliers, array.dtype)
+        array = array.at[:, features].multiply(smaller)
+    return array if how is None else quantize(array, how)
 
 
 def _matrix_bits(store: WeightStore) -> float:
@@ -197,7 +252,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _main(args: argparse.Namespace) -> None:
     if args.json is not None:
         ensure_writable("--json", args.json)
-    rows = [*measure_quality()]
+    if not math.isfinite(args.outliers) or args.outliers <= 0:
+        raise ValueError(f"--outliers is {args.outliers:g}, expected more than 0")
+    rows = [*measure_quality(outliers=args.outliers)]
     print(table(rows))
     if args.json is not None:
         report = {
@@ -205,7 +262,8 @@ def _main(args: argparse.Namespace) -> None:
             "model": "embedded",
             "machine": describe_machine(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": "python -m bench.quality",
+            "command": "python -m bench.quality"
+            + (f" --outliers {args.outliers:g}" if args.outliers != 1 else ""),
         }
         write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
 
@@ -219,6 +277,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="write the figures here"
+    )
+    parser.add_argument(
+        "--outliers",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="make some features F times as large, and their weights as much smaller",
     )
     return parser
 

@@ -1,7 +1,9 @@
 import pytest
 
+from bench import quality
 from bench.quality import SETTINGS, measure_quality, table
 from bench.synthetic import weights_folder
+from flexjax.cli import run_command
 from flexjax.kernels.products import can_multiply_quantized
 
 
@@ -10,6 +12,20 @@ def rows(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path))
     assert weights_folder(None) is None  # the embedded model: nothing to make
     return [*measure_quality(most_windows=2)]
+
+
+def test_outliers_change_nothing_in_16_bits_and_something_in_fewer(rows, monkeypatch):
+    monkeypatch.setattr(quality, "SETTINGS", (*SETTINGS[:1], (4, None, None, 1.0)))
+    plain, four = measure_quality(most_windows=2, outliers=32.0)
+    assert plain["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+    assert abs(four["increase"]) > 0.01
+
+
+@pytest.mark.parametrize("outliers", [0, -1, "nan", "inf"])
+def test_outliers_that_are_none_are_refused(outliers, capsys):
+    words = ["--outliers", str(outliers)]
+    assert run_command(quality._main, quality.build_parser(), words) == 2
+    assert "expected more than 0" in capsys.readouterr().err
 
 
 def test_quality_is_measured_in_every_setting_and_costs_what_was_promised(rows):

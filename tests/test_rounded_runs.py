@@ -227,5 +227,5 @@ def test_groups_that_no_kernel_takes_are_refused_before_weights_are_converted(
 @needs_kernel
 def test_weights_that_no_kernel_takes_are_refused_by_name(golden):
     folder = golden("opt-pre-ln").folder
-    message = "activation_bits=8 cannot be had of layers.0.self_attn.k_proj.weight, whi"
+    message = "cannot be had with layers.0.self_attn.q_proj.weight, which is float32 in"
     refused(message, folder, group_size=32)

@@ -68,10 +68,15 @@ def check_rounding(policy: Policy, multiplied: Tensors, processor: Processor) ->
         return
     check_activation_bits(policy, processor)
     for name, entry in multiplied.items():
-        if not is_multiplied_narrow(entry, processor):
-            raise ValueError(
-                f"activation_bits={policy.activation_bits} cannot be had of {name}, "
-                f"which is {entry.quantization or 'not quantized'}: it takes a "
-                "checkpoint in bfloat16, and groups that divide its rows, and of 4 "
-                "bits half of them; leave activation_bits out"
-            )
+        if is_multiplied_narrow(entry, processor):
+            continue
+        how = entry.quantization
+        found = "not quantized"
+        if how is not None:
+            found = f"{how.dtype} in {how.bits} bits, in groups of {how.group_size}"
+        raise ValueError(
+            f"activation_bits={policy.activation_bits} cannot be had with {name}, "
+            f"which is {found}: it takes a checkpoint in bfloat16, and groups that "
+            "divide its rows, or half of them if it has 4 bits; leave activation_bits "
+            "out"
+        )
