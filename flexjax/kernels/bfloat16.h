@@ -52,13 +52,15 @@ class Bfloat16 : public Weights<kBits> {
   void Unpack(int64_t output, int64_t first, int64_t count, const Panel& into) const {
     const int64_t group_size = this->work_.group_size, num_groups = this->num_groups_;
     const uint8_t* codes = this->Codes(output, first);
+    const uint8_t* scale = this->Scale(output, first, 0);
+    const int64_t other_half = this->Scale(output, first, 1) - scale;
     bfloat16* wide = reinterpret_cast<bfloat16*>(into.words);
-    for (int64_t at = 0; at < count; at += group_size) {
-      const WideGroup low(this->Scale(output, first + at, 0), num_groups);
+    for (int64_t at = 0; at < count; at += group_size, scale += 2) {
+      const WideGroup low(scale, num_groups);
       if constexpr (kBits == 8) {
         WidenBytes(codes + at, low, wide + at);
       } else {
-        const WideGroup high(this->Scale(output, first + at, 1), num_groups);
+        const WideGroup high(scale + other_half, num_groups);
         WidenNibbles(codes + at, low, high, wide + at, wide + count + at);
       }
     }

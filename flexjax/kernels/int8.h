@@ -13,7 +13,7 @@
 namespace flexjax {
 
 // What sums are declared as: of `__m512i`, which stands for 64-bit integers, GCC would
-// keep copies in memory.
+// keep copies in memory; as it would if loops over them were not unrolled.
 using Int32s [[gnu::vector_size(64)]] = int32_t;
 
 template <int kBits>
@@ -41,8 +41,8 @@ class Int8 : public Weights<kBits> {
     }
     float* factors = into.factors;
     for (int64_t half = 0; half < this->kHalves; ++half) {
-      for (int64_t at = 0; at < count; at += this->work_.group_size) {
-        const uint8_t* scale = this->Scale(output, first + at, half);
+      const uint8_t* scale = this->Scale(output, first, half);
+      for (int64_t at = 0; at < count; at += this->work_.group_size, scale += 2) {
         *factors++ = Float(scale);
         *factors++ = Float(scale + 2 * this->num_groups_);
       }

@@ -76,14 +76,14 @@ class Weights {
     return Row(output) + position;
   }
 
-  // Of the group at a position of a half, as bfloat16; `num_groups_` further on is its
-  // minimum.
+  // Of the group at a position of a half, as bfloat16; that of the next group follows,
+  // and its minimum is `num_groups_` further on.
   const uint8_t* Scale(int64_t output, int64_t position, int64_t half) const {
     return Row(output) + half_ + 2 * Group(position, half);
   }
 
   int64_t Group(int64_t position, int64_t half) const {
-    return (half * half_ + position) / work_.group_size;
+    return position / work_.group_size + half * num_groups_ / kHalves;
   }
 
   const Work work_;

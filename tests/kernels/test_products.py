@@ -29,6 +29,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+PRODUCTS = {
+    "seed": st.integers(0, 1000),
+    "rows": st.integers(1, 100) | st.sampled_from([1024, 1030, 2050]),
+    "halves": st.integers(1, 20),
+    "outputs": st.integers(1, 70) | st.sampled_from([512, 600]),
+    "bits": st.sampled_from([4, 8]),
+    "group_size": st.sampled_from([32, 64, 96, 320]),
+}
+
+
 def drawn(seed, rows, inputs, outputs, how):
     """Inputs and quantized weights, and what XLA makes of them in float32."""
     rng = np.random.default_rng(seed)
@@ -47,14 +57,7 @@ def drawn(seed, rows, inputs, outputs, how):
     return x, quantized, wide, np.asarray(expected)
 
 
-@given(
-    seed=st.integers(0, 1000),
-    rows=st.integers(1, 100) | st.sampled_from([1024, 1030, 2050]),
-    halves=st.integers(1, 20),
-    outputs=st.integers(1, 70) | st.sampled_from([512, 600]),
-    bits=st.sampled_from([4, 8]),
-    group_size=st.sampled_from([32, 64, 96, 320]),
-)
+@given(**PRODUCTS)
 @settings(max_examples=60)
 def test_a_product_is_that_of_the_wide_weights(
     seed, rows, halves, outputs, bits, group_size
@@ -121,14 +124,7 @@ def test_what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_zero():
     assert (np.asarray(found)[2] == 0).all()
 
 
-@given(
-    seed=st.integers(0, 1000),
-    rows=st.integers(1, 100) | st.sampled_from([1024, 1030, 2050]),
-    halves=st.integers(1, 20),
-    outputs=st.integers(1, 70) | st.sampled_from([512, 600]),
-    bits=st.sampled_from([4, 8]),
-    group_size=st.sampled_from([32, 64, 96, 320]),
-)
+@given(**PRODUCTS)
 @settings(max_examples=60)
 def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     seed, rows, halves, outputs, bits, group_size
