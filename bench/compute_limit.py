@@ -6,8 +6,8 @@ caches does not serve what a run has to bring from memory.
 """
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +24,7 @@ from flexjax.memory.layout import WeightLayout
 from flexjax.memory.link import Device
 from flexjax.models.config import layer_tensors
 from flexjax.models.opt import Params, unflatten
+from flexjax.plan import step_rates
 from flexjax.policy import Policy
 from flexjax.quant import (
     QuantizedArray,
@@ -44,7 +45,8 @@ from flexjax.steps import (
 from flexjax.store_format import BYTES
 from flexjax.workload import Workload
 
-LEAST_S, MOST_REPEATS = 1.0, 20  # a step is repeated until one of them is reached
+# Longer than a calibration takes: a run is judged by these.
+median_s = functools.partial(step_rates.median_s, limit_s=1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,14 +308,3 @@ class _Steps:
 def _outside(params: Params) -> Params:
     """What comes with a layer, without the layer."""
     return {name: tree for name, tree in params.items() if name != "layers"}
-
-
-def median_s(step: Callable[[Any], Any], state: Any) -> float:
-    """Median seconds of `step`, each time on what it returned before."""
-    state = jax.block_until_ready(step(state))  # compiles
-    spent: list[float] = []
-    while sum(spent) < LEAST_S and len(spent) < MOST_REPEATS:
-        begun_s = time.perf_counter()
-        state = jax.block_until_ready(step(state))
-        spent.append(time.perf_counter() - begun_s)
-    return statistics.median(spent)

@@ -74,8 +74,8 @@ def measure_kernels(
         if can_multiply_quantized() and is_multiplied(how, config.hidden_size):
             for rows in ROWS:
                 yield _product(config, rows, how, rounded)
-    peak = compiled.library(PEAK) if compiled.is_wanted() else None
-    if peak is not None:
+    if can_multiply_quantized():
+        peak = compiled.library(PEAK)
         yield from (_peak(peak, dtype) for dtype in ("bfloat16", "int8"))
     yield _prefill_layer(config, batch_size)
     yield _memory_read()

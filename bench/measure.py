@@ -35,13 +35,12 @@ from bench.limits import (
 from bench.machine import describe_machine
 from bench.page_cache import drop_page_cache
 from bench.pauses import DiskPauses
-from checkpoints_tools.resolve import resolve_model
+from checkpoints_tools.resolve import resolve_for
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
 from flexjax.llm import EMBEDDED_MODEL, LLM
-from flexjax.memory.link import Device, processor_of
-from flexjax.memory.processor import check_activation_bits
+from flexjax.memory.link import Device
 from flexjax.policy import to_json
 from flexjax.safe_files import make_folder
 from flexjax.sampling_params import SamplingParams
@@ -94,14 +93,7 @@ def measure(job: Job) -> dict[str, Any]:
     """
     device: Device = jax.devices()[0]
     weights = EMBEDDED_MODEL if job.weights is None else job.weights
-    policy = job.case.policy
-    check_activation_bits(policy, processor_of(device, is_quantized=True))
-    folder = resolve_model(
-        weights,
-        platform=device.platform,
-        weight_bits=policy.weight_bits,
-        group_size=policy.group_size,
-    )
+    folder = resolve_for(job.case.policy, weights, device=device)
     store = open_store(folder)
     job.case.ensure_fits(store.config)
     offload_dir = pathlib.Path(job.offload_dir or default_cache())

@@ -25,7 +25,7 @@ from bench.machine import describe_machine
 from bench.report_values import bits_in_words
 from bench.step_shapes import workspace_bytes
 from bench.synthetic import weights_folder
-from checkpoints_tools.resolve import resolve_model
+from checkpoints_tools.resolve import resolve_for
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
@@ -129,19 +129,14 @@ def main(args: argparse.Namespace) -> None:
     if args.json is not None:
         ensure_writable("--json", args.json)
     folder = default_cache()
-    hardware = calibrated(
-        folder, jax.devices()[0], lambda text: print(text, file=sys.stderr)
-    )
+    device = jax.devices()[0]
+    hardware = calibrated(folder, device, lambda text: print(text, file=sys.stderr))
     rows = []
     for name in args.models:
         weights = weights_folder(name)
         for policy in policies(name):
             store = open_store(
-                resolve_model(
-                    weights or EMBEDDED_MODEL,
-                    weight_bits=policy.weight_bits,
-                    group_size=policy.group_size,
-                )
+                resolve_for(policy, weights or EMBEDDED_MODEL, device=device)
             )
             measured = dataclasses.replace(
                 hardware, disk_read_bytes_per_s=store_read_rate(store)

@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -16,9 +16,14 @@ from checkpoints_tools.source import Source
 from checkpoints_tools.store_conversion import convert_to_store
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import is_store, read_manifest
+from flexjax.memory.layout import multiplied
+from flexjax.memory.link import Device, ensure_rounds, processor_of
+from flexjax.memory.processor import check_rounding
+from flexjax.models.config import OPTConfig
+from flexjax.policy import Policy
 from flexjax.quant import Quantization
 from flexjax.safe_files import make_folder
-from flexjax.store_format import DTYPES
+from flexjax.store_format import DTYPES, TensorEntry, planned_entries
 
 AUTO = "auto"
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
@@ -34,6 +39,7 @@ def resolve_model(
     platform: str = "cpu",
     weight_bits: int | None = None,
     group_size: int = 64,
+    check: Callable[[OPTConfig, Mapping[str, TensorEntry]], None] | None = None,
 ) -> pathlib.Path:
     """The folder of a weight store of `model` in `dtype`, converted if need be.
 
@@ -45,6 +51,8 @@ def resolve_model(
         platform: JAX's name of what will compute, such as "cpu" or "gpu".
         weight_bits: 4 or 8: the decoder layers' matrices quantized so; None: as stored.
         group_size: elements that share a scale and a minimum, where they are.
+        check: called with what the store holds, before it is made; what it raises is
+            raised here.
 
     Raises:
         ValueError: no such model, not an OPT model, a damaged one, or one that is
@@ -56,6 +64,7 @@ def resolve_model(
             f"dtype is {dtype!r}, expected one of {', '.join([AUTO, *DTYPES])}"
         )
     folder, notice = _find(model), ""
+    check = check or (lambda config, tensors: None)
     if is_store(folder):
         manifest = read_manifest(folder)
         stored, how = manifest.dtype, manifest.quantization
@@ -65,8 +74,8 @@ def resolve_model(
             if weight_bits is not None:
                 asked |= {"weight_bits": weight_bits, "group_size": group_size}
             _ensure_stored_so(folder, how, asked)
-            return folder
-        if wanted == stored and weight_bits is None:
+        if how is not None or (wanted == stored and weight_bits is None):
+            check(manifest.config, manifest.tensors)
             return folder
         into = wanted.name if weight_bits is None else f"{weight_bits}-bit"
         notice = f"{folder} holds {stored.name}: making a {into} copy"
@@ -77,7 +86,40 @@ def resolve_model(
     how = None
     if weight_bits is not None:
         how = Quantization(bits=weight_bits, group_size=group_size, dtype=wanted.name)
+    check(source.config, planned_entries(source.config, wanted, how))
     return _cached(source, wanted, how, name, cache, notice)
+
+
+def resolve_for(
+    policy: Policy,
+    model: str | os.PathLike[str],
+    dtype: str = AUTO,
+    *,
+    device: Device,
+) -> pathlib.Path:
+    """The folder of the weight store that `policy` runs `model` from.
+
+    What the policy asks of weights and device that they cannot have is refused before
+    anything is converted.
+
+    Raises:
+        ValueError, OSError: as `resolve_model`, whose arguments these are.
+    """
+
+    def check(config: OPTConfig, tensors: Mapping[str, TensorEntry]) -> None:
+        if policy.activation_bits is not None:
+            processor = processor_of(device, is_quantized=True)
+            check_rounding(policy, multiplied(config, tensors), processor)
+
+    ensure_rounds(policy, device)
+    return resolve_model(
+        model,
+        dtype,
+        platform=device.platform,
+        weight_bits=policy.weight_bits,
+        group_size=policy.group_size,
+        check=check,
+    )
 
 
 def _find(model: str | os.PathLike[str]) -> pathlib.Path:

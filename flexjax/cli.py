@@ -17,8 +17,10 @@ def run_command(
 
     What `main` raises about its input (ValueError) or the machine (OSError,
     MemoryError) becomes one line on stderr and status 2; `--debug`, added here, shows
-    the traceback instead.
+    the traceback instead. Options are taken by their whole names alone: argparse would
+    take `--policy FILE` for `--policy-json FILE`, and so write where it should read.
     """
+    parser.allow_abbrev = False
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
     )

@@ -12,14 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from checkpoints_tools.resolve import resolve_model
+from checkpoints_tools.resolve import resolve_for
 from flexjax.blocks import Row
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
-from flexjax.memory.link import processor_of
-from flexjax.memory.processor import check_activation_bits
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
@@ -71,15 +69,8 @@ class LLM:
         given = _read_policy(policy)
         self._progress = sys.stderr.isatty() if progress is None else progress
         device = jax.devices()[0]
-        if given is not None:  # before anything is converted
-            check_activation_bits(given, processor_of(device, is_quantized=True))
-        folder = resolve_model(
-            EMBEDDED_MODEL if model is None else model,
-            dtype,
-            platform=device.platform,
-            weight_bits=given.weight_bits if given else None,
-            group_size=(given or Policy()).group_size,
-        )
+        named = EMBEDDED_MODEL if model is None else model
+        folder = resolve_for(given or Policy(), named, dtype, device=device)
         store = open_store(folder)
         self.config = store.config
         self.max_model_len = _max_model_len(max_model_len, store)

@@ -90,8 +90,7 @@ class Policy:
         weight_bits, kv_cache_bits: 4 or 8 to quantize in groups; None is as stored.
         activation_bits: 8 to round what is multiplied with quantized weights, each row
             in the weights' groups, and so to multiply integers; None multiplies what
-            there is. It is for CPUs, see
-            `flexjax.kernels.products`.
+            there is. It is for CPUs, see `flexjax.kernels.products`.
         group_size: elements of a group at most.
     """
 
@@ -130,13 +129,7 @@ def validate(policy: Policy) -> Policy:
         count = getattr(policy, name)
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {count!r}, expected an integer of at least 1")
-    for name in ("weight_bits", "kv_cache_bits"):
-        bits = getattr(policy, name)
-        if bits is not None and (type(bits) is not int or bits not in BITS):
-            raise ValueError(
-                f"{name} is {bits!r}, expected 4, 8 or None, which is as stored"
-            )
-    _validate_activation_bits(policy)
+    _validate_bits(policy)
     if type(policy.host_attention) is not bool:
         raise ValueError(
             f"host_attention is {policy.host_attention!r}, expected True or False"
@@ -162,18 +155,23 @@ def validate(policy: Policy) -> Policy:
     return dataclasses.replace(policy, schedule=schedule)
 
 
-def _validate_activation_bits(policy: Policy) -> None:
+def _validate_bits(policy: Policy) -> None:
+    for name in ("weight_bits", "kv_cache_bits"):
+        bits = getattr(policy, name)
+        if bits is not None and (type(bits) is not int or bits not in BITS):
+            raise ValueError(
+                f"{name} is {bits!r}, expected 4, 8 or None, which is as stored"
+            )
     bits = policy.activation_bits
-    if bits is None:
-        return
-    if type(bits) is not int or bits not in ACTIVATION_BITS:
+    if bits is not None and (type(bits) is not int or bits not in ACTIVATION_BITS):
         raise ValueError(
             f"activation_bits is {bits!r}, expected 8 or None, which rounds nothing"
         )
-    if policy.weight_bits is None:
+    bits = policy.weight_bits or policy.kv_cache_bits
+    if bits is None and policy.group_size != Policy().group_size:
         raise ValueError(
-            f"activation_bits={bits} is for products with quantized weights, but "
-            "weight_bits is None: give 4 or 8 of them, or leave activation_bits out"
+            f"group_size={policy.group_size} does nothing where nothing is quantized: "
+            "give weight_bits or kv_cache_bits, or leave group_size out"
         )
 
 

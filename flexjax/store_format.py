@@ -302,6 +302,8 @@ def manifest_from_json(values: Any, origin: str) -> Manifest:
         )
     try:
         how = _quantization_from_json(values)
+        if how is not None and how.dtype != values["dtype"]:
+            raise ValueError(f"quantized from {how.dtype}, dtype {values['dtype']}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{origin} is damaged ({error!r}); convert again") from error
     manifest = Manifest(

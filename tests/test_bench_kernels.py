@@ -8,7 +8,6 @@ from bench.kernels import measure_kernels
 from bench.report_files import read_results
 from bench.report_values import Kernels
 from flexjax.cli import run_command
-from flexjax.kernels import compiled
 from flexjax.kernels.products import can_multiply_quantized
 from flexjax.models.config import OPTConfig
 
@@ -24,13 +23,9 @@ TINY = OPTConfig(
 
 @pytest.fixture(autouse=True)
 def once(monkeypatch):
-    monkeypatch.setattr("bench.compute_limit.MOST_REPEATS", 1)
+    monkeypatch.setattr("flexjax.plan.step_rates.MOST_REPEATS", 1)
     monkeypatch.setattr(kernels, "MEMORY_BYTES", 1 << 16)
     monkeypatch.setattr(kernels, "PEAK_S", 1e-3)
-
-
-def has_peak():
-    return compiled.is_wanted() and compiled.library(kernels.PEAK) is not None
 
 
 def test_rates_are_work_over_time():
@@ -40,7 +35,7 @@ def test_rates_are_work_over_time():
         assert row["flops_per_s"] * row["seconds"] == pytest.approx(2 * count * 8 * 16)
         assert row["bytes_per_s"] * row["seconds"] == pytest.approx(2 * 8 * 16)
     rows = rows[len(products) :]
-    if has_peak():
+    if can_multiply_quantized():
         for dtype in ("bfloat16", "int8"):
             peak = rows.pop(0)
             assert peak["kernel"] == f"the instruction alone, {dtype}"

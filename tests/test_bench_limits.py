@@ -13,6 +13,7 @@ from bench.disk_limit import measure_read, measure_write, store_files
 from bench.limits import limits_report, mean_rates, measure_limits, setting_of
 from flexjax.checkpoint import open_store
 from flexjax.models.config import OPTConfig
+from flexjax.plan import step_rates
 from flexjax.policy import Placement, Policy
 from flexjax.store_format import DTYPES
 from flexjax.workload import Workload
@@ -40,7 +41,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(compute_limit, "MOST_REPEATS", 1)
+    monkeypatch.setattr(step_rates, "MOST_REPEATS", 1)
 
 
 def a_second_each() -> ComputeLimit:

@@ -48,3 +48,13 @@ def test_a_wrong_command_line_has_the_same_status():
     with pytest.raises(SystemExit) as caught:
         run_command(command(None), argparse.ArgumentParser(), ["--nonsense"])
     assert caught.value.code == 2
+
+
+def test_options_are_not_taken_by_parts_of_their_names(capsys):
+    """`--policy FILE` would be `--policy-json FILE`, which writes the file."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policy-json")
+    with pytest.raises(SystemExit) as caught:
+        run_command(command(None), parser, ["--policy", "policy.json"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --policy" in capsys.readouterr().err

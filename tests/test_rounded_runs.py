@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from checkpoints_tools.resolve import resolve_model
-from flexjax import LLM, Placement, Policy, SamplingParams, llm
+from flexjax import LLM, Placement, Policy, SamplingParams
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.kernels.products import can_multiply_quantized, round_rows
-from flexjax.memory import link
 from flexjax.models import opt
 from flexjax.policy import Schedule, Tier
 from flexjax.quant import QuantizedArray, cache_quantization, dequantize
@@ -202,30 +201,13 @@ def test_every_step_multiplies_rounded_rows():
         assert "flexjax_contract_quantized" not in text
 
 
-def refused(message, *args, **settings):
-    policy = Policy(weight_bits=4, activation_bits=8, **settings)
-    with pytest.raises(ValueError, match=message):
-        LLM(*args, policy=policy)
-
-
-def test_a_processor_that_cannot_is_refused_before_weights_are_converted(monkeypatch):
-    monkeypatch.setattr(link, "can_multiply_quantized", lambda: False)
-    monkeypatch.setattr(llm, "resolve_model", None)
-    refused(
-        "activation_bits=8 is for processors that multiply with quantized wei", None
-    )
-
-
 @needs_kernel
-def test_groups_that_no_kernel_takes_are_refused_before_weights_are_converted(
-    monkeypatch,
-):
-    monkeypatch.setattr(llm, "resolve_model", None)
-    refused("groups of a multiple of 32.*group_size is 16", None, group_size=16)
-
-
-@needs_kernel
-def test_weights_that_no_kernel_takes_are_refused_by_name(golden):
-    folder = golden("opt-pre-ln").folder
-    message = "cannot be had with layers.0.self_attn.q_proj.weight, which is float32 in"
-    refused(message, folder, group_size=32)
+def test_a_store_that_is_quantized_rounds_without_its_bits_said():
+    store = resolve_model(EMBEDDED_MODEL, weight_bits=4)
+    found = []
+    for weight_bits in (None, 4):
+        policy = Policy(weight_bits=weight_bits, activation_bits=8)
+        with LLM(store, policy=policy) as model:
+            assert model.placement["weight_bits"] == 4
+            found.append(np.concatenate(model.score(PROMPTS)))
+    np.testing.assert_array_equal(*found)

@@ -12,9 +12,11 @@ import logging
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 import jax
 
@@ -38,13 +40,16 @@ COMPILES_WITHIN_S = 300.0
 logger = logging.getLogger(__name__)
 
 
-def is_wanted() -> bool:
-    """Whether this processor can run the kernels, and has nothing better."""
-    return platform.machine() == "x86_64" and _suits(_processor_flags())
-
-
-def _suits(flags: frozenset[str]) -> bool:
-    return flags.issuperset(NEEDED) and BETTER not in flags
+def why_unwanted() -> str | None:
+    """Why this processor does without the kernels; None if it does not."""
+    if platform.machine() != "x86_64":
+        return f"they are for x86_64, and this processor is {platform.machine()}"
+    flags = _processor_flags()
+    if lacking := [flag for flag in NEEDED if flag not in flags]:
+        return f"this processor has no {', '.join(lacking)}"
+    if BETTER in flags:
+        return f"XLA's own products are faster on this processor, by {BETTER}"
+    return None
 
 
 @functools.cache
@@ -59,17 +64,20 @@ def _processor_flags() -> frozenset[str]:
 
 
 @functools.cache
-def library(source: pathlib.Path) -> ctypes.CDLL | None:
-    """The library of a .cc file; None, and a warning, if it cannot be made."""
+def library(source: pathlib.Path) -> ctypes.CDLL:
+    """The library of a .cc file.
+
+    Raises:
+        ValueError: it cannot be made, or is not for this processor.
+    """
+    if reason := why_unwanted():
+        raise ValueError(reason)
     try:
         return ctypes.CDLL(str(_made(source)))
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        logger.warning(
-            "the kernel %s is not to be had, XLA does its work, more slowly: %s",
-            source.stem,
-            _reason(error),
-        )
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(
+            f"the kernel {source.stem} is not to be had: {_reason(error)}"
+        ) from error
 
 
 def _made(source: pathlib.Path) -> pathlib.Path:
@@ -81,38 +89,42 @@ def _made(source: pathlib.Path) -> pathlib.Path:
     folder = default_cache() / "kernels"
     path = folder / f"{source.stem}-{digest}.so"
     if not path.exists():
+        compiler = _compiler()
         logger.info("compiling the kernel %s, once, into %s", source.stem, folder)
         make_folder(folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
             out = pathlib.Path(scratch, path.name)
-            _compile(_compiler(), source, out)
+            _compile(compiler, source, out)
             sync_tree(pathlib.Path(scratch))
             out.replace(path)
     return path
 
 
-def _compile(compiler: str, source: pathlib.Path, out: pathlib.Path) -> None:
+def _compile(compiler: Sequence[str], source: pathlib.Path, out: pathlib.Path) -> None:
     include = f"-I{jax.ffi.include_dir()}"
     subprocess.run(
-        [compiler, *FLAGS, include, str(source), "-o", str(out)],
+        [*compiler, *FLAGS, include, str(source), "-o", str(out)],
         capture_output=True,
         check=True,
         timeout=COMPILES_WITHIN_S,
     )
 
 
-def _compiler() -> str:
-    """The path of a C++ compiler: `$CXX`, or what the system calls so.
+def _compiler() -> list[str]:
+    """The command of a C++ compiler: `$CXX`, or what the system calls so.
 
     Raises:
         ValueError: there is none.
     """
-    names = (os.environ.get("CXX") or "", *COMPILERS)
-    for name in names:
-        if name and (path := shutil.which(name)) is not None:
-            return path
+    if chosen := shlex.split(os.environ.get("CXX") or ""):
+        if shutil.which(chosen[0]) is None:
+            raise ValueError(f"CXX is {chosen[0]!r}, and there is no such program")
+        return chosen
+    for name in COMPILERS:
+        if (path := shutil.which(name)) is not None:
+            return [path]
     raise ValueError(
-        f"there is no C++ compiler, neither $CXX nor {', '.join(COMPILERS)}"
+        f"there is no C++ compiler, none of {', '.join(COMPILERS)}, and CXX is not set"
     )
 
 

@@ -7,7 +7,10 @@ once they are wide, which takes half as long as 64 rows do. Rows that are rounde
 """
 
 import functools
+import logging
+import math
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +26,32 @@ _CONTRACT = {None: "flexjax_contract_quantized", 8: "flexjax_contract_rounded"}
 GROUP_STEP = 32  # elements that the kernel unpacks at once
 MOST_GROUP = 1 << 16  # of which 32-bit integers hold the products of two codes of 8
 
+logger = logging.getLogger(__name__)
+
 
 @functools.cache
-def can_multiply_quantized() -> bool:
-    """Whether the kernel is there; compiles it the first time."""
-    if not compiled.is_wanted():
-        return False
-    library = compiled.library(SOURCE)
-    if library is None:
-        return False
+def why_missing() -> str | None:
+    """Why the kernel is not there; None where it is. Compiles it the first time."""
+    try:
+        library = compiled.library(SOURCE)
+    except ValueError as error:
+        return str(error)
     for name in (_ROUND, *_CONTRACT.values()):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return True
+    return None
+
+
+@functools.cache
+def can_multiply_quantized() -> bool:
+    """Whether the kernel is there; warns once if it is not, but should be."""
+    if why_missing() is not None and compiled.why_unwanted() is None:
+        logger.warning(
+            "quantized weights are made wide before they are multiplied with, which "
+            "is slower: %s",
+            why_missing(),
+        )
+    return why_missing() is None
 
 
 def is_multiplied(quantization: Quantization, inputs: int) -> bool:
@@ -47,6 +63,17 @@ def is_multiplied(quantization: Quantization, inputs: int) -> bool:
         and quantization.group_size <= MOST_GROUP
         and inputs % (halves * quantization.group_size) == 0
     )
+
+
+def fitting_groups(matrices: Iterable[tuple[Quantization, int]]) -> list[int]:
+    """The sizes of groups with which the kernel would take all of these, in order.
+
+    Args:
+        matrices: how each is quantized but for its groups, and its inputs.
+    """
+    whole = math.gcd(*(inputs // (8 // how.bits) for how, inputs in matrices))
+    most = min(whole, MOST_GROUP)
+    return [n for n in range(GROUP_STEP, most + 1, GROUP_STEP) if whole % n == 0]
 
 
 def contract_quantized(

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import can_multiply_quantized, why_missing
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.processor import Processor
-from flexjax.policy import Kind, Tier
+from flexjax.policy import Kind, Policy, Tier
 
 
 @runtime_checkable
@@ -45,6 +45,26 @@ def processor_of(device: Device, *, is_quantized: bool) -> Processor:
         is_host=is_host,
         multiplies_quantized=is_quantized and is_host and can_multiply_quantized(),
     )
+
+
+def ensure_rounds(policy: Policy, device: Device) -> None:
+    """Refuses `activation_bits` that no weights could have on `device`.
+
+    Raises:
+        ValueError: it has no products of integers; the message says why.
+    """
+    if policy.activation_bits is None:
+        return
+    reason = f"the device is a {device.platform}"
+    if is_shared(device):
+        reason = why_missing()
+    if reason is not None:
+        raise ValueError(
+            f"activation_bits={policy.activation_bits} is for products with quantized "
+            "weights as they are, which a CPU has with AVX-512, its VNNI and its "
+            f"bfloat16, but no AMX, and a C++ compiler; here {reason}; leave "
+            "activation_bits out"
+        )
 
 
 class Lender(Protocol):

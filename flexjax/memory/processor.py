@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from flexjax.kernels.products import GROUP_STEP, is_multiplied
+from flexjax.kernels.products import fitting_groups, is_multiplied
 from flexjax.policy import Policy
 from flexjax.store_format import TensorEntry
 
@@ -34,49 +34,39 @@ def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
     )
 
 
-def check_activation_bits(policy: Policy, processor: Processor) -> None:
-    """Refuses `activation_bits` that no store of weights could be used with.
-
-    Raises:
-        ValueError: they are not for this processor, or not for groups of this size.
-    """
-    bits = policy.activation_bits
-    if bits is None:
-        return
-    if not processor.multiplies_quantized:
-        raise ValueError(
-            f"activation_bits={bits} is for processors that multiply with quantized "
-            "weights as they are: a CPU with AVX-512, its VNNI and its bfloat16, but "
-            "no AMX, and a C++ compiler; leave activation_bits out"
-        )
-    if policy.group_size % GROUP_STEP:
-        raise ValueError(
-            f"activation_bits={bits} takes groups of a multiple of {GROUP_STEP} "
-            f"elements, but group_size is {policy.group_size}: change it, or leave "
-            "activation_bits out"
-        )
-
-
 def check_rounding(policy: Policy, multiplied: Tensors, processor: Processor) -> None:
     """Refuses `activation_bits` that some of the tensors to be multiplied cannot have.
 
     Raises:
-        ValueError: see `check_activation_bits`; or a tensor, which is named, is not
-            multiplied with as it is quantized.
+        ValueError: a tensor, which is named, is not multiplied with as it is quantized.
     """
-    if policy.activation_bits is None:
+    bits = policy.activation_bits
+    if bits is None:
         return
-    check_activation_bits(policy, processor)
     for name, entry in multiplied.items():
-        if is_multiplied_narrow(entry, processor):
-            continue
-        how = entry.quantization
-        found = "not quantized"
-        if how is not None:
-            found = f"{how.dtype} in {how.bits} bits, in groups of {how.group_size}"
-        raise ValueError(
-            f"activation_bits={policy.activation_bits} cannot be had with {name}, "
-            f"which is {found}: it takes a checkpoint in bfloat16, and groups that "
-            "divide its rows, or half of them if it has 4 bits; leave activation_bits "
-            "out"
-        )
+        if not is_multiplied_narrow(entry, processor):
+            reason = _why_wide(entry, multiplied, processor)
+            raise ValueError(
+                f"activation_bits={bits} cannot be had with {name}, {reason}; without "
+                "activation_bits it runs"
+            )
+
+
+def _why_wide(entry: TensorEntry, multiplied: Tensors, processor: Processor) -> str:
+    """Why a tensor is not multiplied with as it is quantized, and what to do."""
+    how = entry.quantization
+    if how is None:
+        return f"which is {entry.dtype.name} and not quantized: give weight_bits"
+    if not processor.multiplies_quantized:
+        return "which is made wide first on this device: take another one"
+    if how.dtype != "bfloat16":
+        return f"which is quantized from {how.dtype}: ask for dtype bfloat16"
+    fitting = fitting_groups(
+        (tensor.quantization or how, tensor.used_shape[-1])
+        for tensor in multiplied.values()
+    )
+    best = min(fitting, key=lambda size: abs(size - how.group_size), default="none")
+    return (
+        f"whose rows of {entry.used_shape[-1]} elements, of {how.bits} bits, are in "
+        f"groups of {how.group_size}: {best} would do"
+    )

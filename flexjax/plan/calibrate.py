@@ -21,6 +21,7 @@ from flexjax.memory.buffers import page_aligned
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import Device, DeviceLink, is_shared
 from flexjax.plan.hardware import (
+    QUANTIZED_PRODUCTS,
     Hardware,
     read_hardware,
     validate_hardware,
@@ -113,8 +114,8 @@ def calibrate(
         del layers
     if device_is_host and can_multiply_quantized():
         progress("measuring layers that are quantized")
-        names = "quantized_product_flops_per_s", "rounded_product_flops_per_s"
-        for name, activation_bits in zip(names, (None, *ACTIVATION_BITS), strict=True):
+        ways = zip(QUANTIZED_PRODUCTS, (None, *ACTIVATION_BITS), strict=True)
+        for name, activation_bits in ways:
             figures[name] = {
                 bits: quantized_product_rates(
                     Layers(LAYERS[-1], device, bits, activation_bits), figures, call_s

@@ -5,6 +5,8 @@ And where inputs are rounded, of what codes of both stand for.
 
 import dataclasses
 import itertools
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from flexjax.kernels.products import (
     contract_quantized,
     is_multiplied,
     round_rows,
+    why_missing,
 )
 from flexjax.models.opt import contract_last
 from flexjax.quant import Quantization, QuantizedArray, dequantize, quantize
@@ -214,7 +217,7 @@ def test_weights_for_other_inputs_are_refused():
 
 
 def forget():
-    for function in (compiled.library, can_multiply_quantized):
+    for function in (compiled.library, why_missing, can_multiply_quantized):
         function.cache_clear()
 
 
@@ -231,13 +234,40 @@ def anew(tmp_path):
     assert can_multiply_quantized()
 
 
-@pytest.mark.parametrize("cxx", [None, "/bin/false"])
-def test_without_a_working_compiler_xla_does_the_work(anew, monkeypatch, caplog, cxx):
+@pytest.mark.parametrize(
+    ("cxx", "reason"),
+    [
+        ("", "there is no C++ compiler, none of no-such-compiler, and CXX is not set"),
+        ("no-such -O2", "CXX is 'no-such', and there is no such program"),
+        (
+            "/bin/false",
+            "the kernel products is not to be had: Command .*/bin/false",
+        ),
+        ("/bin/sh -c 'echo error: out of cheese >&2; exit 1'", "error: out of cheese$"),
+    ],
+)
+def test_without_a_working_compiler_weights_are_made_wide(
+    anew, monkeypatch, caplog, cxx, reason
+):
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
-    monkeypatch.setenv("CXX", cxx or "")
+    monkeypatch.setenv("CXX", cxx)
+    assert re.search(reason.replace("+", r"\+"), why_missing() or "")
+    assert not caplog.text  # it is for who asks to say so
     assert not can_multiply_quantized()
-    assert "the kernel products is not to be had" in caplog.text
+    assert "weights are made wide before they are multiplied with" in caplog.text
+    assert caplog.text.count(why_missing() or "") == 1
     assert not list((anew / "kernels").glob("*"))
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(anew, monkeypatch):
+    (anew / "file").touch()
+    monkeypatch.setattr(compiled, "default_cache", lambda: anew / "file")
+    assert str(anew / "file") in (why_missing() or "")
+
+
+def test_the_chosen_compiler_may_have_arguments(anew, monkeypatch):
+    monkeypatch.setenv("CXX", f"{shutil.which('env')} {compiled._compiler()[0]}")
+    assert compiled.library(SOURCE) is not None
 
 
 def test_what_is_compiled_is_kept(anew, monkeypatch):
@@ -250,19 +280,19 @@ def test_what_is_compiled_is_kept(anew, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "suits"),
+    ("flags", "reason"),
     [
-        ([], False),
-        (compiled.NEEDED[1:], False),
-        (compiled.NEEDED, True),
-        ([*compiled.NEEDED, compiled.BETTER], False),
+        (compiled.NEEDED[:-2], "this processor has no avx512_bf16, avx512_vnni"),
+        (compiled.NEEDED, None),
+        ([*compiled.NEEDED, compiled.BETTER], "XLA's own products are faster on this"),
     ],
 )
 def test_the_kernel_is_for_processors_that_have_nothing_better(
-    flags, suits, monkeypatch
+    flags, reason, monkeypatch
 ):
     monkeypatch.setattr(compiled, "_processor_flags", lambda: frozenset(flags))
     monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
-    assert compiled.is_wanted() == suits
+    found = compiled.why_unwanted()
+    assert found is None if reason is None else found.startswith(reason)
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
-    assert not compiled.is_wanted()
+    assert compiled.why_unwanted().endswith("this processor is aarch64")

@@ -1,0 +1,105 @@
+"""Rounding that cannot be had is refused with the reason, before anything is made."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoints_tools.resolve import resolve_for
+from flexjax import Policy
+from flexjax.kernels.products import fitting_groups, is_multiplied
+from flexjax.memory import link
+from flexjax.memory.layout import lay_out
+from flexjax.memory.processor import Processor
+from flexjax.models.config import OPTConfig
+from flexjax.quant import Quantization
+from flexjax.store_format import planned_entries
+
+NO_COMPILER = "CXX is 'icc', and there is no such program"
+HERE = Processor(is_host=True, multiplies_quantized=True)
+CONFIG = OPTConfig(vocab_size=64, hidden_size=192, ffn_dim=256, num_hidden_layers=1)
+
+
+def laid_out(config=CONFIG, processor=HERE, *, bits=4, group_size=64, dtype="bfloat16"):
+    how = None
+    if bits is not None:
+        how = Quantization(bits=bits, group_size=group_size, dtype=dtype)
+    wide = np.dtype(dtype)
+    tensors = planned_entries(config, wide, how)
+    policy = Policy(activation_bits=8)
+    return lay_out(config, wide, tensors, policy, processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"bits": None}, "is bfloat16 and not quantized: give weight_bits"),
+        ({"dtype": "float32"}, "is quantized from float32: ask for dtype bfloat16"),
+        ({"group_size": 64}, "192 elements, of 4 bits, are in groups of 64: 32 would"),
+        ({"bits": 8, "group_size": 16}, "of 8 bits, are in groups of 16: 32 would do"),
+    ],
+)
+def test_weights_that_no_kernel_takes_are_refused_with_a_remedy(settings, reason):
+    message = r"^activation_bits=8 cannot be had with layers.0.self_attn.q_proj.weight,"
+    with pytest.raises(ValueError, match=f"{message}.*{reason}"):
+        laid_out(**settings)
+
+
+def test_where_no_group_would_do_that_is_said():
+    config = OPTConfig(hidden_size=48, ffn_dim=64, num_attention_heads=4)
+    with pytest.raises(ValueError, match="groups of 16: none would do"):
+        laid_out(config, group_size=16)
+
+
+def test_a_device_that_makes_weights_wide_is_refused():
+    with pytest.raises(ValueError, match="which is made wide first on this device"):
+        laid_out(processor=Processor(is_host=False))
+
+
+def test_what_is_recommended_is_taken():
+    matrices = [(4, 192), (4, 768), (8, 1920)]
+    for size in range(1, 200):
+        ways = [
+            (Quantization(bits=bits, group_size=size, dtype="bfloat16"), inputs)
+            for bits, inputs in matrices
+        ]
+        taken = all(is_multiplied(how, inputs) for how, inputs in ways)
+        assert (size in fitting_groups(ways)) == taken
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(link, "why_missing", lambda: None)
+    monkeypatch.setattr(link, "can_multiply_quantized", lambda: True)
+    yield tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "reason"),
+    [
+        ("float32", 32, "which is quantized from float32: ask for dtype bfloat16"),
+        ("auto", 64, "of 4 bits, are in groups of 64: 32 would do; without activ"),
+        ("auto", 24, "cannot be quantized: a group_size of 24 does not divide 64 el"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_before_weights_are_converted(
+    dtype, group_size, reason, golden, cache
+):
+    policy = Policy(weight_bits=4, activation_bits=8, group_size=group_size)
+    with pytest.raises(ValueError, match=reason):
+        resolve_for(policy, golden("opt-bf16").folder, dtype, device=jax.devices()[0])
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"),
+    [("cpu", NO_COMPILER), ("gpu", "the device is a gpu")],
+)
+def test_why_a_machine_cannot_round_is_said_first(platform, reason, cache, monkeypatch):
+    monkeypatch.setattr(link, "why_missing", lambda: NO_COMPILER)
+    policy = Policy(weight_bits=4, activation_bits=8)
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: None)
+    with pytest.raises(ValueError, match=f"no AMX, and a C.. compiler; here {reason};"):
+        resolve_for(policy, "/nowhere", device=device)
