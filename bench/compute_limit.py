@@ -45,7 +45,7 @@ from flexjax.steps import (
 from flexjax.store_format import BYTES
 from flexjax.workload import Workload
 
-# Longer than a calibration takes: a run is judged by these.
+# Each step for twice as long as in a calibration: a run is judged by these.
 median_s = functools.partial(step_rates.median_s, limit_s=1.0)
 
 

@@ -68,14 +68,15 @@ def measure_kernels(
     """
     group = fitting_group(config.hidden_size, Policy().group_size)
     ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
+    # Here, so that it fails before anything is measured.
+    peak = compiled.library(PEAK) if can_multiply_quantized() else None
     for rows in ROWS:
         yield _product(config, rows)
     for how, rounded in itertools.product(ways, (None, *ACTIVATION_BITS)):
         if can_multiply_quantized() and is_multiplied(how, config.hidden_size):
             for rows in ROWS:
                 yield _product(config, rows, how, rounded)
-    if can_multiply_quantized():
-        peak = compiled.library(PEAK)
+    if peak is not None:
         yield from (_peak(peak, dtype) for dtype in ("bfloat16", "int8"))
     yield _prefill_layer(config, batch_size)
     yield _memory_read()

@@ -1,6 +1,7 @@
 """Fetching a checkpoint from the Hugging Face Hub, or finding it in the Hub's cache."""
 
 import pathlib
+from collections.abc import Callable
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -10,22 +11,24 @@ from huggingface_hub.errors import (
 )
 
 from checkpoints_tools.hugging_face import KINDS, PATTERNS, TOKENIZER_FILES
-from flexjax.models.config import read_config
+from flexjax.models.config import OPTConfig, read_config
 
 SMALL_FILES = ["config.json", *TOKENIZER_FILES]
 
 
-def download(model: str) -> pathlib.Path:
+def download(
+    model: str, check: Callable[[OPTConfig], object] = lambda config: None
+) -> pathlib.Path:
     """The folder with a Hub model's config, tokenizer and one kind of weights.
 
-    Reads the config before the weights, and fetches `.bin` weights only where there are
-    no safetensors. Without a connection, or with HF_HUB_OFFLINE=1, what an earlier
-    download left in the Hub's cache is used.
+    Reads the config before the weights, so that `check` may refuse it, and fetches
+    `.bin` weights only where there are no safetensors. Without a connection, or with
+    HF_HUB_OFFLINE=1, what an earlier download left in the Hub's cache is used.
 
     Raises:
         ValueError: no such model, not an OPT model, or not to be had.
     """
-    read_config(_fetch(model, SMALL_FILES))
+    check(read_config(_fetch(model, SMALL_FILES)))
     for kind in KINDS:
         folder = _fetch(model, [*SMALL_FILES, kind.pattern, kind.index])
         if any(folder.glob(kind.pattern)):

@@ -39,7 +39,7 @@ def resolve_model(
     platform: str = "cpu",
     weight_bits: int | None = None,
     group_size: int = 64,
-    check: Callable[[OPTConfig, Mapping[str, TensorEntry]], None] | None = None,
+    check: Callable[[OPTConfig, Mapping[str, TensorEntry]], object] = lambda *_: None,
 ) -> pathlib.Path:
     """The folder of a weight store of `model` in `dtype`, converted if need be.
 
@@ -51,8 +51,8 @@ def resolve_model(
         platform: JAX's name of what will compute, such as "cpu" or "gpu".
         weight_bits: 4 or 8: the decoder layers' matrices quantized so; None: as stored.
         group_size: elements that share a scale and a minimum, where they are.
-        check: called with what the store holds, before it is made; what it raises is
-            raised here.
+        check: called with what the store holds before it is made, and before a Hub's
+            model is fetched; what it raises is raised here.
 
     Raises:
         ValueError: no such model, not an OPT model, a damaged one, or one that is
@@ -63,8 +63,18 @@ def resolve_model(
         raise ValueError(
             f"dtype is {dtype!r}, expected one of {', '.join([AUTO, *DTYPES])}"
         )
-    folder, notice = _find(model), ""
-    check = check or (lambda config, tensors: None)
+
+    def quantization(dtype: np.dtype) -> Quantization | None:
+        if weight_bits is None:
+            return None
+        return Quantization(bits=weight_bits, group_size=group_size, dtype=dtype.name)
+
+    def check_plan(config: OPTConfig, dtype: np.dtype) -> None:
+        check(config, planned_entries(config, dtype, quantization(dtype)))
+
+    # A config alone may be wrong about the weights' own dtype.
+    likely = DTYPES["bfloat16" if dtype == AUTO else dtype]
+    folder, notice = _find(model, lambda config: check_plan(config, likely)), ""
     if is_store(folder):
         manifest = read_manifest(folder)
         stored, how = manifest.dtype, manifest.quantization
@@ -83,11 +93,8 @@ def resolve_model(
     wanted = choose_dtype(dtype, source.dtype, platform)
     name = folder.resolve().name if pathlib.Path(model).is_dir() else str(model)
     cache = default_cache() if cache_dir is None else pathlib.Path(cache_dir)
-    how = None
-    if weight_bits is not None:
-        how = Quantization(bits=weight_bits, group_size=group_size, dtype=wanted.name)
-    check(source.config, planned_entries(source.config, wanted, how))
-    return _cached(source, wanted, how, name, cache, notice)
+    check_plan(source.config, wanted)
+    return _cached(source, wanted, quantization(wanted), name, cache, notice)
 
 
 def resolve_for(
@@ -99,19 +106,18 @@ def resolve_for(
 ) -> pathlib.Path:
     """The folder of the weight store that `policy` runs `model` from.
 
-    What the policy asks of weights and device that they cannot have is refused before
-    anything is converted.
+    What the policy asks of the device that computes, or of such weights, that they
+    cannot have is refused before anything is fetched or converted.
 
     Raises:
-        ValueError, OSError: as `resolve_model`, whose arguments these are.
+        ValueError, OSError: as `resolve_model`, which tells of `model` and `dtype`.
     """
+    ensure_rounds(policy, device)
+    processor = processor_of(device, is_quantized=policy.activation_bits is not None)
 
     def check(config: OPTConfig, tensors: Mapping[str, TensorEntry]) -> None:
-        if policy.activation_bits is not None:
-            processor = processor_of(device, is_quantized=True)
-            check_rounding(policy, multiplied(config, tensors), processor)
+        check_rounding(policy, multiplied(config, tensors), processor)
 
-    ensure_rounds(policy, device)
     return resolve_model(
         model,
         dtype,
@@ -122,7 +128,10 @@ def resolve_for(
     )
 
 
-def _find(model: str | os.PathLike[str]) -> pathlib.Path:
+def _find(
+    model: str | os.PathLike[str], check: Callable[[OPTConfig], object]
+) -> pathlib.Path:
+    """The folder of a model, which the Hub is asked for if `check` takes its config."""
     folder = pathlib.Path(model).expanduser()
     if folder.is_dir() and str(model):
         return folder
@@ -134,7 +143,7 @@ def _find(model: str | os.PathLike[str]) -> pathlib.Path:
     # Imported where it is needed: the Hub's client takes a second to load.
     from checkpoints_tools.hub import download
 
-    return download(str(model))
+    return download(str(model), check)
 
 
 def _ensure_stored_so(

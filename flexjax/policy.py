@@ -91,7 +91,7 @@ class Policy:
         activation_bits: 8 to round what is multiplied with quantized weights, each row
             in the weights' groups, and so to multiply integers; None multiplies what
             there is. It is for CPUs, see `flexjax.kernels.products`.
-        group_size: elements of a group at most.
+        group_size: elements of a group of weights; of a cache, at most.
     """
 
     weights: Placement = ALL_ON_DEVICE
@@ -166,12 +166,6 @@ def _validate_bits(policy: Policy) -> None:
     if bits is not None and (type(bits) is not int or bits not in ACTIVATION_BITS):
         raise ValueError(
             f"activation_bits is {bits!r}, expected 8 or None, which rounds nothing"
-        )
-    bits = policy.weight_bits or policy.kv_cache_bits
-    if bits is None and policy.group_size != Policy().group_size:
-        raise ValueError(
-            f"group_size={policy.group_size} does nothing where nothing is quantized: "
-            "give weight_bits or kv_cache_bits, or leave group_size out"
         )
 
 

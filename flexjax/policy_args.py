@@ -90,7 +90,8 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help=f"elements of a group at most (default {Policy().group_size})",
+        help=f"elements of a group; of the cache, at most (default "
+        f"{Policy().group_size})",
     )
     group.add_argument(
         "--host-attention",

@@ -302,10 +302,13 @@ def manifest_from_json(values: Any, origin: str) -> Manifest:
         )
     try:
         how = _quantization_from_json(values)
-        if how is not None and how.dtype != values["dtype"]:
-            raise ValueError(f"quantized from {how.dtype}, dtype {values['dtype']}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{origin} is damaged ({error!r}); convert again") from error
+    if how is not None and how.dtype != values["dtype"]:
+        raise ValueError(
+            f"{origin} is damaged: its dtype is {values['dtype']}, but it is quantized "
+            f"from {how.dtype}; convert again"
+        )
     manifest = Manifest(
         quantization=how,
         config=parse_config(config, origin),

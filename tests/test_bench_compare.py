@@ -215,6 +215,7 @@ def test_our_default_settings_say_policies():
         ("--batch-size x", "invalid int"),
         ("--batch-size 0", "at least 1"),
         ("--bach-size 4", "says nothing about a policy"),
+        ("--batch-s 4", "says nothing about a policy"),
         ("--weights disk=2", "disk"),
     ],
 )

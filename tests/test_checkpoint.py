@@ -262,6 +262,10 @@ def test_any_rows_are_verified(data, whole_store):
         ({"version": 2}, "format version 2.*convert the checkpoint again"),
         ({"format": "other"}, "not the manifest of a weight store"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        (
+            {"quantization": {"bits": 4, "group_size": 8, "dtype": "float16"}},
+            "its dtype is bfloat16, but it is quantized from float16",
+        ),
         ({"config": None}, "no config"),
         ({"config": {"model_type": "llama"}}, "only 'opt' is supported"),
         ({"tensors": {}}, "lacks tensor 'embed_tokens.weight'"),

@@ -160,12 +160,6 @@ def test_activations_have_8_bits_or_what_they_have(bits):
     assert validate(Policy(weight_bits=4, activation_bits=8))
 
 
-def test_groups_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="^group_size=32 does nothing where nothing"):
-        validate(Policy(group_size=32))
-    assert validate(Policy(group_size=32, kv_cache_bits=8))
-
-
 def test_host_attention_without_a_cache_to_attend_to_is_refused():
     message = "^host_attention does nothing where the whole KV cache is on the device"
     with pytest.raises(ValueError, match=message):

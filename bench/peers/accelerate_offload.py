@@ -167,7 +167,9 @@ def measure(args: argparse.Namespace) -> dict:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="OPT with accelerate's offloading.")
+    parser = argparse.ArgumentParser(
+        description="OPT with accelerate's offloading.", allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
     parser.add_argument("--layers", choices=("disk", "host"), default="disk")
     parser.add_argument("--batch-size", type=int, required=True)

@@ -94,7 +94,9 @@ def parse_setting(text: str) -> Setting:
     Raises:
         ValueError: they do not.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        add_help=False, exit_on_error=False, allow_abbrev=False
+    )
     add_policy_arguments(parser)
     try:
         words = shlex.split(text)

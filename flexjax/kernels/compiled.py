@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 def why_unwanted() -> str | None:
     """Why this processor does without the kernels; None if it does not."""
     if platform.machine() != "x86_64":
-        return f"they are for x86_64, and this processor is {platform.machine()}"
+        return f"this processor is {platform.machine()}, not x86_64"
     flags = _processor_flags()
     if lacking := [flag for flag in NEEDED if flag not in flags]:
         return f"this processor has no {', '.join(lacking)}"
@@ -73,31 +73,35 @@ def library(source: pathlib.Path) -> ctypes.CDLL:
     if reason := why_unwanted():
         raise ValueError(reason)
     try:
-        return ctypes.CDLL(str(_made(source)))
-    except (OSError, subprocess.SubprocessError) as error:
+        return _loaded(source)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise ValueError(
             f"the kernel {source.stem} is not to be had: {_reason(error)}"
         ) from error
 
 
-def _made(source: pathlib.Path) -> pathlib.Path:
-    """The library's file, compiled if it is not there yet."""
+def _loaded(source: pathlib.Path) -> ctypes.CDLL:
+    """The library, compiled if it is not there yet; it is kept only if it loads."""
     # With all that it may include.
     sources = [path.read_bytes() for path in sorted(source.parent.glob("*.[ch]*"))]
     facts = [*sources, *map(str.encode, (*FLAGS, jax.__version__))]
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     folder = default_cache() / "kernels"
     path = folder / f"{source.stem}-{digest}.so"
-    if not path.exists():
-        compiler = _compiler()
-        logger.info("compiling the kernel %s, once, into %s", source.stem, folder)
-        make_folder(folder)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
-            out = pathlib.Path(scratch, path.name)
-            _compile(compiler, source, out)
-            sync_tree(pathlib.Path(scratch))
-            out.replace(path)
-    return path
+    if path.exists():
+        return ctypes.CDLL(str(path))
+    compiler = _compiler()
+    logger.info("compiling the kernel %s, once, into %s", source.stem, folder)
+    make_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
+        out = pathlib.Path(scratch, path.name)
+        _compile(compiler, source, out)
+        if not out.exists():
+            raise ValueError(f"{shlex.join(compiler)} ended well, but made nothing")
+        made = ctypes.CDLL(str(out))
+        sync_tree(pathlib.Path(scratch))
+        out.replace(path)
+    return made
 
 
 def _compile(compiler: Sequence[str], source: pathlib.Path, out: pathlib.Path) -> None:
@@ -116,10 +120,17 @@ def _compiler() -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    if chosen := shlex.split(os.environ.get("CXX") or ""):
-        if shutil.which(chosen[0]) is None:
-            raise ValueError(f"CXX is {chosen[0]!r}, and there is no such program")
-        return chosen
+    if command := os.environ.get("CXX"):
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"CXX is {command!r}: {error}") from error
+        if words and shutil.which(words[0]) is not None:
+            return words
+        raise ValueError(
+            f"CXX is {command!r}, and there is no such program; set it to a C++ "
+            "compiler, or unset it"
+        )
     for name in COMPILERS:
         if (path := shutil.which(name)) is not None:
             return [path]

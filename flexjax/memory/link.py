@@ -60,10 +60,9 @@ def ensure_rounds(policy: Policy, device: Device) -> None:
         reason = why_missing()
     if reason is not None:
         raise ValueError(
-            f"activation_bits={policy.activation_bits} is for products with quantized "
-            "weights as they are, which a CPU has with AVX-512, its VNNI and its "
-            f"bfloat16, but no AMX, and a C++ compiler; here {reason}; leave "
-            "activation_bits out"
+            f"activation_bits={policy.activation_bits} cannot be had here: {reason}. "
+            "It is for CPUs with AVX-512, its VNNI and its bfloat16, but no AMX, and "
+            "needs a C++ compiler; mend that, or leave activation_bits out"
         )
 
 

@@ -47,8 +47,8 @@ def check_rounding(policy: Policy, multiplied: Tensors, processor: Processor) ->
         if not is_multiplied_narrow(entry, processor):
             reason = _why_wide(entry, multiplied, processor)
             raise ValueError(
-                f"activation_bits={bits} cannot be had with {name}, {reason}; without "
-                "activation_bits it runs"
+                f"activation_bits={bits} cannot be had with {name}, {reason}, or leave "
+                "activation_bits out"
             )
 
 
@@ -58,15 +58,21 @@ def _why_wide(entry: TensorEntry, multiplied: Tensors, processor: Processor) -> 
     if how is None:
         return f"which is {entry.dtype.name} and not quantized: give weight_bits"
     if not processor.multiplies_quantized:
-        return "which is made wide first on this device: take another one"
+        return "which is made wide before products here: compute elsewhere"
     if how.dtype != "bfloat16":
-        return f"which is quantized from {how.dtype}: ask for dtype bfloat16"
+        return (
+            f"which is quantized from {how.dtype}: quantize a checkpoint in dtype "
+            "bfloat16"
+        )
     fitting = fitting_groups(
         (tensor.quantization or how, tensor.used_shape[-1])
         for tensor in multiplied.values()
     )
-    best = min(fitting, key=lambda size: abs(size - how.group_size), default="none")
-    return (
+    reason = (
         f"whose rows of {entry.used_shape[-1]} elements, of {how.bits} bits, are in "
-        f"groups of {how.group_size}: {best} would do"
+        f"groups of {how.group_size}"
     )
+    if not fitting:
+        return f"{reason}, and no others would do: take another model"
+    best = min(fitting, key=lambda size: abs(size - how.group_size))
+    return f"{reason}: quantize a checkpoint with group_size {best}"

@@ -38,7 +38,7 @@ from flexjax.plan.step_rates import (
     step_figures,
 )
 from flexjax.plan.this_machine import budgets, machine_id, machine_name
-from flexjax.policy import ACTIVATION_BITS, BITS, Kind
+from flexjax.policy import BITS, Kind
 from flexjax.safe_files import make_folder
 
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
@@ -114,8 +114,7 @@ def calibrate(
         del layers
     if device_is_host and can_multiply_quantized():
         progress("measuring layers that are quantized")
-        ways = zip(QUANTIZED_PRODUCTS, (None, *ACTIVATION_BITS), strict=True)
-        for name, activation_bits in ways:
+        for activation_bits, name in QUANTIZED_PRODUCTS.items():
             figures[name] = {
                 bits: quantized_product_rates(
                     Layers(LAYERS[-1], device, bits, activation_bits), figures, call_s

@@ -22,8 +22,11 @@ from flexjax.schedule.simulate import Contention
 VERSION = 4
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
 _TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
-# Without activation bits, and with them.
-QUANTIZED_PRODUCTS = ("quantized_product_flops_per_s", "rounded_product_flops_per_s")
+# By activation bits.
+QUANTIZED_PRODUCTS = {
+    None: "quantized_product_flops_per_s",
+    8: "rounded_product_flops_per_s",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,7 @@ def _check_tables(hardware: Hardware) -> None:
         "product_flops_per_s": hardware.product_flops_per_s,
         "call_s": hardware.call_s,
     }
-    for name in QUANTIZED_PRODUCTS:
+    for name in QUANTIZED_PRODUCTS.values():
         for bits, rates in (getattr(hardware, name) or {}).items():
             by_rows[f"{name} of {bits} bits"] = rates
     for name, table in by_rows.items():
@@ -193,13 +196,13 @@ def _check_tables(hardware: Hardware) -> None:
     by_bits: dict[str, Mapping[int, Any]] = {
         "dequantized_bytes_per_s": hardware.dequantized_bytes_per_s
     }
-    given = {name: getattr(hardware, name) for name in QUANTIZED_PRODUCTS}
+    given = {name: getattr(hardware, name) for name in QUANTIZED_PRODUCTS.values()}
     by_bits |= {name: table for name, table in given.items() if table is not None}
     for name, table in by_bits.items():
         if missing := set(BITS) - set(table):
             raise ValueError(f"{name} lacks {min(missing)} bits")
     missing = [name for name, table in given.items() if table is None]
-    for name in QUANTIZED_PRODUCTS:
+    for name in QUANTIZED_PRODUCTS.values():
         if name not in missing and not hardware.device_is_host:
             raise ValueError(
                 f"{name} has no meaning: weights are made wide for a device with "
@@ -215,7 +218,7 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
         value = getattr(hardware, field.name)
         if field.name in _TABLES:
             yield from ((f"{field.name} of {key}", rate) for key, rate in value.items())
-        elif field.name in QUANTIZED_PRODUCTS:
+        elif field.name in QUANTIZED_PRODUCTS.values():
             for bits, rates in (value or {}).items():
                 for rows, rate in rates.items():
                     yield f"{field.name} of {bits} bits and {rows} rows", rate
@@ -275,7 +278,7 @@ def hardware_from_json(values: Any) -> Hardware:
         raise ValueError(f"{missing[0]} is missing")
     for name in _TABLES:
         fields[name] = _with_numbers(name, fields[name])
-    for name in QUANTIZED_PRODUCTS:
+    for name in QUANTIZED_PRODUCTS.values():
         if fields.get(name) is not None:
             fields[name] = {
                 bits: _with_numbers(f"{name} of {bits} bits", rates)

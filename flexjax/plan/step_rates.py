@@ -47,8 +47,14 @@ WIDENED = (4096, 4096)
 COPIES = 3  # of a layer, of a cache, or of what is widened, which take turns
 
 
-def median_s(step: Callable[[Any], Any], state: Any, limit_s: float = LIMIT_S) -> float:
-    """Median seconds of `step`, each time on what it returned before."""
+def median_s(
+    step: Callable[[Any], Any], state: Any, limit_s: float | None = None
+) -> float:
+    """Median seconds of `step`, each time on what it returned before.
+
+    It is repeated for `limit_s`, or else `LIMIT_S`, but not more than `MOST_REPEATS`.
+    """
+    limit_s = LIMIT_S if limit_s is None else limit_s
     state = jax.block_until_ready(step(state))  # compiles
     spent: list[float] = []
     while sum(spent) < limit_s and len(spent) < MOST_REPEATS:

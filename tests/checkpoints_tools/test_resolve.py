@@ -230,6 +230,20 @@ def test_what_is_not_in_the_hubs_cache_is_said(missing, hub, cache):
     assert not cache.exists()
 
 
+def test_a_config_is_checked_before_weights_are_fetched(hub, cache):
+    snapshot = lay_out(hub, "facebook/opt-x", GOLDEN / "opt-bf16")
+    for path in snapshot.glob("model*"):
+        path.unlink()  # looking for them would be refused
+
+    def check(config, tensors):
+        how = tensors["layers.0.fc1.weight"].quantization
+        assert (config.hidden_size, how.bits, how.dtype) == (64, 4, "bfloat16")
+        raise ValueError("not these")
+
+    with pytest.raises(ValueError, match="^not these$"):
+        resolve_model("facebook/opt-x", cache_dir=cache, weight_bits=4, check=check)
+
+
 @pytest.mark.parametrize(
     "model", ["/nowhere/opt", "./opt", "opt-125m", "a/b/c", "", "a b/c", "~/nothing"]
 )

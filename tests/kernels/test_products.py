@@ -238,7 +238,9 @@ def anew(tmp_path):
     ("cxx", "reason"),
     [
         ("", "there is no C++ compiler, none of no-such-compiler, and CXX is not set"),
-        ("no-such -O2", "CXX is 'no-such', and there is no such program"),
+        ("no-such -O2", "CXX is 'no-such -O2', and there is no such program; set it"),
+        ("g++ 'x", "CXX is .*: No closing quotation"),
+        ("/bin/true", "/bin/true ended well, but made nothing"),
         (
             "/bin/false",
             "the kernel products is not to be had: Command .*/bin/false",
@@ -263,6 +265,17 @@ def test_a_cache_that_cannot_be_written_to_is_named(anew, monkeypatch):
     (anew / "file").touch()
     monkeypatch.setattr(compiled, "default_cache", lambda: anew / "file")
     assert str(anew / "file") in (why_missing() or "")
+
+
+def test_what_does_not_load_is_not_kept(anew, monkeypatch):
+    def compile_badly(compiler, source, out):
+        out.write_text("no library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_compile", compile_badly)
+        assert "the kernel products is not to be had: " in (why_missing() or "")
+    assert not list((anew / "kernels").glob("*"))
+    assert compiled.library(SOURCE) is not None
 
 
 def test_the_chosen_compiler_may_have_arguments(anew, monkeypatch):
@@ -295,4 +308,4 @@ def test_the_kernel_is_for_processors_that_have_nothing_better(
     found = compiled.why_unwanted()
     assert found is None if reason is None else found.startswith(reason)
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
-    assert compiled.why_unwanted().endswith("this processor is aarch64")
+    assert compiled.why_unwanted() == "this processor is aarch64, not x86_64"
