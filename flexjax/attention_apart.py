@@ -143,9 +143,10 @@ class AttentionApart:
         self, made: Projected, rows: slice, segment: tuple[Arrays, ...]
     ) -> np.ndarray:
         """Attention by the host's processor, in its memory."""
-        query, new, start, sparse = jax.tree.map(
-            lambda array: self._down(array, rows),
-            (made.query, made.new, made.start, made.sparse),
+        assert self._host is not None
+        needed = made.query, made.new, made.start, made.sparse
+        query, new, start, sparse = jax.device_put(
+            self._link.download(needed, rows), self._host.device
         )
         found = attend_step(
             query,
@@ -157,10 +158,6 @@ class AttentionApart:
             cache_as=self._cache_as,
         )
         return np.asarray(found)
-
-    def _down(self, array: jax.Array, rows: slice) -> jax.Array:
-        assert self._host is not None
-        return jax.device_put(self._link.download(array, rows), self._host.device)
 
     def _gathered(
         self,

@@ -190,6 +190,7 @@ class LayerStage:
     ) -> Made:
         tensors, state = _tensors(parts), _state(given)
         segments = () if past is None else past.result().segments
+        jax.block_until_ready((tensors, segments))  # for the call's time to be its own
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
             if not self._work.is_decoder(cell.layer):
                 return self._calls.head(cell, tensors, state)
@@ -205,9 +206,11 @@ class LayerStage:
         past: Future[PlacedLoan],
     ) -> Projected:
         """What of a decode call comes before attention; waits until it is done."""
-        tensors, state, segments = _tensors(parts), _state(given), past.result()
+        tensors, state = _tensors(parts), _state(given)
+        loaded = past.result()
+        jax.block_until_ready((tensors, loaded.segments))
         with self._lanes.working(Lane.PROJECT, _name(cell)):
-            made = self._calls.project(cell, tensors, state, segments.by_tier)
+            made = self._calls.project(cell, tensors, state, loaded.by_tier)
             jax.block_until_ready((made.query, made.new))
         return made
 

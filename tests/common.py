@@ -3,7 +3,7 @@
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flexjax import store_format
 from flexjax.memory import buffers
 from flexjax.memory.buffers import BufferPool
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink, Loan, nothing_to_release
+from flexjax.memory.link import DeviceLink, Loan, Source
 from flexjax.memory.transport import Transport
 from flexjax.models.config import OPTConfig, tensor_shapes
 from flexjax.policy import Kind, Tier
@@ -28,18 +28,14 @@ POISON = 0xFF  # bytes of it are not a number, in every float type
 class ApartLink(DeviceLink):
     """A link to a device with memory of its own, as a GPU has, on any device."""
 
-    def __init__(self, device, ledger: Ledger) -> None:
-        super().__init__(device, ledger)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.is_shared, self.stage_tier = False, Tier.HOST
 
-    def lend(
-        self,
-        array: np.ndarray,
-        kind: Kind,
-        give_back: Callable[[], None] = nothing_to_release,
-    ) -> Loan:
-        # A CPU would look at `array` in place.
-        return super().lend(np.array(array), kind, give_back)
+    def lend_all(self, sources: Sequence[Source], kind: Kind) -> list[Loan]:
+        # A CPU would look at arrays in place.
+        copies = [Source(np.array(array), give) for array, give in sources]
+        return super().lend_all(copies, kind)
 
 
 LINKS = [DeviceLink, ApartLink]
@@ -49,7 +45,7 @@ def make_transport(link_type: type[DeviceLink] = DeviceLink) -> Transport:
     """Everything on the way to the first device, over a link of a type."""
     device = jax.devices()[0]
     transport = Transport(device)
-    transport.link = link_type(device, transport.ledger)
+    transport.link = link_type(device, transport.ledger, transport.timeline)
     return transport
 
 

@@ -1,6 +1,7 @@
 """Page-aligned host memory, and a pool that uses it again and again."""
 
 import mmap
+from collections.abc import Callable
 
 import ml_dtypes  # noqa: F401  (gives numpy the type bfloat16)
 import numpy as np
@@ -43,14 +44,25 @@ def typed(buffer: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.nda
 
 
 class BufferPool:
-    """Stage buffers that are allocated once and lent again, see `ReusePool`."""
+    """Stage buffers that are allocated once and lent again, see `ReusePool`.
 
-    def __init__(self, ledger: Ledger, tier: Tier, kind: Kind) -> None:
+    Args of the constructor:
+        ledger, tier, kind: where the bytes are counted.
+        make: gives a new buffer of so many bytes; `page_aligned`, if None.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        tier: Tier,
+        kind: Kind,
+        make: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
         self._pool = ReusePool[int, np.ndarray](
             ledger,
             tier,
             kind,
-            make=lambda nbytes: page_aligned(nbytes),
+            make=make or (lambda nbytes: page_aligned(nbytes)),
             nbytes=lambda nbytes: nbytes,
         )
         self._whole: dict[int, np.ndarray] = {}  # what is lent, by its address

@@ -75,7 +75,9 @@ class DiskStore:
         self._ledger, self._kind, self._link = ledger, kind, link
         self._lender = lender or link
         self._disk, self._folder = disk, folder
-        self._stage = BufferPool(ledger, self._lender.stage_tier, kind)
+        self._stage = BufferPool(
+            ledger, self._lender.stage_tier, kind, self._lender.host_memory
+        )
         self._tails = BufferPool(ledger, Tier.HOST, kind)
         self._passing = BufferPool(ledger, Tier.HOST, kind)
         self._entries: dict[Hashable, SpilledArray] = {}

@@ -31,7 +31,7 @@ class HostStore:
         lender: Lender | None = None,
     ) -> None:
         self._kind, self._link, self._lender = kind, link, lender or link
-        self._pool = BufferPool(ledger, self.tier, kind)
+        self._pool = BufferPool(ledger, self.tier, kind, self._lender.host_memory)
         self._arrays: dict[Hashable, np.ndarray] = {}
         self._lock = threading.Lock()
 

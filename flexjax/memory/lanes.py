@@ -22,11 +22,16 @@ class Lane(enum.Enum):
     CACHE_IN = "cache in"
     CACHE_OUT = "cache out"
     HIDDEN = "hidden in and out"
+    TO_DEVICE = "copies to the device"  # of all kinds: a `DeviceLink` follows them
     # Where attention is apart from a layer's step: what comes before it, and itself.
     PROJECT = "projections"
     ATTENTION = "attention apart"
     DISPATCH = "dispatch"
     COMPUTE = "compute"  # follows the device: its tasks end when the device's do
+
+
+# What has no thread of its own here is done by others.
+THREADS = tuple(lane for lane in Lane if lane not in (Lane.DISK, Lane.TO_DEVICE))
 
 
 class Span(NamedTuple):
@@ -89,21 +94,22 @@ class Timeline:
         if lane is not None:
             self.worked(lane, self._work.name, self._work.begin_s, time.perf_counter())
 
-    def worked(self, lane: Lane, name: str, begin_s: float, end_s: float) -> None:
+    def worked(
+        self, lane: Lane, name: str, begin_s: float, end_s: float, nbytes: int = 0
+    ) -> None:
         """Counts what a lane did that does one thing at a time."""
         self.busy_s[lane] += end_s - begin_s
-        self.add(Span(lane, name, begin_s, end_s))
+        self.add(Span(lane, name, begin_s, end_s, nbytes))
 
 
 class Lanes:
-    """One thread for each `Lane` but the disk's; futures raise what tasks raise."""
+    """One thread for each lane of `THREADS`; futures raise what tasks raise."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self._threads = {
             lane: ThreadPoolExecutor(1, thread_name_prefix=f"flexjax {lane.value}")
-            for lane in Lane
-            if lane is not Lane.DISK
+            for lane in THREADS
         }
 
     def submit[T](self, lane: Lane, task: Callable[..., T], *args: Any) -> Future[T]:

@@ -1,12 +1,20 @@
 """The way between host memory and the device."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from flexjax.kernels.products import can_multiply_quantized, why_missing
+from flexjax.memory import buffers
+from flexjax.memory.lanes import Lane, Timeline
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.processor import Processor
 from flexjax.policy import Kind, Policy, Tier
@@ -19,7 +27,13 @@ class Device(Protocol):
     @property
     def platform(self) -> str: ...
 
+    @property
+    def client(self) -> Any: ...
+
     def memory_stats(self) -> dict[str, Any] | None: ...
+
+
+_LEAST_MAPPED_BYTES = 1 << 20  # less is copied as soon as it is mapped
 
 
 def nothing_to_release() -> None:
@@ -31,6 +45,13 @@ class Loan(NamedTuple):
 
     array: Any  # a `jax.Array`, or of quantized weights a `QuantizedArray`
     release: Callable[[], None] = nothing_to_release
+
+
+class Source(NamedTuple):
+    """An array to be lent, and what to call when its memory is not needed any more."""
+
+    array: np.ndarray
+    give_back: Callable[[], None] = nothing_to_release
 
 
 def is_shared(device: Device) -> bool:
@@ -75,6 +96,10 @@ class Lender(Protocol):
 
     stage_tier: Tier
 
+    def host_memory(self, nbytes: int) -> np.ndarray:
+        """Fresh page-aligned memory, from which lending is quickest."""
+        ...
+
     def lend(
         self,
         array: np.ndarray,
@@ -115,6 +140,10 @@ class HostLink:
     def __init__(self) -> None:
         self.device = host_device("host_attention")
 
+    def host_memory(self, nbytes: int) -> np.ndarray:
+        """Fresh page-aligned memory."""
+        return buffers.page_aligned(nbytes)
+
     def lend(
         self,
         array: np.ndarray,
@@ -134,13 +163,32 @@ class DeviceLink:
     """Brings arrays to a device and back.
 
     A CPU is a device that shares the host's memory: arrays are looked at in place.
+    Elsewhere copies to the device follow each other without a pause: they are begun
+    before the last one has ended, and a thread follows them.
     """
 
-    def __init__(self, device: Device, ledger: Ledger) -> None:
+    def __init__(
+        self, device: Device, ledger: Ledger, timeline: Timeline | None = None
+    ) -> None:
         self.device = device
         self.is_shared = is_shared(device)
         self.stage_tier = Tier.DEVICE if self.is_shared else Tier.HOST
-        self._ledger = ledger
+        self._ledger, self._timeline = ledger, timeline or Timeline()
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="flexjax copies")
+        self._free_s = 0.0  # when the last copy ended, by `time.perf_counter`
+
+    def host_memory(self, nbytes: int) -> np.ndarray:
+        """Fresh page-aligned memory, which the device may read by itself.
+
+        A GPU copies from memory that it is not told of only through some of its own.
+
+        Raises:
+            MemoryError: the machine has no more memory.
+        """
+        memory = buffers.page_aligned(nbytes)
+        if not self.is_shared and nbytes >= _LEAST_MAPPED_BYTES:
+            _map(memory, self.device)
+        return memory
 
     def lend(
         self,
@@ -148,7 +196,7 @@ class DeviceLink:
         kind: Kind,
         give_back: Callable[[], None] = nothing_to_release,
     ) -> Loan:
-        """`array` on the device.
+        """`array` on the device, or on its way there.
 
         Args:
             array: must not change before the loan is released; memory that is aligned
@@ -157,25 +205,86 @@ class DeviceLink:
             give_back: called once `array` is not needed any more, at the latest when
                 the loan is released, or at once if there is none to be had.
         """
-        nbytes = array.nbytes
+        (loan,) = self.lend_all([Source(array, give_back)], kind)
+        return loan
+
+    def lend_all(self, sources: Sequence[Source], kind: Kind) -> list[Loan]:
+        """`lend` of several arrays, which takes Python little longer than of one."""
+        arrays, begun_s = [source.array for source in sources], time.perf_counter()
         try:
-            copy = jax.device_put(array, self.device)
-            if self.is_shared:
-                return Loan(copy, give_back)
-            # The copy may read `array` after device_put has returned.
-            copy.block_until_ready()
+            copies = jax.device_put(arrays, self.device)
         except BaseException:
-            give_back()
+            _give_back(sources)
             raise
+        if self.is_shared:
+            return [
+                Loan(copy, source.give_back)
+                for copy, source in zip(copies, sources, strict=True)
+            ]
+        nbytes = sum(array.nbytes for array in arrays)
         self._ledger.hold(Tier.DEVICE, kind, nbytes)
         self._ledger.move(Tier.HOST, Tier.DEVICE, nbytes)
-        give_back()
-        return Loan(copy, lambda: self._ledger.hold(Tier.DEVICE, kind, -nbytes))
+        copied = self._copies.submit(self._follow, copies, kind, begun_s, sources)
 
-    def download(self, array: jax.Array, rows: slice) -> np.ndarray:
-        """`array[rows]` in host memory, once it has been computed; read-only."""
+        def release(nbytes: int) -> None:
+            # What went wrong with a copy is heard of where it is used.
+            copied.exception()
+            self._ledger.hold(Tier.DEVICE, kind, -nbytes)
+
+        return [Loan(copy, functools.partial(release, copy.nbytes)) for copy in copies]
+
+    def download(self, arrays: Any, rows: slice) -> Any:
+        """`array[rows]` of each array of a tree, once computed; in host memory.
+
+        They are numpy's then, and read-only.
+        """
         if self.is_shared:
-            return np.asarray(array)[rows]
-        part = array[rows]
-        self._ledger.move(Tier.DEVICE, Tier.HOST, part.nbytes)
-        return np.asarray(part)
+            return jax.tree.map(lambda array: np.asarray(array)[rows], arrays)
+        parts = jax.tree.map(lambda array: _cut(array, rows), arrays)
+        nbytes = sum(part.nbytes for part in jax.tree.leaves(parts))
+        self._ledger.move(Tier.DEVICE, Tier.HOST, nbytes)
+        # As numpy asks for them, they would come through memory that is not pinned.
+        pinned = SingleDeviceSharding(self.device, memory_kind="pinned_host")
+        return jax.tree.map(np.asarray, jax.device_put(parts, pinned))
+
+    def close(self) -> None:
+        """Ends the thread once all copies have ended."""
+        self._copies.shutdown()
+
+    def _follow(
+        self,
+        copies: list[jax.Array],
+        kind: Kind,
+        begun_s: float,
+        sources: Sequence[Source],
+    ) -> None:
+        """Waits until copies, which read their sources until then, have ended."""
+        try:
+            jax.block_until_ready(copies)
+        finally:
+            nbytes = sum(copy.nbytes for copy in copies)
+            begin_s, self._free_s = max(begun_s, self._free_s), time.perf_counter()
+            self._timeline.worked(
+                Lane.TO_DEVICE, kind.value, begin_s, self._free_s, nbytes
+            )
+            _give_back(sources)
+
+
+def _give_back(sources: Sequence[Source]) -> None:
+    for source in sources:
+        source.give_back()
+
+
+def _cut(array: jax.Array, rows: slice) -> jax.Array:
+    is_whole = rows.indices(array.shape[0]) == (0, array.shape[0], 1)
+    return array if is_whole else array[rows]
+
+
+def _map(memory: np.ndarray, device: Device) -> None:
+    """Tells the device of host memory, for as long as it is there."""
+    address = memory.ctypes.data
+    # Copies are as right without, and not every kind of device knows of it.
+    with contextlib.suppress(Exception):
+        device.client.dma_map(address, memory.nbytes)
+        unmap = weakref.finalize(memory, device.client.dma_unmap, address)
+        unmap.atexit = False  # the system does it, and the client may be gone

@@ -54,7 +54,11 @@ def _nearest(x: float) -> int:
 
 
 def place_tensors(
-    placement: Placement, nbytes: Mapping[str, int], *, least_on_disk: int = 0
+    placement: Placement,
+    nbytes: Mapping[str, int],
+    *,
+    small_bytes: int = 0,
+    small_tier: Tier = Tier.HOST,
 ) -> dict[str, Tier]:
     """Gives every tensor of a model a tier.
 
@@ -67,7 +71,8 @@ def place_tensors(
     Args:
         placement: the requested fractions.
         nbytes: size of each tensor; `layers.<n>.` in front of a name tells the layer.
-        least_on_disk: a smaller tensor that would be on disk is on the host.
+        small_bytes: a smaller tensor is on `small_tier`, if it would be farther away.
+        small_tier: see there.
     """
     line = sorted(nbytes, key=lambda name: (nbytes[name], *_spread(name)))
     total = sum(nbytes.values())
@@ -76,8 +81,10 @@ def place_tensors(
     tiers, end = {}, 0
     for name in line:
         middle, end = end + nbytes[name] / 2, end + nbytes[name]
-        on_device = middle <= device_end
-        on_host = middle <= host_end or nbytes[name] < least_on_disk
+        on_device, on_host = middle <= device_end, middle <= host_end
+        if nbytes[name] < small_bytes:
+            on_device |= small_tier is Tier.DEVICE
+            on_host |= small_tier is Tier.HOST
         tiers[name] = Tier.DEVICE if on_device else Tier.HOST if on_host else Tier.DISK
     return tiers
 

@@ -20,7 +20,7 @@ class Transport:
     def __init__(self, device: Device, *, keeps_spans: bool = False) -> None:
         self.ledger = Ledger()
         self.timeline = Timeline(keeps_spans=keeps_spans)
-        self.link = DeviceLink(device, self.ledger)
+        self.link = DeviceLink(device, self.ledger, self.timeline)
         self.disk = DiskQueue(self.timeline)
         self.lanes = Lanes(self.timeline)
 
@@ -30,6 +30,7 @@ class Transport:
         self.timeline.start()
 
     def close(self) -> None:
-        """Ends all threads, the lanes first: they wait for the disk."""
+        """Ends all threads, the lanes first: they wait for the others."""
         self.lanes.close()
         self.disk.close()
+        self.link.close()

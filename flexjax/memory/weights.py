@@ -1,6 +1,7 @@
 """The weights on their tiers: resident tensors stay, the others come layer by layer."""
 
 import concurrent.futures
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from flexjax.memory.buffers import BufferPool, page_aligned, typed
 from flexjax.memory.disk_queue import Urgency
 from flexjax.memory.lanes import Lane
 from flexjax.memory.layout import TOKEN_TABLE, WeightLayout
-from flexjax.memory.link import Loan
+from flexjax.memory.link import Loan, Source
 from flexjax.memory.transport import Transport
 from flexjax.memory.widened import WidenedArrays
 from flexjax.policy import Kind, Tier
@@ -43,8 +44,9 @@ class PlacedWeights:
         self._link, self._ledger = transport.link, transport.ledger
         self._lanes, self._disk = transport.lanes, transport.disk
         stage_tier = self._link.stage_tier
-        self._stage = BufferPool(self._ledger, stage_tier, Kind.WEIGHTS)
-        self._rows_stage = BufferPool(self._ledger, stage_tier, Kind.ACTIVATIONS)
+        make = self._link.host_memory
+        self._stage = BufferPool(self._ledger, stage_tier, Kind.WEIGHTS, make)
+        self._rows_stage = BufferPool(self._ledger, stage_tier, Kind.ACTIVATIONS, make)
         device = self._link.device
         self._widened = WidenedArrays(device, self._ledger, Kind.WEIGHTS)
         self._widened_rows = WidenedArrays(device, self._ledger, Kind.ACTIVATIONS)
@@ -118,7 +120,8 @@ class PlacedWeights:
 
     def _read_resident(self, name: str, tier: Tier) -> None:
         entry = self._store.tensors[name]
-        array = typed(page_aligned(entry.nbytes), entry.shape, entry.dtype)
+        make = self._link.host_memory if tier is Tier.HOST else page_aligned
+        array = typed(make(entry.nbytes), entry.shape, entry.dtype)
         self._read(name, 0, array).result()
         self._store.verify(name, array)
         if tier is Tier.HOST:
@@ -152,12 +155,17 @@ class PlacedWeights:
     def _bring(self, spans: dict[str, slice], reads: "dict[str, _Read]") -> Loans:
         loans: Loans = {}
         try:
+            for name in reads:
+                self._finish_reading(name, spans[name], reads[name])
+            sources = {
+                name: self._source(name, rows, reads.pop(name, None))
+                for name, rows in spans.items()
+                if self._is_lent(name, rows)
+            }
+            lent = self._link.lend_all([*sources.values()], Kind.WEIGHTS)
+            loans |= zip(sources, lent, strict=True)
             for name, rows in spans.items():
-                if name in reads:
-                    self._finish_reading(name, rows, reads[name])
-                    loan = self._lend(reads.pop(name))
-                else:
-                    loan = self._resident(name, rows)
+                loan = loans.pop(name, None) or self._resident(name, rows)
                 how = self._store.tensors[name].quantization
                 if how is not None and self.layout.is_widened(name):
                     loan = self._wide(self._widened, loan, how)
@@ -170,7 +178,7 @@ class PlacedWeights:
             for loan in loans.values():
                 loan.release()
             raise
-        return loans
+        return {name: loans[name] for name in spans}
 
     def _start_reading(self, spans: dict[str, slice]) -> "dict[str, _Read]":
         reads: dict[str, _Read] = {}
@@ -217,10 +225,18 @@ class PlacedWeights:
             self._store.verify(name, array, first_row)
             self._verified.add((name, piece))
 
-    def _lend(self, read: "_Read") -> Loan:
-        return self._link.lend(
-            read.array, Kind.WEIGHTS, lambda: self._stage.give(read.buffer)
-        )
+    def _is_lent(self, name: str, rows: slice) -> bool:
+        """Whether rows of a tensor come from host memory, in which they may stay."""
+        tier = self.layout.tiers[name]
+        is_whole = rows == slice(0, self._store.tensors[name].shape[0])
+        is_there = is_whole and name in self._on_device
+        return tier is not Tier.DEVICE and not is_there
+
+    def _source(self, name: str, rows: slice, read: "_Read | None") -> Source:
+        """Rows of a tensor that is not on the device, in host memory."""
+        if read is None:
+            return Source(self._on_host[name][rows])
+        return Source(read.array, functools.partial(self._stage.give, read.buffer))
 
     def _wide(self, arrays: WidenedArrays, loan: Loan, how: Quantization) -> Loan:
         """What layers use of a quantized loan.
@@ -238,13 +254,9 @@ class PlacedWeights:
         return wide
 
     def _resident(self, name: str, rows: slice) -> Loan:
-        array = self._on_device.get(name)
-        if array is not None and rows == slice(0, array.shape[0]):
-            return Loan(array)
-        if self.layout.tiers[name] is Tier.HOST:
-            return self._link.lend(self._on_host[name][rows], Kind.WEIGHTS)
-        assert array is not None
-        return Loan(array[rows])
+        array = self._on_device[name]
+        is_whole = rows == slice(0, array.shape[0])
+        return Loan(array if is_whole else array[rows])
 
 
 class _Read(NamedTuple):

@@ -6,10 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexjax.memory.lanes import Lane, Lanes, Span, Timeline
+from flexjax.memory.lanes import THREADS, Lane, Lanes, Span, Timeline
 from tests.common import flexjax_threads, in_time
-
-WITH_THREADS = [lane for lane in Lane if lane is not Lane.DISK]
 
 
 @pytest.fixture
@@ -37,9 +35,9 @@ def test_a_lane_keeps_the_order_of_issue(lanes):
 
 
 def test_lanes_run_beside_each_other(lanes):
-    meeting = threading.Barrier(len(WITH_THREADS))
-    tasks = [lanes.submit(lane, meeting.wait, 30) for lane in WITH_THREADS]
-    assert sorted(task.result() for task in tasks) == list(range(len(WITH_THREADS)))
+    meeting = threading.Barrier(len(THREADS))
+    tasks = [lanes.submit(lane, meeting.wait, 30) for lane in THREADS]
+    assert sorted(task.result() for task in tasks) == list(range(len(THREADS)))
 
 
 def test_what_a_task_raises_is_raised_by_its_future_alone(lanes):
@@ -52,8 +50,8 @@ def test_what_a_task_raises_is_raised_by_its_future_alone(lanes):
 
 def test_drain_waits_for_the_good_and_the_bad(lanes):
     go = threading.Event()
-    tasks = [lanes.submit(lane, go.wait) for lane in WITH_THREADS]
-    tasks += [lanes.submit(lane, fail, "bad") for lane in WITH_THREADS]
+    tasks = [lanes.submit(lane, go.wait) for lane in THREADS]
+    tasks += [lanes.submit(lane, fail, "bad") for lane in THREADS]
     threading.Timer(0.05, go.set).start()
     lanes.drain()
     assert all(task.done() for task in tasks)
@@ -72,7 +70,7 @@ def test_close_drops_what_waits_and_ends_the_threads():
     assert flexjax_threads() == []
 
 
-@given(st.lists(st.tuples(st.sampled_from(WITH_THREADS), st.sets(st.integers(0, 20)))))
+@given(st.lists(st.tuples(st.sampled_from(THREADS), st.sets(st.integers(0, 20)))))
 def test_tasks_that_wait_for_earlier_ones_never_lock_each_other(graph):
     lanes, tasks = Lanes(Timeline()), []
 

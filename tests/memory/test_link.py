@@ -1,3 +1,4 @@
+import time
 from unittest import mock
 
 import jax
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 
 from flexjax.memory.buffers import page_aligned, typed
+from flexjax.memory.lanes import Lane, Timeline
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, is_shared
 from flexjax.policy import Kind, Tier
@@ -54,12 +56,17 @@ def test_a_step_that_is_donated_a_loan_does_not_write_into_it(count):
     assert np.array_equal(array, before)
 
 
-def test_memory_apart_is_copied_counted_and_given_back_at_once():
-    ledger, given = Ledger(), []
+def test_memory_apart_is_copied_counted_and_given_back_once_copied():
+    ledger, timeline, given = Ledger(), Timeline(keeps_spans=True), []
     array = aligned()
     before = array.copy()
-    loan = ApartLink(DEVICE, ledger).lend(array, Kind.WEIGHTS, lambda: given.append(1))
+    link = ApartLink(DEVICE, ledger, timeline)
+    loan = link.lend(array, Kind.WEIGHTS, lambda: given.append(1))
+    link.close()
     assert given == [1]
+    (span,) = timeline.spans
+    assert (span.lane, span.name) == (Lane.TO_DEVICE, "weights")
+    assert span.nbytes == array.nbytes
     array[:] = -1
     assert np.array_equal(loan.array, before)
     assert ledger.held(Tier.DEVICE, Kind.WEIGHTS) == array.nbytes
@@ -104,3 +111,58 @@ def test_a_download_waits_for_the_array(link_type, moved):
     found = link_type(DEVICE, ledger).download(array, slice(1, None))
     assert np.array_equal(found, np.arange(1, 1000) * 2)
     assert ledger.moved() == moved
+
+
+class _Client:
+    """What knows which memory it may read by itself."""
+
+    def __init__(self) -> None:
+        self.mapped: dict[int, int] = {}
+
+    def dma_map(self, address: int, nbytes: int) -> None:
+        self.mapped[address] = nbytes
+
+    def dma_unmap(self, address: int) -> None:
+        del self.mapped[address]
+
+
+def test_a_device_apart_is_told_of_host_memory_for_as_long_as_it_is_there():
+    gpu = mock.Mock(jax.Device, platform="gpu", client=_Client())
+    memory = DeviceLink(gpu, Ledger()).host_memory(3 << 20)
+    assert gpu.client.mapped == {memory.ctypes.data: 3 << 20}
+    part = memory[1:]
+    del memory
+    assert gpu.client.mapped
+    del part
+    assert not gpu.client.mapped
+
+
+@pytest.mark.parametrize(
+    ("platform", "nbytes"), [("gpu", 1 << 10), ("cpu", 3 << 20)], ids=["small", "a CPU"]
+)
+def test_other_memory_is_not_mapped(platform, nbytes):
+    device = mock.Mock(jax.Device, platform=platform, client=_Client())
+    memory = DeviceLink(device, Ledger()).host_memory(nbytes)
+    assert memory.nbytes == nbytes
+    assert not device.client.mapped
+
+
+def test_memory_that_cannot_be_mapped_is_used_all_the_same():
+    client = mock.Mock()
+    client.dma_map.side_effect = jax.errors.JaxRuntimeError("UNIMPLEMENTED")
+    gpu = mock.Mock(jax.Device, platform="gpu", client=client)
+    assert DeviceLink(gpu, Ledger()).host_memory(3 << 20).nbytes == 3 << 20
+    client.dma_unmap.assert_not_called()
+
+
+def test_buffers_are_given_back_before_a_release_returns():
+    """So the next load finds them free, however late the thread that follows is."""
+    given = []
+    link = ApartLink(DEVICE, Ledger())
+
+    def give_back_late() -> None:
+        time.sleep(0.05)
+        given.append(1)
+
+    link.lend(aligned(), Kind.WEIGHTS, give_back_late).release()
+    assert given == [1]

@@ -212,11 +212,13 @@ def test_parts_hold_every_tensor_once_in_order_and_about_as_much_each(sizes, num
         assert abs(held - sum(sizes) / num_parts) <= max(sizes) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("near", [Tier.DEVICE, Tier.HOST])
 @given(config=configs, placement=placements(), least=st.integers(0, 1 << 14))
-def test_what_is_too_small_for_the_disk_is_on_the_host(config, placement, least):
+def test_what_is_too_small_to_be_sent_stays_near(near, config, placement, least):
     nbytes = sizes(config)
     plain = place_tensors(placement, nbytes)
-    tiers = place_tensors(placement, nbytes, least_on_disk=least)
+    tiers = place_tensors(placement, nbytes, small_bytes=least, small_tier=near)
+    order = list(Tier)
     for name, tier in plain.items():
-        is_kept = tier is not Tier.DISK or nbytes[name] >= least
-        assert tiers[name] is (tier if is_kept else Tier.HOST)
+        is_kept = order.index(tier) <= order.index(near) or nbytes[name] >= least
+        assert tiers[name] is (tier if is_kept else near)

@@ -111,7 +111,9 @@ def test_what_cannot_be_had_is_refused_before_weights_are_converted(
 def test_why_a_machine_cannot_round_is_said_first(platform, reason, cache, monkeypatch):
     monkeypatch.setattr(link, "why_missing", lambda: NO_COMPILER)
     policy = Policy(weight_bits=4, activation_bits=8)
-    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: None)
+    device = types.SimpleNamespace(
+        platform=platform, client=None, memory_stats=lambda: None
+    )
     with pytest.raises(
         ValueError, match=f"^activation_bits=8 cannot be had here: {reason}. It is"
     ):
