@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
 from flexjax.cache_folder import default_cache
 from flexjax.kernels.products import can_multiply_quantized
-from flexjax.memory.buffers import page_aligned
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import Device, DeviceLink, is_shared
+from flexjax.memory.link import Device, DeviceLink, host_device, is_shared
 from flexjax.plan.hardware import (
     QUANTIZED_PRODUCTS,
     Hardware,
@@ -34,6 +34,7 @@ from flexjax.plan.step_rates import (
     Layers,
     attention_figures,
     engine_call_s,
+    median_s,
     quantized_product_rates,
     step_figures,
 )
@@ -42,6 +43,7 @@ from flexjax.policy import BITS, Kind
 from flexjax.safe_files import make_folder
 
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
+TOLD = (16, 32, 1, 128)  # rows, heads, tokens, elements: of a query, a key or a value
 BESIDE_ROWS, BESIDE_S = 64, 3.0
 
 Progress = Callable[[str], object]
@@ -123,7 +125,7 @@ def calibrate(
             }
     if not device_is_host:
         progress("measuring copies to the device and back")
-        figures |= _copy_rates(device)
+        figures |= _copy_figures(device)
     return validate_hardware(
         Hardware(
             name=machine_name(device),
@@ -162,15 +164,23 @@ def _contention(scratch: Scratch, layers: Layers) -> dict[str, float]:
     }
 
 
-def _copy_rates(device: Device) -> dict[str, float]:
+def _copy_figures(device: Device) -> dict[str, float]:
     """Of what is lent to the device and read back, as a run does both."""
     link = DeviceLink(device, Ledger())
-    sent, rows = page_aligned(LINK_BYTES), slice(0, LINK_BYTES)
+    try:
+        return {**_copy_rates(link), "round_trip_s": _round_trip_s(link)}
+    finally:
+        link.close()
+
+
+def _copy_rates(link: DeviceLink) -> dict[str, float]:
+    sent, rows = link.host_memory(LINK_BYTES), slice(0, LINK_BYTES)
     sent[:] = 1
     there, back = [], []
     for _ in range(1 + LINK_REPEATS):
         begun_s = time.perf_counter()
         loan = link.lend(sent, Kind.WEIGHTS)
+        jax.block_until_ready(loan.array)
         lent_s = time.perf_counter()
         link.download(loan.array, rows)
         back.append(LINK_BYTES / (time.perf_counter() - lent_s))
@@ -180,3 +190,18 @@ def _copy_rates(device: Device) -> dict[str, float]:
         "to_device_bytes_per_s": statistics.median(there[1:]),
         "from_device_bytes_per_s": statistics.median(back[1:]),
     }
+
+
+def _round_trip_s(link: DeviceLink) -> float:
+    """Of what attention on the host is told, and tells, of a token of a few rows."""
+    told = [jax.device_put(np.zeros(TOLD, np.float32), link.device) for _ in range(4)]
+    host = host_device("a calibration")
+
+    def step(state: Any) -> jax.Array:
+        del state
+        query, *_ = jax.device_put(link.download(told, slice(None)), host)
+        loan = link.lend(np.asarray(query + query), Kind.ACTIVATIONS)
+        loan.release()
+        return loan.array
+
+    return median_s(step, None)

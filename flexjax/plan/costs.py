@@ -156,9 +156,13 @@ class RunCosts:
                 else hardware.attention_bytes_per_s
             )
             seconds[resource] += wide_bytes / rate
+            if on_host and count:
+                seconds[resource] += hardware.round_trip_s
             if (how := self.run.cache_as) is not None:
-                rate = hardware.dequantized_bytes_per_s[how.bits]
-                seconds[resource] += wide_bytes / rate
+                widened = hardware.dequantized_bytes_per_s
+                if on_host:
+                    widened = hardware.host_dequantized_bytes_per_s or widened
+                seconds[resource] += wide_bytes / widened[how.bits]
         return seconds
 
     @functools.cached_property

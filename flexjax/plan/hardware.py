@@ -22,6 +22,8 @@ from flexjax.schedule.simulate import Contention
 VERSION = 4
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
 _TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
+_FROM_ZERO = ("disk_bytes", "call_s", "round_trip_s")
+_HOST_TABLE = "host_dequantized_bytes_per_s"  # which need not be there
 # By activation bits.
 QUANTIZED_PRODUCTS = {
     None: "quantized_product_flops_per_s",
@@ -51,6 +53,10 @@ class Hardware:
         host_attention_bytes_per_s: the same on the host's processor.
         sampled_logits_per_s: of choosing tokens.
         dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.
+        host_dequantized_bytes_per_s: the same of a cache on the host's processor; None
+            where it is as fast as the device.
+        round_trip_s: what it takes to bring a query to the host and an answer back;
+            their bytes are next to nothing.
         call_s: what a call of a layer step takes besides, by the number of rows: norms,
             activations, and the call itself.
         quantized_product_flops_per_s: of products with quantized weights, by their bits
@@ -79,6 +85,8 @@ class Hardware:
     call_s: Mapping[int, float]
     quantized_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
     rounded_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
+    host_dequantized_bytes_per_s: Mapping[int, float] | None = None
+    round_trip_s: float = 0.0
     compute_beside_disk: float = 1.0
     disk_beside_compute: float = 1.0
 
@@ -153,7 +161,7 @@ def validate_hardware(hardware: Hardware) -> Hardware:
             f"device_is_host is {hardware.device_is_host!r}, expected true or false"
         )
     for name, value in _figures(hardware):
-        if name.endswith("memory_bytes") or name.startswith(("disk_bytes", "call_s")):
+        if name.endswith("memory_bytes") or name.startswith(_FROM_ZERO):
             _check(name, value, least=0)
         elif name in ("compute_beside_disk", "disk_beside_compute"):
             _check(name, value, above=0, most=1)
@@ -196,6 +204,8 @@ def _check_tables(hardware: Hardware) -> None:
     by_bits: dict[str, Mapping[int, Any]] = {
         "dequantized_bytes_per_s": hardware.dequantized_bytes_per_s
     }
+    if (on_host := hardware.host_dequantized_bytes_per_s) is not None:
+        by_bits[_HOST_TABLE] = on_host
     given = {name: getattr(hardware, name) for name in QUANTIZED_PRODUCTS.values()}
     by_bits |= {name: table for name, table in given.items() if table is not None}
     for name, table in by_bits.items():
@@ -216,8 +226,9 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
     """Every number of a machine, with its name."""
     for field in dataclasses.fields(Hardware):
         value = getattr(hardware, field.name)
-        if field.name in _TABLES:
-            yield from ((f"{field.name} of {key}", rate) for key, rate in value.items())
+        if field.name in (*_TABLES, _HOST_TABLE):
+            table = (value or {}).items()
+            yield from ((f"{field.name} of {key}", rate) for key, rate in table)
         elif field.name in QUANTIZED_PRODUCTS.values():
             for bits, rates in (value or {}).items():
                 for rows, rate in rates.items():
@@ -276,8 +287,9 @@ def hardware_from_json(values: Any) -> Hardware:
         raise ValueError(f"a machine has no {unknown[0]!r}")
     if missing := sorted(required - set(fields)):
         raise ValueError(f"{missing[0]} is missing")
-    for name in _TABLES:
-        fields[name] = _with_numbers(name, fields[name])
+    for name in (*_TABLES, _HOST_TABLE):
+        if name != _HOST_TABLE or fields.get(name) is not None:
+            fields[name] = _with_numbers(name, fields[name])
     for name in QUANTIZED_PRODUCTS.values():
         if fields.get(name) is not None:
             fields[name] = {

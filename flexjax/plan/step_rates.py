@@ -44,7 +44,8 @@ ENGINE_ROWS, ENGINE_TOKENS, ENGINE_RUNS = 16, 64, 4
 PROMPTS = (8, 32, 128, 128)  # rows, heads, tokens, elements of a head
 CACHE = (32, 32, 160, 64)  # rows, heads, slots, elements of a head
 WIDENED = (4096, 4096)
-COPIES = 3  # of a layer, of a cache, or of what is widened, which take turns
+COPIES = 3  # of a layer, or of what is widened, which take turns
+CACHES = 12  # likewise; half a gigabyte, since servers have caches of hundreds of MB
 
 
 def median_s(
@@ -157,17 +158,19 @@ def _without(seconds: float, part_s: float) -> float:
 def attention_figures(device: Device) -> dict[str, Any]:
     """Of attention, on the device and on the host, and of what is widened."""
     rate = _attention_rate(device)
-    on_host = rate
+    on_host: dict[str, Any] = {"host_attention_bytes_per_s": rate}
     if not is_shared(device):
-        on_host = _attention_rate(host_device("a calibration"))
+        host = host_device("a calibration")
+        on_host = {
+            "host_attention_bytes_per_s": _attention_rate(host),
+            "host_dequantized_bytes_per_s": _dequantized_rates(host),
+        }
     return {
         "prefill_attention_flops_per_s": _prefill_attention_rate(device),
         "sampled_logits_per_s": _sampling_rate(device),
         "attention_bytes_per_s": rate,
-        "host_attention_bytes_per_s": on_host,
-        "dequantized_bytes_per_s": {
-            bits: _dequantized_rate(bits, device) for bits in BITS
-        },
+        "dequantized_bytes_per_s": _dequantized_rates(device),
+        **on_host,
     }
 
 
@@ -236,7 +239,7 @@ def _attention_rate(device: Device) -> float:
     batch, heads, slots, head_dim = CACHE
     pasts = [
         ((random_values(CACHE, device),), (random_values(CACHE, device),))
-        for _ in range(COPIES)
+        for _ in range(CACHES)
     ]
     new = random_values((batch, heads, 1, head_dim), device)
     start, length = np.zeros(batch, np.int32), np.int32(slots)
@@ -248,6 +251,10 @@ def _attention_rate(device: Device) -> float:
 
     nbytes = sum(array.nbytes for array in jax.tree.leaves(pasts))
     return nbytes / median_s(step, new)
+
+
+def _dequantized_rates(device: Device) -> dict[int, float]:
+    return {bits: _dequantized_rate(bits, device) for bits in BITS}
 
 
 def _dequantized_rate(bits: int, device: Device) -> float:

@@ -98,7 +98,7 @@ def _measures_nothing(monkeypatch):
     monkeypatch.setattr(calibrate, "Layers", lambda *_: None)
     monkeypatch.setattr(calibrate, "quantized_product_rates", lambda *_: {1: 1.0})
     monkeypatch.setattr(calibrate, "_contention", lambda *_: {})
-    monkeypatch.setattr(calibrate, "_copy_rates", lambda *_: COPY_RATES)
+    monkeypatch.setattr(calibrate, "_copy_figures", lambda *_: COPY_RATES)
 
 
 COPY_RATES = {"to_device_bytes_per_s": 1.0, "from_device_bytes_per_s": 1.0}
@@ -129,7 +129,8 @@ def test_a_cpu_gets_figures_that_a_machine_can_have(folder):
 @pytest.fixture
 def _apart(monkeypatch):
     """The device has memory of its own."""
-    monkeypatch.setattr(calibrate, "is_shared", lambda device: False)
+    for module in (calibrate, step_rates):
+        monkeypatch.setattr(module, "is_shared", lambda device: False)
     monkeypatch.setattr(calibrate, "DeviceLink", ApartLink)
 
 
@@ -140,6 +141,8 @@ def test_a_device_apart_gets_rates_of_copies_and_no_contention(folder):
     assert validate_hardware(machine) is machine
     assert not machine.device_is_host
     assert machine.compute_beside_disk == machine.disk_beside_compute == 1.0
+    assert machine.round_trip_s > 0
+    assert machine.host_dequantized_bytes_per_s is not None
     assert any("copies" in text for text in heard)
     assert any(str(folder) in text for text in heard)
     assert_nothing_is_left(folder)

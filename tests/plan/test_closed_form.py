@@ -21,7 +21,7 @@ from flexjax.plan.predict import Job, predict
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import zigzag
 from flexjax.schedule.footprint import by_tier
-from flexjax.schedule.ops import Free, Weights
+from flexjax.schedule.ops import Cell, Free, Weights
 from flexjax.schedule.simulate import Resource, simulate
 from tests.common import total_seconds
 from tests.plan.test_hardware import MACHINE
@@ -33,10 +33,17 @@ CONFIG = OPTConfig(
     ffn_dim=512,
     num_hidden_layers=5,
 )
-APART = dataclasses.replace(MACHINE, product_flops_per_s={1: 1e9, 64: 1e10})
+APART = dataclasses.replace(
+    MACHINE,
+    product_flops_per_s={1: 1e9, 64: 1e10},
+    host_dequantized_bytes_per_s={4: 3e9, 8: 4e9},
+    round_trip_s=1e-3,
+)
 SHARED = dataclasses.replace(
     APART,
     device_is_host=True,
+    host_dequantized_bytes_per_s=None,
+    round_trip_s=0.0,
     to_device_bytes_per_s=None,
     from_device_bytes_per_s=None,
     compute_beside_disk=0.8,
@@ -93,6 +100,23 @@ def test_seconds_of_whole_placements_are_those_of_the_ops(policy, hardware, gen_
     assert form.prefill.at(shares) == pytest.approx(steps_s(costs, [0]), abs=1e-9)
     decode = steps_s(costs, range(1, costs.work.gen_len))
     assert form.decode.at(shares) == pytest.approx(decode, abs=1e-9)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_attention_on_the_host_takes_a_round_trip_and_the_host_s_own_rates(bits):
+    policy = Policy(
+        kv_cache=Placement(host=1.0),
+        host_attention=True,
+        kv_cache_bits=bits,
+        batch_size=3,
+    )
+    costs, _, _ = run_of(policy, APART)
+    wide_bytes = 3 * 2 * CONFIG.hidden_size * 2 * costs.work.cache_slots(0)
+    expected = APART.round_trip_s + wide_bytes / APART.host_attention_bytes_per_s
+    if bits is not None:
+        expected += wide_bytes / APART.host_dequantized_bytes_per_s[bits]
+    found = costs.compute(Cell(step=1, layer=0, batch=0))
+    assert found[Resource.HOST_ATTENTION] == pytest.approx(expected)
 
 
 @given(policy=policies(), hardware=hardware_drawn)

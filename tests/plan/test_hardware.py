@@ -37,8 +37,11 @@ MACHINE = Hardware(
     host_attention_bytes_per_s=1e10,
     sampled_logits_per_s=1e9,
     dequantized_bytes_per_s={4: 1e10, 8: 2e10},
+    host_dequantized_bytes_per_s={4: 1e9, 8: 2e9},
+    round_trip_s=1e-3,
     call_s={1: 1e-4},
 )
+ON_HOST = "host_dequantized_bytes_per_s"
 BUDGETS = ["device_memory_bytes", "host_memory_bytes", "disk_bytes"]
 FRACTIONS = ["compute_beside_disk", "disk_beside_compute"]
 RATES = [
@@ -52,8 +55,9 @@ RATES = [
     "sampled_logits_per_s",
 ]
 COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
-TABLES = ["product_flops_per_s", "dequantized_bytes_per_s"]
+TABLES = ["product_flops_per_s", "dequantized_bytes_per_s", ON_HOST]
 CALLS = "call_s"
+TRIP = "round_trip_s"
 NESTED = "quantized_product_flops_per_s"
 ROUNDED = "rounded_product_flops_per_s"
 NO_NUMBERS = [math.nan, math.inf, -math.inf, 10**400, -1, True, "1", [], {}]
@@ -85,6 +89,9 @@ machines = st.builds(
     product_flops_per_s=tables,
     dequantized_bytes_per_s=st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
     call_s=st.dictionaries(st.integers(1, 1 << 20), st.floats(0, 10), min_size=1),
+    host_dequantized_bytes_per_s=st.none()
+    | st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
+    round_trip_s=st.floats(0, 10),
     **dict.fromkeys(BUDGETS, budgets),
     **dict.fromkeys(FRACTIONS, st.floats(0.5, 1)),
     **{name: rates for name in RATES if "device" not in name},
@@ -110,7 +117,7 @@ def test_a_machine_survives_its_file(tmp_path_factory, machine):
 
 def test_the_lists_above_name_every_figure():
     fields = {field.name for field in dataclasses.fields(Hardware)}
-    others = {"name", "device_is_host", CALLS, NESTED, ROUNDED}
+    others = {"name", "device_is_host", CALLS, TRIP, NESTED, ROUNDED}
     assert fields == {*BUDGETS, *FRACTIONS, *RATES, *TABLES} | others
 
 
@@ -130,7 +137,7 @@ def test_no_rate_of_a_table_is_absurd(name, value):
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, None], ids=str)
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize("name", [*BUDGETS, TRIP])
 def test_no_budget_is_absurd(name, value):
     with pytest.raises(ValueError, match=name):
         validate_hardware(with_figure(name, value))
