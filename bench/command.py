@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection
 from typing import Any
 
-_NAMES_A_FOLDER = ("model", "policy")
+_NAMES_A_FOLDER = ("model", "models", "policy")
 
 
 def typed(

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants an NVIDIA GPU, in under 8 minutes: tests, the copy routes, and
-# runs of OPT-6.7B and OPT-30B's shapes with the device capped at 16 GB.
+# Everything that wants an NVIDIA GPU, in under 10 minutes: tests, the copy routes, runs
+# of OPT-6.7B with weights of 16 and 4 bits on the host, and what the planner says of
+# caches that are moved or attended to there. The device is capped at 16 GB.
 #
 #     bench/gpu.sh
 #
-# Results go to $OUT (default bench/results) as JSON; weights, 30 GB of them, to
+# Results go to $OUT (default bench/results) as JSON; weights, 25 GB of them, to
 # $FLEXJAX_CACHE (default ~/.cache/flexjax). $PYTHON is the interpreter (default python3).
 # A part that fails or hangs is reported at the end and does not keep the others from
 # running; the status is then 1. Without a GPU it is 2.
@@ -13,9 +14,9 @@ set -euo pipefail
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 CACHE=${FLEXJAX_CACHE:-$HOME/.cache/flexjax}
-TOTAL_S=460 # of all parts; one that is stopped gets 10 s more to end
+TOTAL_S=560 # of all parts; one that is stopped gets 10 s more to end
 CAP_BYTES=16000000000
-LAYERS_30B=12 # of 48: all of them would take too long to write
+FEW_LAYERS=12 # of 32: for what is opened time and again
 
 stop() {
   echo "error: $*" >&2
@@ -51,8 +52,8 @@ trap finish EXIT
 failed=()
 short_name=$(tr -cs '[:alnum:].' '-' <<<"${gpu_name,,}")
 short_name=${short_name%-}
-weights_6b7=$CACHE/random-opt-6.7b # where bench.run looks for them
-weights_30b=$CACHE/random-opt-30b-$LAYERS_30B-layers
+weights=$CACHE/random-opt-6.7b # where bench.run looks for them
+few_weights=$weights-$FEW_LAYERS-layers
 
 # limit SECONDS: that, or what is left of the whole.
 limit() {
@@ -86,12 +87,18 @@ part() {
   return "$status"
 }
 
+# capped NAME SECONDS ARGUMENTS...: the same of Python, with the device capped.
+capped() {
+  local name=$1 seconds=$2
+  shift 2
+  part "$name" "$seconds" env XLA_PYTHON_CLIENT_MEM_FRACTION="$fraction" "$PYTHON" "$@"
+}
+
 # run NAME NOTE ARGUMENTS...: a run under the cap, whose JSON says what it is.
 run() {
   local name=$1 note=$2 json=$OUT/$short_name-$1.json
   shift 2
-  part "$name" 100 env XLA_PYTHON_CLIENT_MEM_FRACTION="$fraction" \
-    "$PYTHON" -m bench.run "$@" --json "$json" || return 0
+  capped "$name" 110 -m bench.run "$@" --json "$json" || return 0
   "$PYTHON" - "$json" "$name" "$note" <<'END'
 import json, pathlib, sys
 
@@ -107,14 +114,16 @@ echo "$gpu_name with $gpu_mib MiB; the device is capped at $fraction of it"
 "$PYTHON" -c 'import jax, jaxlib; print("jax", jax.__version__, "jaxlib", jaxlib.__version__)'
 
 # Weights are written while the tests run, which time nothing.
-timeout --kill-after=10 "$(limit 200)" "$PYTHON" -m checkpoints_tools.synthesize \
-  opt-6.7b "$weights_6b7" >"$logs/6b7" 2>&1 &
-pids+=($!)
-timeout --kill-after=10 "$(limit 200)" "$PYTHON" -m bench.truncated \
-  opt-30b "$LAYERS_30B" "$weights_30b" >"$logs/30b" 2>&1 &
+# It needs no GPU, whose memory the tests share.
+JAX_PLATFORMS=cpu timeout --kill-after=10 "$(limit 200)" bash -euc '
+  "$0" -m bench.truncated opt-6.7b "$1" "$3"
+  "$0" -m checkpoints_tools.synthesize opt-6.7b "$2"
+  "$0" -m checkpoints_tools.convert "$2" "$2-4bit" --weight-bits 4
+' "$PYTHON" "$FEW_LAYERS" "$weights" "$few_weights" >"$logs/weights" 2>&1 &
 pids+=($!)
 
-pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
+# Without what keeps files in the checkout, and what xdist makes warn.
+pytest=("$PYTHON" -m pytest -q -o cache_dir="$logs/cache" -p no:benchmark)
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
   pytest+=(-n 4 --dist loadgroup)
 fi
@@ -124,25 +133,23 @@ part "tests of memory and engine" 110 "${pytest[@]}" -m "not accelerator" \
 
 status=0
 wait "${pids[0]}" || status=$?
-report "weights of OPT-6.7B" "$status" "$logs/6b7"
-status=0
-wait "${pids[1]}" || status=$?
-report "weights of $LAYERS_30B layers of OPT-30B" "$status" "$logs/30b"
+report "weights of OPT-6.7B" "$status" "$logs/weights"
 pids=()
 
 part "copy routes" 60 "$PYTHON" -m bench.copy_routes \
   --json "$OUT/$short_name-copy-routes.json" || true
-run opt-6.7b-weights-host "device capped at 16 GB" --model opt-6.7b \
-  --weights host=1 --kv-cache device=1 --activations device=1 \
-  --batch-size 24 --num-batches 1 --prompt-len 512 --gen-len 32 \
-  --trace "$OUT/$short_name-opt-6.7b-weights-host.trace.json"
-run opt-30b-shapes "$LAYERS_30B of 48 layers, device capped at 16 GB" \
-  --model "$weights_30b" \
-  --weights device=0.2,host=0.8 --kv-cache host=1 --activations host=1 \
-  --batch-size 32 --num-batches 3 --prompt-len 512 --gen-len 16
-run opt-6.7b-all-host "device capped at 16 GB" --model opt-6.7b \
-  --weights host=1 --kv-cache host=1 --activations host=1 \
-  --batch-size 24 --num-batches 3 --prompt-len 512 --gen-len 16
+for bits in 16 4; do
+  folder=$weights few=() name=opt-6.7b-weights-host
+  if ((bits == 4)); then
+    folder=$weights-4bit few=(--weight-bits 4) name=opt-6.7b-4bit-weights-host
+  fi
+  run "$name" "device capped at 16 GB" --model "$folder" "${few[@]}" \
+    --weights host=1 --kv-cache device=1 --activations device=1 \
+    --batch-size 24 --num-batches 1 --prompt-len 512 --gen-len 32 \
+    --trace "$OUT/$short_name-$name.trace.json"
+done
+capped "predictions" 250 -m bench.predictions "$few_weights" \
+  --prompt-len 512 --gen-len 12 --json "$OUT/$short_name-predictions.json" || true
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}" >&2

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bench.command import typed
 from bench.machine import describe_machine
 from bench.report_values import bits_in_words
 from bench.step_shapes import workspace_bytes
@@ -43,12 +44,34 @@ from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
 
 DEVICE, HALF, DISK = Placement(device=1.0), Placement(device=0.5), Placement()
+HOST = Placement(host=1.0)
 PROMPT_LEN, GEN_LEN = 32, 8
 PHASES = ("prefill", "decode")
 
 
-def policies(model: str) -> Iterator[Policy]:
-    """Mixes of device and disk, in several shapes, some of them with 4 bits."""
+def policies(model: str, *, device_is_host: bool) -> Iterator[Policy]:
+    """Mixes of tiers, in several shapes, some of them with 4 bits."""
+    return _on_the_host(model) if device_is_host else _apart()
+
+
+def _apart() -> Iterator[Policy]:
+    """Where a link is between host and device: what goes over it, and what need not."""
+    for weights, cache in [(HOST, DEVICE), (DEVICE, HOST), (HOST, HOST)]:
+        plain = Policy(
+            weights=weights,
+            kv_cache=cache,
+            batch_size=24,
+            num_batches=2 if cache is HOST else 1,
+        )
+        yield plain
+        if weights is HOST:
+            yield dataclasses.replace(plain, weight_bits=4)
+        if cache is HOST:
+            yield dataclasses.replace(plain, host_attention=True)
+            yield dataclasses.replace(plain, kv_cache_bits=4)
+
+
+def _on_the_host(model: str) -> Iterator[Policy]:
     large = model.endswith("6.7b")
     shapes = [(32, 1), (16, 2)] if large else [(16, 1), (64, 1), (32, 2), (16, 4)]
     weights = [DISK] if large else [DEVICE, HALF, DISK]
@@ -71,23 +94,29 @@ def policies(model: str) -> Iterator[Policy]:
 
 
 def compare(
-    store: WeightStore, policy: Policy, hardware: Hardware, folder: pathlib.Path
+    store: WeightStore,
+    policy: Policy,
+    hardware: Hardware,
+    folder: pathlib.Path,
+    *,
+    prompt_len: int = PROMPT_LEN,
+    gen_len: int = GEN_LEN,
 ) -> dict[str, Any]:
     """One policy's prediction and run, as JSON values."""
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
-    job = Job(prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_prompts=policy.block_size)
+    job = Job(prompt_len=prompt_len, gen_len=gen_len, num_prompts=policy.block_size)
     predicted = predict(model, policy, hardware, job)
     peak = predict_peak(model, policy, job, hardware.processor)
     shape = (job.num_prompts, job.prompt_len)
     prompts = np.random.default_rng(0).integers(4, store.config.vocab_size, shape)
-    params = SamplingParams(max_tokens=GEN_LEN, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=gen_len, temperature=0.0, ignore_eos=True)
     with LLM(store.folder, policy=policy, offload_dir=folder) as llm:
         for _ in range(2):
             llm.generate(prompts.tolist(), params)
         metrics = llm.metrics
     layout = model.layout(policy, hardware.processor)
     work = layout.workload(
-        policy, prompt_len=PROMPT_LEN, gen_len=GEN_LEN, num_rows=job.num_prompts
+        policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=job.num_prompts
     )
     counted = metrics["peak_bytes"]
     workspace = workspace_bytes(policy, work, layout)
@@ -124,6 +153,26 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def host_attention_gains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What attention on the host wins over moving the cache, as told and as measured.
+
+    A gain is decode seconds without it over those with it, all else being equal.
+    """
+    gains = []
+    for row in rows:
+        moving = row["policy"] | {"host_attention": False}
+        if not row["policy"]["host_attention"]:
+            continue
+        for other in rows:
+            if other["policy"] == moving and other["model"] == row["model"]:
+                gain = {
+                    what: other[what]["decode_s"] / row[what]["decode_s"]
+                    for what in ("predicted", "measured")
+                }
+                gains.append({"policy": row["policy"], **gain})
+    return gains
+
+
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     if args.json is not None:
@@ -134,26 +183,41 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for name in args.models:
         weights = weights_folder(name)
-        for policy in policies(name):
+        for policy in policies(name, device_is_host=hardware.device_is_host):
             store = open_store(
                 resolve_for(policy, weights or EMBEDDED_MODEL, device=device)
             )
-            measured = dataclasses.replace(
-                hardware, disk_read_bytes_per_s=store_read_rate(store)
+            measured = hardware
+            if hardware.device_is_host:  # elsewhere nothing is on disk
+                measured = dataclasses.replace(
+                    hardware, disk_read_bytes_per_s=store_read_rate(store)
+                )
+            found = compare(
+                store,
+                policy,
+                measured,
+                folder,
+                prompt_len=args.prompt_len,
+                gen_len=args.gen_len,
             )
-            row = {"model": name, **compare(store, policy, measured, folder)}
-            rows.append(row)
-            print(_line(row), flush=True)
+            rows.append({"model": pathlib.PurePath(name).name, **found})
+            print(_line(rows[-1]), flush=True)
     found = summary(rows)
     print(json.dumps(found, indent=1))
+    gains = host_attention_gains(rows)
+    for gain in gains:
+        print(json.dumps(gain))
     if args.json is not None:
         report = {
             "summary": found,
+            "host_attention": gains,
             "predictions": rows,
             "hardware": hardware_to_json(hardware),
             "machine": describe_machine(folder),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": "python -m bench.predictions " + " ".join(args.models),
+            "command": typed(
+                "bench.predictions", build_parser(), args, leave_out=("json", "help")
+            ),
         }
         write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
 
@@ -167,6 +231,8 @@ def _line(row: dict[str, Any]) -> str:
     )
     on_device = [policy[kind]["device"] for kind in ("weights", "kv_cache")]
     bits = f"{bits_in_words(policy)} bits"
+    if policy["host_attention"]:
+        bits += ", attention on the host"
     return (
         f"{row['model']} {policy['num_batches']} x {policy['batch_size']:3}, on the "
         f"{Tier.DEVICE.value} {on_device[0]:.1f} {on_device[1]:.1f}, {bits:10} {times} "
@@ -183,6 +249,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "models", nargs="*", default=["opt-1.3b", "opt-6.7b"], help="published models"
+    )
+    parser.add_argument(
+        "--prompt-len",
+        type=int,
+        default=PROMPT_LEN,
+        metavar="N",
+        help=f"tokens of every prompt (default: {PROMPT_LEN})",
+    )
+    parser.add_argument(
+        "--gen-len",
+        type=int,
+        default=GEN_LEN,
+        metavar="N",
+        help=f"tokens to generate for each (default: {GEN_LEN})",
     )
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="write the result here"

@@ -1,8 +1,17 @@
 """The grid of policies that predictions are compared on, and what is made of it."""
 
+import dataclasses
+
 import pytest
 
-from bench.predictions import GEN_LEN, PROMPT_LEN, compare, policies, summary
+from bench.predictions import (
+    GEN_LEN,
+    PROMPT_LEN,
+    compare,
+    host_attention_gains,
+    policies,
+    summary,
+)
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.plan.hardware import read_hardware
@@ -10,12 +19,41 @@ from flexjax.policy import Placement, Policy, validate
 
 
 def test_the_grid_is_of_valid_policies_each_of_its_own():
-    grids = {name: list(policies(name)) for name in ("opt-1.3b", "opt-6.7b")}
-    assert len(grids["opt-1.3b"]) >= 24
-    for grid in grids.values():
+    grids = [
+        list(policies(name, device_is_host=is_host))
+        for name in ("opt-1.3b", "opt-6.7b")
+        for is_host in (True, False)
+    ]
+    assert len(grids[0]) >= 24
+    for grid in grids:
         for policy in grid:
             assert validate(policy) == policy
             assert grid.count(policy) == 1
+
+
+def test_every_policy_that_attends_on_the_host_has_one_that_moves_the_cache():
+    grid = list(policies("opt-6.7b", device_is_host=False))
+    on_host = [policy for policy in grid if policy.host_attention]
+    assert on_host
+    for policy in on_host:
+        assert dataclasses.replace(policy, host_attention=False) in grid
+
+
+def test_what_attention_on_the_host_wins_is_of_the_same_policy():
+    def run(decode_s, said_s, **changes):
+        policy = {"batch_size": 8, "host_attention": False} | changes
+        seconds = {"measured": decode_s, "predicted": said_s}
+        return {
+            "model": "m",
+            "policy": policy,
+            **{what: {"decode_s": value} for what, value in seconds.items()},
+        }
+
+    on_host = run(2.0, 4.0, host_attention=True)
+    rows = [run(9.0, 9.0, batch_size=4), run(3.0, 5.0), on_host]
+    (gain,) = host_attention_gains(rows)
+    assert gain == {"policy": on_host["policy"], "measured": 1.5, "predicted": 1.25}
+    assert host_attention_gains([on_host]) == []
 
 
 def row(error, held=10, said=11):
