@@ -233,8 +233,11 @@ class _Steps:
         if how is None or not self._layout.is_widened(name):
             return 0.0
         data = self._zeros(entry.shape, BYTES)
-        state = self._zeros(entry.used_shape)
-        return median_s(lambda out: dequantize_into(out, data, quantization=how), state)
+
+        def step(outs: list[jax.Array]) -> list[jax.Array]:
+            return dequantize_into(outs, [data], quantizations=(how,))
+
+        return median_s(step, [self._zeros(entry.used_shape)])
 
     def _block_s(self, block: int) -> float:
         name, vocab_size = self._config.head_table, self._config.vocab_size

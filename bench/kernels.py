@@ -199,10 +199,10 @@ def _dequantization(config: OPTConfig, how: Quantization) -> dict[str, Any]:
     data = _narrow(weight, how)
     nbytes = weight.nbytes
 
-    def step(out: jax.Array) -> jax.Array:
-        return dequantize_into(out, data, quantization=how)
+    def step(outs: list[jax.Array]) -> list[jax.Array]:
+        return dequantize_into(outs, [data], quantizations=(how,))
 
-    seconds = median_s(step, weight)
+    seconds = median_s(step, [weight])
     return {
         "kernel": f"dequantization, {how.bits} bits",
         "shape": f"{config.ffn_dim} x {config.hidden_size}, groups of {how.group_size}",

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from flexjax.attention_apart import Attended, AttentionApart, Projected, Segments
+from flexjax.memory.device import number
 from flexjax.memory.placed import Arrays
 from flexjax.models.config import OPTConfig
 from flexjax.models.opt import Params, unflatten
@@ -133,7 +134,7 @@ class LayerCalls:
                 state,
                 segments,
                 start,
-                self._past_len(cell),
+                number(self._work.past_len(cell.step)),
                 self._sparse(cell),
                 config=config,
                 cache_as=self._cache_as,

@@ -166,5 +166,6 @@ def test_memory_that_is_used_again_holds_the_same(drawn):
     data = quantize(array, how)
     out = jnp.full(array.shape, jnp.nan, array.dtype)
     expected = dequantize(data, how)
-    assert (dequantize_into(out, data, quantization=how) == expected).all()
+    (found,) = dequantize_into([out], [data], quantizations=(how,))
+    assert (found == expected).all()
     assert out.is_deleted()

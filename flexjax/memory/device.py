@@ -35,7 +35,7 @@ class DeviceStore:
                 old = self._arrays[key]
             if old.shape[2] < slots:
                 old = _padded(old, slots)
-            array = _written(old, part, at)
+            array = _written(old, part, number(at))
         # Waiting here keeps `value` counted until it is copied, as `Free` promises.
         self._replace(key, array.block_until_ready())
 
@@ -59,6 +59,15 @@ class DeviceStore:
             0 if old is None else old.nbytes
         )
         self._ledger.hold(self.tier, self._kind, added)
+
+
+@functools.lru_cache(maxsize=8)
+def number(value: int) -> Int[Array, ""]:
+    """A number on the device, for all calls of a step that ask for the same one.
+
+    Given as Python's or numpy's, every call would bring it there again.
+    """
+    return jnp.asarray(value, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="slots")

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -78,7 +78,14 @@ class PlacedWeights:
         """Rows of the token table, `[*ids.shape, embed]`, wherever the table is."""
         loan = self._token_rows(ids)
         how = self._store.tensors[TOKEN_TABLE].quantization
-        return loan if how is None else self._wide(self._widened_rows, loan, how)
+        if how is None:
+            return loan
+        try:
+            (wide,) = self._wide(self._widened_rows, [(loan, how)])
+        except BaseException:
+            loan.release()
+            raise
+        return wide
 
     def _token_rows(self, ids: np.ndarray) -> Loan:
         """The same as they are stored."""
@@ -165,20 +172,31 @@ class PlacedWeights:
             lent = self._link.lend_all([*sources.values()], Kind.WEIGHTS)
             loans |= zip(sources, lent, strict=True)
             for name, rows in spans.items():
-                loan = loans.pop(name, None) or self._resident(name, rows)
-                how = self._store.tensors[name].quantization
-                if how is not None and self.layout.is_widened(name):
-                    loan = self._wide(self._widened, loan, how)
-                else:
-                    used = self.layout.as_used(name, loan.array)
-                    loan = Loan(used, loan.release)
-                loans[name] = loan
+                if name not in loans:
+                    loans[name] = self._resident(name, rows)
+            # In the order of every layer, whatever lies where: one compilation for all.
+            return self._as_used({name: loans[name] for name in spans})
         except BaseException:
             self._give_up(reads)
             for loan in loans.values():
                 loan.release()
             raise
-        return {name: loans[name] for name in spans}
+
+    def _as_used(self, loans: Loans) -> Loans:
+        """What layers use of tensors as they are stored."""
+        narrow: dict[str, tuple[Loan, Quantization]] = {}
+        used: Loans = {}
+        for name, loan in loans.items():
+            how = self._store.tensors[name].quantization
+            if how is not None and self.layout.is_widened(name):
+                narrow[name] = loan, how
+            else:
+                array = self.layout.as_used(name, loan.array)
+                used[name] = Loan(array, loan.release)
+        if narrow:
+            wide = self._wide(self._widened, [*narrow.values()])
+            used |= zip(narrow, wide, strict=True)
+        return used
 
     def _start_reading(self, spans: dict[str, slice]) -> "dict[str, _Read]":
         reads: dict[str, _Read] = {}
@@ -238,19 +256,17 @@ class PlacedWeights:
             return Source(self._on_host[name][rows])
         return Source(read.array, functools.partial(self._stage.give, read.buffer))
 
-    def _wide(self, arrays: WidenedArrays, loan: Loan, how: Quantization) -> Loan:
-        """What layers use of a quantized loan.
+    def _wide(
+        self, arrays: WidenedArrays, narrow: Sequence[tuple[Loan, Quantization]]
+    ) -> list[Loan]:
+        """What layers use of quantized loans.
 
         Waits for it where the processor that waits is the one that works: so its time
         is this lane's. Elsewhere the device does it when its turn comes.
         """
-        try:
-            wide = arrays.lend(loan, how)
-        except BaseException:
-            loan.release()
-            raise
+        wide = arrays.lend_all(narrow)
         if self._link.is_shared:
-            jax.block_until_ready(wide.array)
+            jax.block_until_ready([loan.array for loan in wide])
         return wide
 
     def _resident(self, name: str, rows: slice) -> Loan:

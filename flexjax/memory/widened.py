@@ -1,6 +1,8 @@
 """Quantized arrays made wide on the device, in memory that is used again."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,22 +40,37 @@ class WidenedArrays:
             ledger, Tier.DEVICE, kind, make=make, nbytes=lambda wide: wide.nbytes
         )
 
-    def lend(self, loan: Loan, quantization: Quantization) -> Loan:
-        """What the bytes of `loan` stand for; releasing it releases them too."""
-        wide = _Wide(wide_shape(loan.array.shape, quantization), quantization.dtype)
-        out = self._pool.lend(wide)
+    def lend_all(self, narrow: Sequence[tuple[Loan, Quantization]]) -> list[Loan]:
+        """What the bytes of some loans stand for; releasing it releases them too.
+
+        All in one call: each takes Python as long as the link takes for megabytes.
+        """
+        wide: list[_Wide] = []
+        outs: list[jax.Array] = []
         try:
-            # It is in the same memory, which is nobody else's from now on.
-            array = dequantize_into(out, loan.array, quantization=quantization)
+            for loan, how in narrow:
+                one = _Wide(wide_shape(loan.array.shape, how), how.dtype)
+                outs.append(self._pool.lend(one))
+                wide.append(one)
+            # They are in the same memory, which is nobody else's from now on.
+            arrays = dequantize_into(
+                outs,
+                [loan.array for loan, _ in narrow],
+                quantizations=tuple(how for _, how in narrow),
+            )
         except BaseException:
-            self._pool.drop(wide)  # it may have been donated already
+            for one in wide:
+                self._pool.drop(one)  # it may have been donated already
             raise
 
-        def release() -> None:
-            self._pool.take_back(wide, array)
+        def release(one: _Wide, array: jax.Array, loan: Loan) -> None:
+            self._pool.take_back(one, array)
             loan.release()
 
-        return Loan(array, release)
+        return [
+            Loan(array, functools.partial(release, one, array, loan))
+            for one, array, (loan, _) in zip(wide, arrays, narrow, strict=True)
+        ]
 
     def clear(self) -> None:
         """Gives back what is not lent."""

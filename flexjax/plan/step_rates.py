@@ -264,10 +264,7 @@ def _dequantized_rate(bits: int, device: Device) -> float:
     data = [_narrow(wide, how) for _ in range(COPIES)]
 
     def step(outs: list[jax.Array]) -> list[jax.Array]:
-        return [
-            dequantize_into(out, codes, quantization=how)
-            for out, codes in zip(outs, data, strict=True)
-        ]
+        return dequantize_into(outs, data, quantizations=(how,) * COPIES)
 
     outs = [jnp.zeros_like(wide, device=device) for _ in range(COPIES)]
     return COPIES * wide.nbytes / median_s(step, outs)

@@ -34,7 +34,8 @@ def held(ledger: Ledger) -> int:
 def test_what_is_given_back_is_written_over(arrays, ledger):
     released = []
     for count in (1, 2):
-        loan = arrays.lend(Loan(DATA, lambda: released.append("narrow")), HOW)
+        narrow = Loan(DATA, lambda: released.append("narrow"))
+        (loan,) = arrays.lend_all([(narrow, HOW)])
         np.testing.assert_array_equal(loan.array, dequantize(DATA, HOW))
         loan.release()
         assert len(released) == count
@@ -50,8 +51,9 @@ def test_a_failure_leaves_nothing_counted(arrays, ledger, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(widened, "dequantize_into", fail)
         with pytest.raises(MemoryError, match="no room"):
-            arrays.lend(Loan(DATA), HOW)
+            arrays.lend_all([(Loan(DATA), HOW)] * 2)
     assert held(ledger) == 0
-    arrays.lend(Loan(DATA), HOW).release()
+    for loan in arrays.lend_all([(Loan(DATA), HOW)] * 2):
+        loan.release()
     arrays.clear()
     assert held(ledger) == 0
