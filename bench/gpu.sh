@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that wants an NVIDIA GPU, in under 10 minutes: tests, the copy routes, runs
 # of OPT-6.7B with weights of 16 and 4 bits on the host, and what the planner says of
-# caches that are moved or attended to there. The device is capped at 16 GB.
+# caches that are moved or attended to there. Runs have the device capped at 16 GB.
 #
 #     bench/gpu.sh
 #
@@ -113,14 +113,18 @@ END
 echo "$gpu_name with $gpu_mib MiB; the device is capped at $fraction of it"
 "$PYTHON" -c 'import jax, jaxlib; print("jax", jax.__version__, "jaxlib", jaxlib.__version__)'
 
-# Weights are written while the tests run, which time nothing.
-# It needs no GPU, whose memory the tests share.
-JAX_PLATFORMS=cpu timeout --kill-after=10 "$(limit 200)" bash -euc '
-  "$0" -m bench.truncated opt-6.7b "$1" "$3"
-  "$0" -m checkpoints_tools.synthesize opt-6.7b "$2"
-  "$0" -m checkpoints_tools.convert "$2" "$2-4bit" --weight-bits 4
-' "$PYTHON" "$FEW_LAYERS" "$weights" "$few_weights" >"$logs/weights" 2>&1 &
+# Weights are written while the tests run, which time nothing; without the GPU, whose
+# memory the tests share.
+export JAX_PLATFORMS=cpu
+timeout --kill-after=10 "$(limit 200)" bash -euc '
+  "$0" -m checkpoints_tools.synthesize opt-6.7b "$1"
+  "$0" -m checkpoints_tools.convert "$1" "$1-4bit" --weight-bits 4
+' "$PYTHON" "$weights" >"$logs/all" 2>&1 &
 pids+=($!)
+timeout --kill-after=10 "$(limit 200)" "$PYTHON" -m bench.truncated \
+  opt-6.7b "$FEW_LAYERS" "$few_weights" >"$logs/few" 2>&1 &
+pids+=($!)
+unset JAX_PLATFORMS
 
 # Without what keeps files in the checkout, and what xdist makes warn.
 pytest=("$PYTHON" -m pytest -q -o cache_dir="$logs/cache" -p no:benchmark)
@@ -133,7 +137,10 @@ part "tests of memory and engine" 110 "${pytest[@]}" -m "not accelerator" \
 
 status=0
 wait "${pids[0]}" || status=$?
-report "weights of OPT-6.7B" "$status" "$logs/weights"
+report "weights of OPT-6.7B" "$status" "$logs/all"
+status=0
+wait "${pids[1]}" || status=$?
+report "weights of $FEW_LAYERS layers" "$status" "$logs/few"
 pids=()
 
 part "copy routes" 60 "$PYTHON" -m bench.copy_routes \

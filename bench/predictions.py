@@ -51,27 +51,26 @@ PHASES = ("prefill", "decode")
 
 def policies(model: str, *, device_is_host: bool) -> Iterator[Policy]:
     """Mixes of tiers, in several shapes, some of them with 4 bits."""
-    return _on_the_host(model) if device_is_host else _apart()
+    return _shared(model) if device_is_host else _apart()
 
 
 def _apart() -> Iterator[Policy]:
     """Where a link is between host and device: what goes over it, and what need not."""
-    for weights, cache in [(HOST, DEVICE), (DEVICE, HOST), (HOST, HOST)]:
-        plain = Policy(
-            weights=weights,
-            kv_cache=cache,
-            batch_size=24,
-            num_batches=2 if cache is HOST else 1,
-        )
+    sent = Policy(weights=HOST, kv_cache=DEVICE, batch_size=24)
+    attended = [
+        Policy(weights=weights, kv_cache=HOST, batch_size=24, num_batches=2)
+        for weights in (HOST, DEVICE)
+    ]
+    for plain in attended:
         yield plain
-        if weights is HOST:
-            yield dataclasses.replace(plain, weight_bits=4)
-        if cache is HOST:
-            yield dataclasses.replace(plain, host_attention=True)
-            yield dataclasses.replace(plain, kv_cache_bits=4)
+        yield dataclasses.replace(plain, host_attention=True)
+    yield sent
+    yield dataclasses.replace(sent, weight_bits=4)
+    for plain in attended:
+        yield dataclasses.replace(plain, kv_cache_bits=4)
 
 
-def _on_the_host(model: str) -> Iterator[Policy]:
+def _shared(model: str) -> Iterator[Policy]:
     large = model.endswith("6.7b")
     shapes = [(32, 1), (16, 2)] if large else [(16, 1), (64, 1), (32, 2), (16, 4)]
     weights = [DISK] if large else [DEVICE, HALF, DISK]
@@ -180,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     folder = default_cache()
     device = jax.devices()[0]
     hardware = calibrated(folder, device, lambda text: print(text, file=sys.stderr))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in args.models:
         weights = weights_folder(name)
         for policy in policies(name, device_is_host=hardware.device_is_host):
@@ -202,24 +201,28 @@ def main(args: argparse.Namespace) -> None:
             )
             rows.append({"model": pathlib.PurePath(name).name, **found})
             print(_line(rows[-1]), flush=True)
-    found = summary(rows)
-    print(json.dumps(found, indent=1))
-    gains = host_attention_gains(rows)
-    for gain in gains:
+            if args.json is not None:  # each time: the whole takes long
+                _write(args, rows, hardware)
+    print(json.dumps(summary(rows), indent=1))
+    for gain in host_attention_gains(rows):
         print(json.dumps(gain))
-    if args.json is not None:
-        report = {
-            "summary": found,
-            "host_attention": gains,
-            "predictions": rows,
-            "hardware": hardware_to_json(hardware),
-            "machine": describe_machine(folder),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": typed(
-                "bench.predictions", build_parser(), args, leave_out=("json", "help")
-            ),
-        }
-        write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
+
+
+def _write(
+    args: argparse.Namespace, rows: list[dict[str, Any]], hardware: Hardware
+) -> None:
+    report = {
+        "summary": summary(rows),
+        "host_attention": host_attention_gains(rows),
+        "predictions": rows,
+        "hardware": hardware_to_json(hardware),
+        "machine": describe_machine(default_cache()),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": typed(
+            "bench.predictions", build_parser(), args, leave_out=("json", "help")
+        ),
+    }
+    write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
 
 
 def _line(row: dict[str, Any]) -> str:

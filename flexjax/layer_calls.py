@@ -5,10 +5,10 @@ import time
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flexjax.attention_apart import Attended, AttentionApart, Projected, Segments
-from flexjax.memory.device import number
 from flexjax.memory.placed import Arrays
 from flexjax.models.config import OPTConfig
 from flexjax.models.opt import Params, unflatten
@@ -98,6 +98,7 @@ class LayerCalls:
         self._cache_as, self._sparsity = cache_as, sparsity
         self._sums, self._apart = sums, apart
         self._no_padding = np.zeros(work.batch_size, np.int32)
+        self._step, self._length = -1, jnp.zeros((), jnp.int32)
 
     @property
     def attends_apart(self) -> bool:
@@ -134,7 +135,7 @@ class LayerCalls:
                 state,
                 segments,
                 start,
-                number(self._work.past_len(cell.step)),
+                self._length_of(cell),
                 self._sparse(cell),
                 config=config,
                 cache_as=self._cache_as,
@@ -182,6 +183,12 @@ class LayerCalls:
 
     def _past_len(self, cell: Cell) -> np.int32:
         return np.int32(self._work.past_len(cell.step))
+
+    def _length_of(self, cell: Cell) -> jax.Array:
+        """`_past_len` on the device, to which it comes once a step."""
+        if cell.step != self._step:
+            self._step, self._length = cell.step, jnp.asarray(self._past_len(cell))
+        return self._length
 
     def _enter(self, cell: Cell, params: Params, state: jax.Array) -> jax.Array:
         """What the decoder layer of `cell` is given: the embedding is the first's."""

@@ -190,7 +190,7 @@ class LayerStage:
     ) -> Made:
         tensors, state = _tensors(parts), _state(given)
         segments = () if past is None else past.result().segments
-        jax.block_until_ready((tensors, segments))  # for the call's time to be its own
+        jax.block_until_ready((tensors, segments))  # so that the call's time is its own
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
             if not self._work.is_decoder(cell.layer):
                 return self._calls.head(cell, tensors, state)
@@ -276,10 +276,15 @@ def _tensors(parts: list[Future[Loans]]) -> dict[str, jax.Array]:
 
 
 def _state(given: Future[PlacedLoan] | Future[Made]) -> jax.Array:
-    """The hidden state of a whole batch, once it is there."""
+    """The hidden state of a whole batch, once a call has been asked for it, or it came.
+
+    A call is given what it overwrites: that must not be on its way any more, since
+    nobody could tell then when the memory that it came from is free.
+    """
     state = given.result()
     if isinstance(state, Made):
         assert state.hidden is not None
         return state.hidden
     arrays = [array for ((array,),) in state.segments]
+    jax.block_until_ready(arrays)
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)

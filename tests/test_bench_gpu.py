@@ -42,6 +42,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, nvidia_smi, python, mess
 
 def test_a_part_that_fails_is_named_and_the_others_run(tmp_path):
     python = """
+echo "$*" >>"$OUT.calls"
 case "$*" in
   *platform*) echo cuda ;;
   *"import xdist"*) exit 1 ;;
@@ -55,3 +56,14 @@ esac"""
     for command, count in {"bench.run": 2, "bench.predictions": 1}.items():
         assert done.stdout.count(f"{command}: capped at 0.249997\n") == count
     assert "refused" in done.stdout
+    calls = (tmp_path / "out.calls").read_text()
+    weights = tmp_path / "cache" / "random-opt-6.7b"
+    for call in (
+        f"-m checkpoints_tools.synthesize opt-6.7b {weights}\n",
+        f"-m checkpoints_tools.convert {weights} {weights}-4bit --weight-bits 4\n",
+        f"-m bench.truncated opt-6.7b 12 {weights}-12-layers\n",
+        f"-m bench.run --model {weights} --weights host=1",
+        f"-m bench.run --model {weights}-4bit --weight-bits 4 --weights host=1",
+        f"-m bench.predictions {weights}-12-layers ",
+    ):
+        assert calls.count(call) == 1, call

@@ -353,8 +353,8 @@ def test_a_run_is_one_timeline(golden, tmp_path):
     engine.generate(make_rows(golden("opt-pre-ln").prompts))
     end_s = time.perf_counter()
     spans, busy_s = engine.timeline.spans, engine.timeline.busy_s
-    # No device has memory of its own here.
-    apart = {Lane.PROJECT, Lane.ATTENTION, Lane.TO_DEVICE}
+    # No device has memory of its own here, and nothing is quantized.
+    apart = {Lane.PROJECT, Lane.ATTENTION, Lane.TO_DEVICE, Lane.WIDEN}
     assert {span.lane for span in spans} == {*Lane} - apart
     for lane in Lane:
         times = [(span.begin_s, span.end_s) for span in spans if span.lane is lane]

@@ -1,6 +1,8 @@
 """What `Free` promises: memory that it lets go of is gone, not only counted as gone."""
 
+import contextlib
 import itertools
+import pathlib
 import time
 import weakref
 
@@ -10,7 +12,7 @@ import pytest
 from flexjax.blocks import Row
 from flexjax.checkpoint import open_store
 from flexjax.engine import Engine
-from flexjax.layer_calls import Made
+from flexjax.layer_calls import LayerCalls, Made
 from flexjax.policy import Placement, Policy, Schedule
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.ops import Buffer, Cache, Weights
@@ -46,6 +48,18 @@ def are_gone(refs: list[weakref.ref], within_s: float = 10) -> bool:
     return all(ref() is None for ref in refs)
 
 
+def make_engine(checkpoint, policy: Policy, folder: pathlib.Path) -> Engine:
+    store, device = open_store(checkpoint.store), jax.devices()[0]
+    return Engine(store, policy, offload_dir=folder, device=device)
+
+
+def rows_of(checkpoint, count: int) -> list[Row]:
+    return [
+        Row(index, prompt, GREEDY, StopChecker(GREEDY, eos_token_id=2))
+        for index, prompt in enumerate(checkpoint.prompts[:count])
+    ]
+
+
 @pytest.mark.parametrize("schedule", Schedule)
 @pytest.mark.parametrize("activations", [HOST, Placement()], ids=["host", "disk"])
 def test_what_a_free_lets_go_of_is_gone(
@@ -70,20 +84,36 @@ def test_what_a_free_lets_go_of_is_gone(
         num_batches=3,
         schedule=schedule,
     )
-    engine = Engine(
-        open_store(checkpoint.store),
-        policy,
-        offload_dir=tmp_path,
-        device=jax.devices()[0],
-    )
-    rows = [
-        Row(index, prompt, GREEDY, StopChecker(GREEDY, eos_token_id=2))
-        for index, prompt in enumerate(checkpoint.prompts[:3])
-    ]
-    in_time(engine.generate, rows)
+    engine = make_engine(checkpoint, policy, tmp_path)
+    in_time(engine.generate, rows_of(checkpoint, 3))
     engine.close()
     assert lingering == []
     assert {type(buffer).__name__ for buffer in freed} == {"Weights", "Cache", "Hidden"}
+
+
+def test_a_state_that_was_loaded_has_arrived_before_a_call_overwrites_it(
+    golden, tmp_path, monkeypatch
+):
+    """While a copy is on its way, what it comes from must not be given to others."""
+    checkpoint = golden("opt-pre-ln")
+    waited: list[jax.Array] = []  # kept, so that no other array gets their place
+    wait, layer, loaded = jax.block_until_ready, LayerCalls.layer, []
+
+    def watch_waiting(arrays):
+        waited.extend(jax.tree.leaves(arrays))
+        return wait(arrays)
+
+    def watch_layer(self: LayerCalls, cell, tensors, state, segments) -> Made:
+        loaded.append(any(state is array for array in waited))
+        return layer(self, cell, tensors, state, segments)
+
+    monkeypatch.setattr(jax, "block_until_ready", watch_waiting)
+    monkeypatch.setattr(LayerCalls, "layer", watch_layer)
+    policy = Policy(activations=HOST, batch_size=1, num_batches=2)
+    with contextlib.closing(make_engine(checkpoint, policy, tmp_path)) as engine:
+        in_time(engine.generate, rows_of(checkpoint, 2))
+    assert loaded
+    assert all(loaded)
 
 
 def test_half_of_what_a_call_made_may_go_before_the_other():

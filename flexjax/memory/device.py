@@ -23,6 +23,7 @@ class DeviceStore:
         self._ledger, self._kind = ledger, kind
         self._arrays: dict[Hashable, jax.Array] = {}
         self._lock = threading.Lock()
+        self._at, self._at_there = -1, jnp.zeros((), jnp.int32)
 
     def store(
         self, key: Hashable, value: jax.Array, rows: slice, *, at: int, slots: int
@@ -35,7 +36,7 @@ class DeviceStore:
                 old = self._arrays[key]
             if old.shape[2] < slots:
                 old = _padded(old, slots)
-            array = _written(old, part, number(at))
+            array = _written(old, part, self._on_device(at))
         # Waiting here keeps `value` counted until it is copied, as `Free` promises.
         self._replace(key, array.block_until_ready())
 
@@ -50,6 +51,12 @@ class DeviceStore:
     def clear(self) -> None:
         """Nothing is kept."""
 
+    def _on_device(self, at: int) -> jax.Array:
+        """A slot's number, which comes to the device once for all stores of a step."""
+        if at != self._at:
+            self._at, self._at_there = at, jnp.asarray(at, jnp.int32)
+        return self._at_there
+
     def _replace(self, key: Hashable, array: jax.Array | None) -> None:
         with self._lock:
             old = self._arrays.pop(key, None)
@@ -59,15 +66,6 @@ class DeviceStore:
             0 if old is None else old.nbytes
         )
         self._ledger.hold(self.tier, self._kind, added)
-
-
-@functools.lru_cache(maxsize=8)
-def number(value: int) -> Int[Array, ""]:
-    """A number on the device, for all calls of a step that ask for the same one.
-
-    Given as Python's or numpy's, every call would bring it there again.
-    """
-    return jnp.asarray(value, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="slots")

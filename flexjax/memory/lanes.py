@@ -19,6 +19,7 @@ class Lane(enum.Enum):
 
     DISK = "disk"  # many requests at once: a `DiskQueue`, not a thread of `Lanes`
     WEIGHTS = "weights in"
+    WIDEN = "weights made wide"
     CACHE_IN = "cache in"
     CACHE_OUT = "cache out"
     HIDDEN = "hidden in and out"

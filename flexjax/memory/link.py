@@ -1,7 +1,7 @@
 """The way between host memory and the device."""
 
-import contextlib
 import functools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +19,10 @@ from flexjax.memory.ledger import Ledger
 from flexjax.memory.processor import Processor
 from flexjax.policy import Kind, Policy, Tier
 
+_LEAST_MAPPED_BYTES = 1 << 20  # less is copied as soon as it is mapped
+
+logger = logging.getLogger(__name__)
+
 
 @runtime_checkable
 class Device(Protocol):
@@ -31,9 +35,6 @@ class Device(Protocol):
     def client(self) -> Any: ...
 
     def memory_stats(self) -> dict[str, Any] | None: ...
-
-
-_LEAST_MAPPED_BYTES = 1 << 20  # less is copied as soon as it is mapped
 
 
 def nothing_to_release() -> None:
@@ -209,22 +210,26 @@ class DeviceLink:
         return loan
 
     def lend_all(self, sources: Sequence[Source], kind: Kind) -> list[Loan]:
-        """`lend` of several arrays, which takes Python little longer than of one."""
+        """`lend` of several arrays, which takes Python little longer than of one.
+
+        What is overwritten on the device must have arrived: a copy that is donated
+        while it is on its way cannot be followed. Releasing one waits for all.
+        """
         arrays, begun_s = [source.array for source in sources], time.perf_counter()
         try:
             copies = jax.device_put(arrays, self.device)
+            if self.is_shared:
+                return [
+                    Loan(copy, source.give_back)
+                    for copy, source in zip(copies, sources, strict=True)
+                ]
+            copied = self._copies.submit(self._follow, copies, kind, begun_s, sources)
         except BaseException:
             _give_back(sources)
             raise
-        if self.is_shared:
-            return [
-                Loan(copy, source.give_back)
-                for copy, source in zip(copies, sources, strict=True)
-            ]
-        nbytes = sum(array.nbytes for array in arrays)
-        self._ledger.hold(Tier.DEVICE, kind, nbytes)
-        self._ledger.move(Tier.HOST, Tier.DEVICE, nbytes)
-        copied = self._copies.submit(self._follow, copies, kind, begun_s, sources)
+        total_bytes = sum(array.nbytes for array in arrays)
+        self._ledger.hold(Tier.DEVICE, kind, total_bytes)
+        self._ledger.move(Tier.HOST, Tier.DEVICE, total_bytes)
 
         def release(nbytes: int) -> None:
             # What went wrong with a copy is heard of where it is used.
@@ -283,8 +288,18 @@ def _cut(array: jax.Array, rows: slice) -> jax.Array:
 def _map(memory: np.ndarray, device: Device) -> None:
     """Tells the device of host memory, for as long as it is there."""
     address = memory.ctypes.data
-    # Copies are as right without, and not every kind of device knows of it.
-    with contextlib.suppress(Exception):
+    try:
         device.client.dma_map(address, memory.nbytes)
-        unmap = weakref.finalize(memory, device.client.dma_unmap, address)
-        unmap.atexit = False  # the system does it, and the client may be gone
+    except Exception as error:  # noqa: BLE001  (each backend refuses in its own way)
+        _warn_of_slow_copies(str(error))  # they are as right
+        return
+    unmap = weakref.finalize(memory, device.client.dma_unmap, address)
+    unmap.atexit = False  # the system does it, and the client may be gone
+
+
+@functools.cache
+def _warn_of_slow_copies(reason: str) -> None:
+    logger.warning(
+        "copies to the device may be slow: it cannot be told of host memory (%s)",
+        reason,
+    )

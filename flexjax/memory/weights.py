@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -47,9 +47,8 @@ class PlacedWeights:
         make = self._link.host_memory
         self._stage = BufferPool(self._ledger, stage_tier, Kind.WEIGHTS, make)
         self._rows_stage = BufferPool(self._ledger, stage_tier, Kind.ACTIVATIONS, make)
-        device = self._link.device
-        self._widened = WidenedArrays(device, self._ledger, Kind.WEIGHTS)
-        self._widened_rows = WidenedArrays(device, self._ledger, Kind.ACTIVATIONS)
+        self._widened = WidenedArrays(self._link, self._ledger, Kind.WEIGHTS)
+        self._widened_rows = WidenedArrays(self._link, self._ledger, Kind.ACTIVATIONS)
         self._verified: set[tuple[str, int]] = set()  # (tensor, first row of a piece)
         self._homes: list[str] = []  # tensors that are counted
         self._on_device: dict[str, jax.Array] = {}
@@ -72,7 +71,10 @@ class PlacedWeights:
         name = f"layer {layer}" + (
             f", part {part}" if self.layout.num_parts > 1 else ""
         )
-        return self._lanes.submit(Lane.WEIGHTS, self._load, name, spans, reads)
+        brought = self._lanes.submit(Lane.WEIGHTS, self._load, name, spans, reads)
+        if not any(map(self.layout.is_widened, spans)):
+            return brought
+        return self._lanes.submit(Lane.WIDEN, self._widen, name, brought)
 
     def token_rows(self, ids: np.ndarray) -> Loan:
         """Rows of the token table, `[*ids.shape, embed]`, wherever the table is."""
@@ -81,7 +83,7 @@ class PlacedWeights:
         if how is None:
             return loan
         try:
-            (wide,) = self._wide(self._widened_rows, [(loan, how)])
+            (wide,) = self._widened_rows.lend_all([(loan, how)])
         except BaseException:
             loan.release()
             raise
@@ -165,38 +167,51 @@ class PlacedWeights:
             for name in reads:
                 self._finish_reading(name, spans[name], reads[name])
             sources = {
-                name: self._source(name, rows, reads.pop(name, None))
+                name: self._source(name, rows, reads.get(name))
                 for name, rows in spans.items()
                 if self._is_lent(name, rows)
             }
+            reads.clear()  # the link gives their buffers back from here on
             lent = self._link.lend_all([*sources.values()], Kind.WEIGHTS)
             loans |= zip(sources, lent, strict=True)
-            for name, rows in spans.items():
-                if name not in loans:
-                    loans[name] = self._resident(name, rows)
             # In the order of every layer, whatever lies where: one compilation for all.
-            return self._as_used({name: loans[name] for name in spans})
+            return {
+                name: self._as_used(name, loans.get(name) or self._resident(name, rows))
+                for name, rows in spans.items()
+            }
         except BaseException:
             self._give_up(reads)
             for loan in loans.values():
                 loan.release()
             raise
 
-    def _as_used(self, loans: Loans) -> Loans:
-        """What layers use of tensors as they are stored."""
+    def _as_used(self, name: str, loan: Loan) -> Loan:
+        """A tensor as layers use it, if it is not to be made wide."""
+        if self.layout.is_widened(name):
+            return loan
+        return Loan(self.layout.as_used(name, loan.array), loan.release)
+
+    def _widen(self, name: str, brought: Future[Loans]) -> Loans:
+        """Makes wide what is to be, once it has arrived.
+
+        A device may run its calls in the order in which it gets them: one that waits
+        for the link would hold up the layer before.
+        """
+        loans = brought.result()
         narrow: dict[str, tuple[Loan, Quantization]] = {}
-        used: Loans = {}
-        for name, loan in loans.items():
-            how = self._store.tensors[name].quantization
-            if how is not None and self.layout.is_widened(name):
-                narrow[name] = loan, how
-            else:
-                array = self.layout.as_used(name, loan.array)
-                used[name] = Loan(array, loan.release)
-        if narrow:
-            wide = self._wide(self._widened, [*narrow.values()])
-            used |= zip(narrow, wide, strict=True)
-        return used
+        for tensor in filter(self.layout.is_widened, loans):
+            how = self._store.tensors[tensor].quantization
+            assert how is not None
+            narrow[tensor] = loans[tensor], how
+        try:
+            jax.block_until_ready([loan.array for loan, _ in narrow.values()])
+            with self._lanes.working(Lane.WIDEN, name):
+                wide = self._widened.lend_all([*narrow.values()])
+        except BaseException:
+            for loan in loans.values():
+                loan.release()
+            raise
+        return loans | dict(zip(narrow, wide, strict=True))
 
     def _start_reading(self, spans: dict[str, slice]) -> "dict[str, _Read]":
         reads: dict[str, _Read] = {}
@@ -255,19 +270,6 @@ class PlacedWeights:
         if read is None:
             return Source(self._on_host[name][rows])
         return Source(read.array, functools.partial(self._stage.give, read.buffer))
-
-    def _wide(
-        self, arrays: WidenedArrays, narrow: Sequence[tuple[Loan, Quantization]]
-    ) -> list[Loan]:
-        """What layers use of quantized loans.
-
-        Waits for it where the processor that waits is the one that works: so its time
-        is this lane's. Elsewhere the device does it when its turn comes.
-        """
-        wide = arrays.lend_all(narrow)
-        if self._link.is_shared:
-            jax.block_until_ready([loan.array for loan in wide])
-        return wide
 
     def _resident(self, name: str, rows: slice) -> Loan:
         array = self._on_device[name]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import Device, Loan
+from flexjax.memory.link import DeviceLink, Loan
 from flexjax.memory.pool import ReusePool
 from flexjax.policy import Kind, Tier
 from flexjax.quant import Quantization, dequantize_into, wide_shape
@@ -32,18 +32,21 @@ class WidenedArrays:
     What is given back is written over by the next array of its shape.
     """
 
-    def __init__(self, device: Device, ledger: Ledger, kind: Kind) -> None:
+    def __init__(self, link: DeviceLink, ledger: Ledger, kind: Kind) -> None:
         def make(wide: _Wide) -> jax.Array:
-            return jax.device_put(jnp.zeros(wide.shape, wide.dtype), device)
+            return jax.device_put(jnp.zeros(wide.shape, wide.dtype), link.device)
 
         self._pool = ReusePool[_Wide, jax.Array](
             ledger, Tier.DEVICE, kind, make=make, nbytes=lambda wide: wide.nbytes
         )
+        self._waits = link.is_shared
 
     def lend_all(self, narrow: Sequence[tuple[Loan, Quantization]]) -> list[Loan]:
         """What the bytes of some loans stand for; releasing it releases them too.
 
         All in one call: each takes Python as long as the link takes for megabytes.
+        Waits for it where the processor that waits is the one that works: so its time
+        is the lane's. Elsewhere the device does it when its turn comes.
         """
         wide: list[_Wide] = []
         outs: list[jax.Array] = []
@@ -58,6 +61,8 @@ class WidenedArrays:
                 [loan.array for loan, _ in narrow],
                 quantizations=tuple(how for _, how in narrow),
             )
+            if self._waits:
+                jax.block_until_ready(arrays)
         except BaseException:
             for one in wide:
                 self._pool.drop(one)  # it may have been donated already

@@ -43,7 +43,12 @@ from flexjax.policy import BITS, Kind
 from flexjax.safe_files import make_folder
 
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
-TOLD = (16, 32, 1, 128)  # rows, heads, tokens, elements: of a query, a key or a value
+QUERY_SHAPE = (
+    16,
+    32,
+    1,
+    128,
+)  # rows, heads, tokens, elements; of a key and a value too
 BESIDE_ROWS, BESIDE_S = 64, 3.0
 
 Progress = Callable[[str], object]
@@ -194,7 +199,10 @@ def _copy_rates(link: DeviceLink) -> dict[str, float]:
 
 def _round_trip_s(link: DeviceLink) -> float:
     """Of what attention on the host is told, and tells, of a token of a few rows."""
-    told = [jax.device_put(np.zeros(TOLD, np.float32), link.device) for _ in range(4)]
+    told = [
+        jax.device_put(np.zeros(QUERY_SHAPE, np.float32), link.device)
+        for _ in ("query", "key", "value", "start")
+    ]
     host = host_device("a calibration")
 
     def step(state: Any) -> jax.Array:

@@ -19,7 +19,7 @@ from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
 from flexjax.schedule.simulate import Contention
 
-VERSION = 4
+VERSION = 5
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
 _TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
 _FROM_ZERO = ("disk_bytes", "call_s", "round_trip_s")

@@ -7,7 +7,7 @@ import pytest
 
 from flexjax.memory import widened
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import Loan
+from flexjax.memory.link import DeviceLink, Loan
 from flexjax.memory.widened import WidenedArrays
 from flexjax.policy import Kind, Tier
 from flexjax.quant import Quantization, dequantize, quantize
@@ -24,7 +24,7 @@ def ledger():
 
 @pytest.fixture
 def arrays(ledger):
-    return WidenedArrays(jax.devices()[0], ledger, Kind.WEIGHTS)
+    return WidenedArrays(DeviceLink(jax.devices()[0], ledger), ledger, Kind.WEIGHTS)
 
 
 def held(ledger: Ledger) -> int:
@@ -41,6 +41,23 @@ def test_what_is_given_back_is_written_over(arrays, ledger):
         assert len(released) == count
         assert held(ledger) == WIDE_BYTES
     arrays.clear()
+    assert held(ledger) == 0
+
+
+def test_memory_that_is_not_to_be_had_leaves_nothing_counted(
+    arrays, ledger, monkeypatch
+):
+    made, zeros = [], jnp.zeros
+
+    def fail(*args):
+        made.append(1)
+        if len(made) == 2:
+            raise MemoryError("no room")
+        return zeros(*args)
+
+    monkeypatch.setattr(widened.jnp, "zeros", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        arrays.lend_all([(Loan(DATA), HOW)] * 2)
     assert held(ledger) == 0
 
 
