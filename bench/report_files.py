@@ -123,15 +123,20 @@ def _read_phase(values: Values) -> Phase:
 
 
 def _placement(policy: Values) -> str:
-    """Where the tensors are, as far as it is not the device: "weights disk=1"."""
+    """Not on the device: "weights disk=1 kv-cache host=1, attended to there"."""
     parts = []
     for kind in ("weights", "kv_cache", "activations"):
         on = {tier: policy[kind].get(tier, 0.0) for tier in ("device", "host")}
         on["disk"] = round(1 - sum(on.values()), 6)
         if on["device"] < 1:
             shares = ",".join(f"{tier}={x:g}" for tier, x in on.items() if x > 0)
-            parts.append(f"{kind.replace('_', '-')} {shares}")
+            there = ", attended to there" if _is_attended(policy, kind) else ""
+            parts.append(f"{kind.replace('_', '-')} {shares}{there}")
     return " ".join(parts)
+
+
+def _is_attended(policy: Values, kind: str) -> bool:
+    return kind == "kv_cache" and policy.get("host_attention", False)
 
 
 def _read_comparison(path: pathlib.Path, values: Values) -> Comparison:

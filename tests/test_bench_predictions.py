@@ -1,21 +1,25 @@
 """The grid of policies that predictions are compared on, and what is made of it."""
 
 import dataclasses
+import json
 
 import pytest
 
 from bench.predictions import (
     GEN_LEN,
+    HOST,
     PROMPT_LEN,
     compare,
     host_attention_gains,
     policies,
     summary,
 )
+from bench.report_files import read_results
+from bench.report_values import Predictions
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.plan.hardware import read_hardware
-from flexjax.policy import Placement, Policy, validate
+from flexjax.policy import Placement, Policy, to_json, validate
 
 
 def test_the_grid_is_of_valid_policies_each_of_its_own():
@@ -54,6 +58,34 @@ def test_what_attention_on_the_host_wins_is_of_the_same_policy():
     (gain,) = host_attention_gains(rows)
     assert gain == {"policy": on_host["policy"], "measured": 1.5, "predicted": 1.25}
     assert host_attention_gains([on_host]) == []
+
+
+def test_a_report_tells_attention_on_the_host_from_moving_the_cache(tmp_path):
+    seconds = {"prefill_s": 1.0, "decode_s": 2.0}
+    rows = [
+        {
+            "model": "opt-6.7b",
+            "policy": to_json(Policy(kv_cache=HOST, host_attention=on_host)),
+            "predicted": seconds,
+            "measured": seconds,
+            "error": 0.0,
+        }
+        for on_host in (False, True)
+    ]
+    values = {
+        "summary": {"median_error": 0.0, "error_of_90_percent": 0.0},
+        "host_attention": host_attention_gains(rows),
+        "predictions": rows,
+        "machine": {"cpu": {"model": "a CPU", "cores": 2}, "memory_bytes": 10**9},
+        "command": "python -m bench.predictions",
+    }
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps(values))
+    (result,) = read_results([path])
+    assert isinstance(result, Predictions)
+    moved, attended = (predicted.policy for predicted in result.rows)
+    assert moved.endswith("kv-cache host=1")
+    assert attended == f"{moved}, attended to there"
 
 
 def row(error, held=10, said=11):
