@@ -164,8 +164,8 @@ class DeviceLink:
     """Brings arrays to a device and back.
 
     A CPU is a device that shares the host's memory: arrays are looked at in place.
-    Elsewhere copies to the device follow each other without a pause: they are begun
-    before the last one has ended, and a thread follows them.
+    Elsewhere copies to the device are begun before the last one has ended, so that the
+    link need not wait for Python, and a thread follows them.
     """
 
     def __init__(
@@ -210,11 +210,13 @@ class DeviceLink:
         return loan
 
     def lend_all(self, sources: Sequence[Source], kind: Kind) -> list[Loan]:
-        """`lend` of several arrays, which takes Python little longer than of one.
+        """`lend` of several arrays, which are followed as one.
 
         What is overwritten on the device must have arrived: a copy that is donated
         while it is on its way cannot be followed. Releasing one waits for all.
         """
+        if not sources:
+            return []
         arrays, begun_s = [source.array for source in sources], time.perf_counter()
         try:
             copies = jax.device_put(arrays, self.device)

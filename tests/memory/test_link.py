@@ -8,7 +8,7 @@ import pytest
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.memory.lanes import Lane, Timeline
 from flexjax.memory.ledger import Ledger
-from flexjax.memory.link import DeviceLink, is_shared
+from flexjax.memory.link import DeviceLink, Source, is_shared
 from flexjax.policy import Kind, Tier
 from tests.common import LINKS, ApartLink, assert_nothing_held
 
@@ -166,3 +166,19 @@ def test_buffers_are_given_back_before_a_release_returns():
 
     link.lend(aligned(), Kind.WEIGHTS, give_back_late).release()
     assert given == [1]
+
+
+def test_several_arrays_are_followed_as_one_and_none_not_at_all():
+    ledger, timeline, given = Ledger(), Timeline(keeps_spans=True), []
+    link = ApartLink(DEVICE, ledger, timeline)
+    assert link.lend_all([], Kind.WEIGHTS) == []
+    sources = [Source(aligned(count), lambda: given.append(1)) for count in (10, 20)]
+    loans = link.lend_all(sources, Kind.WEIGHTS)
+    assert [loan.array.size for loan in loans] == [10, 20]
+    loans[0].release()
+    assert given == [1, 1]
+    assert ledger.held(Tier.DEVICE, Kind.WEIGHTS) == 80
+    loans[1].release()
+    assert_nothing_held(ledger)
+    (span,) = timeline.spans
+    assert span.nbytes == 120
