@@ -43,12 +43,7 @@ from flexjax.policy import BITS, Kind
 from flexjax.safe_files import make_folder
 
 LINK_BYTES, LINK_REPEATS = 256 << 20, 5
-QUERY_SHAPE = (
-    16,
-    32,
-    1,
-    128,
-)  # rows, heads, tokens, elements; of a key and a value too
+QUERY_SHAPE = (16, 32, 1, 128)  # rows, heads, tokens, elements; keys and values alike
 BESIDE_ROWS, BESIDE_S = 64, 3.0
 
 Progress = Callable[[str], object]

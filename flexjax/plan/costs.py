@@ -156,7 +156,8 @@ class RunCosts:
                 else hardware.attention_bytes_per_s
             )
             seconds[resource] += wide_bytes / rate
-            if on_host and count:  # however few rows: no line, as the closed form is
+            # However few the rows; the closed form counts a share of it for a share.
+            if on_host and count:
                 seconds[resource] += hardware.round_trip_s
             if (how := self.run.cache_as) is not None:
                 widened = hardware.dequantized_bytes_per_s
