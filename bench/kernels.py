@@ -29,7 +29,7 @@ from bench.machine import describe_machine
 from flexjax.cached_attention import attend_step
 from flexjax.cli import run_command
 from flexjax.kernels import compiled
-from flexjax.kernels.products import can_multiply_quantized, is_multiplied
+from flexjax.kernels.products import PRODUCTS, is_multiplied
 from flexjax.memory.buffers import page_aligned, typed
 from flexjax.models.config import OPTConfig, layer_tensors, named_config, tensor_shapes
 from flexjax.models.opt import contract_last, unflatten
@@ -69,11 +69,11 @@ def measure_kernels(
     group = fitting_group(config.hidden_size, Policy().group_size)
     ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
     # Here, so that it fails before anything is measured.
-    peak = compiled.library(PEAK) if can_multiply_quantized() else None
+    peak = compiled.library(PEAK) if PRODUCTS.is_there() else None
     for rows in ROWS:
         yield _product(config, rows)
     for how, rounded in itertools.product(ways, (None, *ACTIVATION_BITS)):
-        if can_multiply_quantized() and is_multiplied(how, config.hidden_size):
+        if PRODUCTS.is_there() and is_multiplied(how, config.hidden_size):
             for rows in ROWS:
                 yield _product(config, rows, how, rounded)
     if peak is not None:

@@ -30,7 +30,7 @@ from checkpoints_tools.resolve import resolve_for
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 from flexjax.llm import EMBEDDED_MODEL, LLM
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
@@ -88,7 +88,7 @@ def _shared(model: str) -> Iterator[Policy]:
             yield dataclasses.replace(policy, weight_bits=4)
             if cache == DISK:
                 yield dataclasses.replace(policy, weight_bits=4, kv_cache_bits=4)
-            elif can_multiply_quantized():
+            elif PRODUCTS.is_there():
                 yield dataclasses.replace(policy, weight_bits=4, activation_bits=8)
 
 

@@ -34,7 +34,7 @@ from checkpoints_tools.resolve import resolve_model
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 from flexjax.llm import EMBEDDED_MODEL
 from flexjax.models.opt import forward, unflatten
 from flexjax.policy import Policy
@@ -93,7 +93,7 @@ def measure_quality(
     plain: _Said | None = None
     as_stored = open_store(resolve_model(EMBEDDED_MODEL))
     for weight_bits, kv_cache_bits, activation_bits, sparsity in SETTINGS:
-        if activation_bits is not None and not can_multiply_quantized():
+        if activation_bits is not None and not PRODUCTS.is_there():
             continue
         policy = Policy(
             weight_bits=weight_bits,

@@ -49,7 +49,8 @@ def _padded(query: Array) -> Array:
     return jnp.pad(query, ((0, 0), (0, 0), (0, rows), (0, 0)))
 
 
-def _scale(query: Array) -> Array:
+def scaled(query: Array) -> Array:
+    """A query such that its products with keys are scores."""
     return query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
 
 
@@ -73,7 +74,7 @@ def prefill_attention(
 
         def attend_chunk(begin: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(query, begin, chunk, axis=1)
-            scores = _dot(_scale(part), key, contract=(2, 2))
+            scores = _dot(scaled(part), key, contract=(2, 2))
             newest = begin + jnp.arange(chunk, dtype=jnp.int32)
             visible = (slots[None, :] <= newest[:, None]) & (slots >= first)[None, :]
             scores = jnp.where(visible[None], scores, MASKED)
@@ -97,7 +98,7 @@ def decode_scores(
 
     Slots that it may not see are `MASKED`. Arguments as of `decode_attention`.
     """
-    query = _scale(query)
+    query = scaled(query)
     padded, first = _padded(query), 0
     scores = []
     for key in keys:

@@ -9,9 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxtyping import Array, Float, Int, Shaped
 
 from flexjax.attention import decode_attention
+from flexjax.kernels.decode_attention import (
+    DECODE_ATTENTION,
+    attend_to_cache,
+    is_attended,
+)
 from flexjax.quant import Quantization, dequantize
 from flexjax.sparse import (
     Selection,
@@ -41,11 +48,11 @@ def attend(
     cache_as: Quantization | None,
 ) -> HeadVectors:
     """Attention to a segment as the cache keeps it."""
+    if sparse is None:
+        return _attend_to_all(query, new, past, start, length, cache_as)
 
     def attend_rows(inputs: Any) -> HeadVectors:
         query, new, past, start, sparse = inputs
-        if sparse is None:
-            return decode_attention(query, new, _wide(past, cache_as), start, length)
         keys, values = past
         keys = _wide(keys, cache_as)
         selection = select(query, new[0], keys, start, length, sparse.sparsity)
@@ -126,6 +133,64 @@ def sum_step(
         return sum_values(_wide(values, cache_as), start)
 
     return _few_wide(add, (values, start), cache_as, len(start))
+
+
+def _attend_to_all(
+    query: HeadVectors,
+    new: KeyValue,
+    past: Past,
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    cache_as: Quantization | None,
+) -> HeadVectors:
+    """`decode_attention`; by a kernel where this is for a CPU that has it."""
+    if not is_attended(query.dtype, query.shape[-1], cache_as):
+        return _by_xla(query, new, past, start, length, cache_as)
+    operands, tree = jax.tree.flatten((query, new, past, start, length))
+    return _decode_attention.bind(*operands, tree=tree, cache_as=cache_as)
+
+
+def _by_xla(
+    query: HeadVectors,
+    new: KeyValue,
+    past: Past,
+    start: Int[Array, " batch"],
+    length: Int[Array, ""],
+    cache_as: Quantization | None,
+) -> HeadVectors:
+    def attend_rows(inputs: Any) -> HeadVectors:
+        query, new, past, start = inputs
+        return decode_attention(query, new, _wide(past, cache_as), start, length)
+
+    return _few_wide(attend_rows, (query, new, past, start), cache_as, len(query))
+
+
+# A step is traced before anyone knows what it is for: what it is lowered for says who
+# attends. So no kernel is compiled for a GPU, and attention on the host has it.
+_decode_attention = Primitive("decode_attention")
+
+
+@_decode_attention.def_abstract_eval
+def _abstract(query: Any, *_: Any, **__: Any) -> Any:
+    return query.update(weak_type=False)
+
+
+def _lower(
+    by: Callable[..., Array], context: Any, *operands: Any, **params: Any
+) -> Any:
+    def call(*operands: Array, tree: Any, cache_as: Quantization | None) -> Array:
+        return by(*jax.tree.unflatten(tree, operands), cache_as)
+
+    return mlir.lower_fun(call, multiple_results=False)(context, *operands, **params)
+
+
+def _lower_on_cpu(*args: Any, **params: Any) -> Any:
+    by = attend_to_cache if DECODE_ATTENTION.is_there() else _by_xla
+    return _lower(by, *args, **params)
+
+
+mlir.register_lowering(_decode_attention, functools.partial(_lower, _by_xla))
+mlir.register_lowering(_decode_attention, _lower_on_cpu, platform="cpu")
 
 
 def _wide(cache: Any, cache_as: Quantization | None) -> Any:

@@ -34,6 +34,7 @@ STAIRS = [
     "quant",
     "kernels.products",
     "attention",
+    "kernels.decode_attention",
     "sparse",
     "logprobs",
     "sampling",

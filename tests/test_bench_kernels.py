@@ -8,7 +8,7 @@ from bench.kernels import measure_kernels
 from bench.report_files import read_results
 from bench.report_values import Kernels
 from flexjax.cli import run_command
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 from flexjax.models.config import OPTConfig
 
 TINY = OPTConfig(
@@ -35,7 +35,7 @@ def test_rates_are_work_over_time():
         assert row["flops_per_s"] * row["seconds"] == pytest.approx(2 * count * 8 * 16)
         assert row["bytes_per_s"] * row["seconds"] == pytest.approx(2 * 8 * 16)
     rows = rows[len(products) :]
-    if can_multiply_quantized():
+    if PRODUCTS.is_there():
         for dtype in ("bfloat16", "int8"):
             peak = rows.pop(0)
             assert peak["kernel"] == f"the instruction alone, {dtype}"
@@ -73,7 +73,7 @@ def test_an_unknown_model_is_refused(capsys):
 
 
 @pytest.mark.skipif(
-    not can_multiply_quantized(), reason="no processor for the kernel, or no compiler"
+    not PRODUCTS.is_there(), reason="no processor for the kernel, or no compiler"
 )
 def test_quantized_products_are_measured_where_there_is_a_kernel():
     wider = dataclasses.replace(TINY, hidden_size=128, ffn_dim=256)

@@ -4,7 +4,7 @@ from bench import quality
 from bench.quality import SETTINGS, measure_quality, table
 from bench.synthetic import weights_folder
 from flexjax.cli import run_command
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_outliers_that_are_none_are_refused(outliers, capsys):
 def test_quality_is_measured_in_every_setting_and_costs_what_was_promised(rows):
     names = "weight_bits", "kv_cache_bits", "activation_bits", "attention_sparsity"
     found = {tuple(row[name] for name in names): row for row in rows}
-    can_round = can_multiply_quantized()
+    can_round = PRODUCTS.is_there()
     settings = [setting for setting in SETTINGS if can_round or setting[2] is None]
     assert list(found) == settings
     plain = found[None, None, None, 1.0]

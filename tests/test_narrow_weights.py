@@ -1,16 +1,18 @@
 """Weights that are multiplied with as they are quantized give what wide ones give."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 
 from flexjax import LLM, Placement, Policy, SamplingParams
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 from flexjax.memory import link
 from flexjax.policy import Tier
 
 pytestmark = [
     pytest.mark.skipif(
-        not can_multiply_quantized(),
+        not PRODUCTS.is_there(),
         reason="no processor for the kernel, or no compiler",
     ),
     pytest.mark.xdist_group("narrow"),
@@ -53,7 +55,7 @@ def test_narrow_weights_give_what_wide_ones_give(
         num_batches=2,
     )
     narrow = outcome(policy)
-    monkeypatch.setattr(link, "can_multiply_quantized", lambda: False)
+    monkeypatch.setattr(link, "PRODUCTS", mock.Mock(**{"is_there.return_value": False}))
     wide = outcome(policy)
     for found, expected in zip(narrow[0], wide[0], strict=True):
         np.testing.assert_allclose(found, expected, atol=0.02)

@@ -13,7 +13,7 @@ from checkpoints_tools.resolve import resolve_model
 from flexjax import LLM, Placement, Policy, SamplingParams
 from flexjax.attention import prefill_attention
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
-from flexjax.kernels.products import can_multiply_quantized, round_rows
+from flexjax.kernels.products import PRODUCTS, round_rows
 from flexjax.models import opt
 from flexjax.policy import Schedule, Tier
 from flexjax.quant import QuantizedArray, cache_quantization, dequantize
@@ -26,7 +26,7 @@ from tests.test_narrow_weights import PLACEMENTS, PROMPTS
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=1)
 SPARSITY = 0.4
 needs_kernel = pytest.mark.skipif(
-    not can_multiply_quantized(), reason="no processor for the kernel, or no compiler"
+    not PRODUCTS.is_there(), reason="no processor for the kernel, or no compiler"
 )
 
 

@@ -6,6 +6,7 @@ compiled. Where there is no compiler, or not the processor, XLA alone does the w
 """
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -23,12 +24,11 @@ import jax
 from flexjax.cache_folder import default_cache
 from flexjax.safe_files import make_folder, sync_tree
 
-# What a source is compiled for. With AMX, XLA's own products are faster than these.
+# What a source is compiled for.
 NEEDED = (
     *("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     *("avx512_bf16", "avx512_vnni"),
 )
-BETTER = "amx_bf16"
 FLAGS = (
     *("-O3", "-std=c++20", "-fPIC", "-shared", "-w"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
@@ -40,16 +40,65 @@ COMPILES_WITHIN_S = 300.0
 logger = logging.getLogger(__name__)
 
 
-def why_unwanted() -> str | None:
-    """Why this processor does without the kernels; None if it does not."""
-    if platform.machine() != "x86_64":
-        return f"this processor is {platform.machine()}, not x86_64"
-    flags = _processor_flags()
-    if lacking := [flag for flag in NEEDED if flag not in flags]:
-        return f"this processor has no {', '.join(lacking)}"
-    if BETTER in flags:
-        return f"XLA's own products are faster on this processor, by {BETTER}"
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Functions of one source that XLA can call by their names.
+
+    Attributes:
+        source: a .cc file.
+        targets: names of its handlers.
+        without: what the lack of it means, for a warning.
+        better: what processors have that do as well by XLA alone, if any do.
+    """
+
+    source: pathlib.Path
+    targets: tuple[str, ...]
+    without: str
+    better: str | None = None
+
+    def why_unwanted(self) -> str | None:
+        """Why this processor does without the kernel; None if it does not."""
+        if platform.machine() != "x86_64":
+            return f"this processor is {platform.machine()}, not x86_64"
+        flags = _processor_flags()
+        if lacking := [flag for flag in NEEDED if flag not in flags]:
+            return f"this processor has no {', '.join(lacking)}"
+        if self.better in flags:
+            return f"XLA does as well by itself on this processor, by {self.better}"
+        return None
+
+    def why_missing(self) -> str | None:
+        """Why the kernel is not there; None where it is.
+
+        The first time it is compiled.
+        """
+        return _why_missing(self)
+
+    def is_there(self) -> bool:
+        """Whether the kernel is there; warns once if it is not, but should be."""
+        return _is_there(self)
+
+
+@functools.cache
+def _why_missing(kernel: Kernel) -> str | None:
+    if reason := kernel.why_unwanted():
+        return reason
+    try:
+        loaded = library(kernel.source)
+    except ValueError as error:
+        return str(error)
+    for name in kernel.targets:
+        handler = jax.ffi.pycapsule(getattr(loaded, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return None
+
+
+@functools.cache
+def _is_there(kernel: Kernel) -> bool:
+    reason = kernel.why_missing()
+    if reason is not None and kernel.why_unwanted() is None:
+        logger.warning("%s: %s", kernel.without, reason)
+    return reason is None
 
 
 @functools.cache
@@ -68,10 +117,8 @@ def library(source: pathlib.Path) -> ctypes.CDLL:
     """The library of a .cc file.
 
     Raises:
-        ValueError: it cannot be made, or is not for this processor.
+        ValueError: it cannot be made.
     """
-    if reason := why_unwanted():
-        raise ValueError(reason)
     try:
         return _loaded(source)
     except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -6,8 +6,6 @@ once they are wide, which takes half as long as 64 rows do. Rows that are rounde
 8 bits are multiplied as integers: 64 at 1.2 TFLOP/s and 2048 at 1.1.
 """
 
-import functools
-import logging
 import math
 import pathlib
 from collections.abc import Iterable
@@ -17,41 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from flexjax.kernels import compiled
+from flexjax.kernels.compiled import Kernel
 from flexjax.quant import Quantization, QuantizedArray
 
-SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _ROUND = "flexjax_round_rows"
 _CONTRACT = {None: "flexjax_contract_quantized", 8: "flexjax_contract_rounded"}
+PRODUCTS = Kernel(
+    pathlib.Path(__file__).with_suffix(".cc"),
+    (_ROUND, *_CONTRACT.values()),
+    without="quantized weights are made wide before they are multiplied with, which "
+    "is slower",
+    better="amx_bf16",
+)
 GROUP_STEP = 32  # elements that the kernel unpacks at once
 MOST_GROUP = 1 << 16  # of which 32-bit integers hold the products of two codes of 8
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def why_missing() -> str | None:
-    """Why the kernel is not there; None where it is. Compiles it the first time."""
-    try:
-        library = compiled.library(SOURCE)
-    except ValueError as error:
-        return str(error)
-    for name in (_ROUND, *_CONTRACT.values()):
-        handler = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return None
-
-
-@functools.cache
-def can_multiply_quantized() -> bool:
-    """Whether the kernel is there; warns once if it is not, but should be."""
-    if why_missing() is not None and compiled.why_unwanted() is None:
-        logger.warning(
-            "quantized weights are made wide before they are multiplied with, which "
-            "is slower: %s",
-            why_missing(),
-        )
-    return why_missing() is None
 
 
 def is_multiplied(quantization: Quantization, inputs: int) -> bool:
@@ -90,7 +67,7 @@ def contract_quantized(
             other inputs.
     """
     how = weight.quantization
-    if not (can_multiply_quantized() and is_multiplied(how, x.shape[1])):
+    if not (PRODUCTS.is_there() and is_multiplied(how, x.shape[1])):
         raise ValueError(f"no kernel multiplies with weights of {how} on this machine")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"x is {x.shape}, but the weights are {weight.shape}")

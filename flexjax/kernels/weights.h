@@ -7,9 +7,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "groups.h"
+
 namespace flexjax {
 
-constexpr int64_t kLanes = 16;     // of a register: floats, or words
 constexpr int64_t kWordBytes = 4;  // of the inputs that a lane multiplies at once
 
 // A product of rows and quantized weights.
@@ -88,11 +89,6 @@ class Weights {
 
   const Work work_;
   const int64_t half_, num_groups_;
-
- private:
-  // Into the caches. As assembly, since GCC takes a function that does nothing
-  // but prefetch for one without effect, and leaves its calls out.
-  static void Prefetch(const uint8_t* at) { asm volatile("prefetcht0 %0" : : "m"(*at)); }
 };
 
 }  // namespace flexjax

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from flexjax.kernels.products import can_multiply_quantized, why_missing
+from flexjax.kernels.products import PRODUCTS
 from flexjax.memory import buffers
 from flexjax.memory.lanes import Lane, Timeline
 from flexjax.memory.ledger import Ledger
@@ -65,7 +65,7 @@ def processor_of(device: Device, *, is_quantized: bool) -> Processor:
     is_host = is_shared(device)
     return Processor(
         is_host=is_host,
-        multiplies_quantized=is_quantized and is_host and can_multiply_quantized(),
+        multiplies_quantized=is_quantized and is_host and PRODUCTS.is_there(),
     )
 
 
@@ -79,7 +79,7 @@ def ensure_rounds(policy: Policy, device: Device) -> None:
         return
     reason = f"the device is a {device.platform}"
     if is_shared(device):
-        reason = why_missing()
+        reason = PRODUCTS.why_missing()
     if reason is not None:
         raise ValueError(
             f"activation_bits={policy.activation_bits} cannot be had here: {reason}. "

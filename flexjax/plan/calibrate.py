@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from flexjax.cache_folder import default_cache
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import Device, DeviceLink, host_device, is_shared
 from flexjax.plan.hardware import (
@@ -114,7 +114,7 @@ def calibrate(
             progress("measuring the disk and layers beside each other")
             figures |= _contention(scratch, layers[-1])
         del layers
-    if device_is_host and can_multiply_quantized():
+    if device_is_host and PRODUCTS.is_there():
         progress("measuring layers that are quantized")
         for activation_bits, name in QUANTIZED_PRODUCTS.items():
             figures[name] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flexjax.kernels.products import can_multiply_quantized
+from flexjax.kernels.products import PRODUCTS
 from flexjax.memory.capacity import free_bytes
 from flexjax.memory.link import Device, is_shared
 
@@ -26,7 +26,7 @@ def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
         _num_cores(),
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _device_kind(device),
-        is_shared(device) and can_multiply_quantized(),
+        is_shared(device) and PRODUCTS.is_there(),
         existing.stat().st_dev,
         jax.__version__,
     ]

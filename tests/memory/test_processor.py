@@ -79,11 +79,16 @@ def test_what_is_recommended_is_taken():
         assert (size in fitting_groups(ways)) == taken
 
 
+def kernel(why_missing):
+    return types.SimpleNamespace(
+        is_there=lambda: why_missing is None, why_missing=lambda: why_missing
+    )
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(link, "why_missing", lambda: None)
-    monkeypatch.setattr(link, "can_multiply_quantized", lambda: True)
+    monkeypatch.setattr(link, "PRODUCTS", kernel(None))
     yield tmp_path
     assert not list(tmp_path.iterdir())
 
@@ -109,7 +114,7 @@ def test_what_cannot_be_had_is_refused_before_weights_are_converted(
     [("cpu", NO_COMPILER), ("gpu", "the device is a gpu")],
 )
 def test_why_a_machine_cannot_round_is_said_first(platform, reason, cache, monkeypatch):
-    monkeypatch.setattr(link, "why_missing", lambda: NO_COMPILER)
+    monkeypatch.setattr(link, "PRODUCTS", kernel(NO_COMPILER))
     policy = Policy(weight_bits=4, activation_bits=8)
     device = types.SimpleNamespace(
         platform=platform, client=None, memory_stats=lambda: None

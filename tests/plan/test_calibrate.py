@@ -121,7 +121,7 @@ def test_a_cpu_gets_figures_that_a_machine_can_have(folder):
         machine.quantized_product_flops_per_s,
         machine.rounded_product_flops_per_s,
     ):
-        assert (by_bits is not None) == calibrate.can_multiply_quantized()
+        assert (by_bits is not None) == calibrate.PRODUCTS.is_there()
         assert all([*rates] == [1, 8] for rates in (by_bits or {}).values())
     assert_nothing_is_left(folder)
 

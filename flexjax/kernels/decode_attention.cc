@@ -1,0 +1,314 @@
+// Attention of one new token a row to a cache, on processors with AVX-512 and its
+// bfloat16 instructions. `flexjax.attention` tells what it computes, `flexjax.quant` how
+// a quantized cache is kept.
+//
+// Keys and values are read once, as they are kept, and only slots that a row may see: a
+// head's scores, of some slots at a time, are in the level-1 cache, and its sums are in
+// registers (the online softmax of FlashAttention, arXiv 2205.14135). Heads are shared
+// out among the threads.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cached.h"
+#include "tasks.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using flexjax::kLanes;
+
+constexpr int64_t kBlockSlots = 64;  // whose scores are there at a time
+constexpr int64_t kAheadBytes = 2048, kLineBytes = 64;  // of what is asked for
+
+// Some slots of a cache, `[rows, heads, slots, row_bytes]` each.
+struct Piece {
+  const uint8_t *keys, *values;
+  int64_t slots;
+};
+
+struct Work {
+  const uint8_t *query, *new_key, *new_value;  // [rows, heads, head_dim]
+  const int32_t* start;                        // [rows]
+  int64_t length;                              // slots that are in use
+  std::vector<Piece> pieces;                   // in the order of their slots
+  uint8_t* out;                                // [rows, heads, head_dim]
+  int64_t rows, heads, head_dim;
+  int64_t row_bytes;  // of one slot of one head
+  int64_t group_size;
+};
+
+// e^x of numbers up to 0, within 2 units in the last place; 0 where a float is too small.
+inline __m512 Exp(__m512 x) {
+  const __m512 least = _mm512_set1_ps(-104.0f);  // e^-104 is 0; NaN stays
+  x = _mm512_max_ps(least, x);
+  const __m512 log2_e = _mm512_set1_ps(1.44269504f);
+  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, log2_e), 0);
+  // ln 2 in two parts, the first with few bits, so that its multiples are exact.
+  __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);
+  rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), rest);
+  // The Taylor series, of at most ln 2 / 2: what is left out is below 6e-9.
+  constexpr float kFactors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6,
+                                1.0f / 2,   1.0f,       1.0f};
+  __m512 sum = _mm512_set1_ps(1.0f / 5040);
+  for (const float factor : kFactors) {
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
+  }
+  return _mm512_scalef_ps(sum, power);
+}
+
+// The sum of each of 16 registers, in one.
+inline __m512 SumEach(const __m512 (&rows)[kLanes]) {
+  __m512 pair[8], four[4];
+  for (int i = 0; i < 8; ++i) {
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
+                            _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_castps_pd(pair[2 * i]);
+    const __m512d high = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  }
+  // Each has in every quarter the sums there of 4 rows.
+  const __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+                                     _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
+                                    _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(first, last, 0x88),
+                       _mm512_shuffle_f32x4(first, last, 0xdd));
+}
+
+// One head of one row. `Element` is the type of what is not cached, `Kept` how the rest
+// is kept; a head has `kVectors` times 16 elements.
+template <typename Element, typename Kept, int kVectors>
+class Head {
+ public:
+  Head(const Work& work, const Kept& kept, int64_t index)
+      : work_(work), kept_(kept), index_(index) {
+    ReadNew(work.query, query_);
+    ReadNew(work.new_value, sums_);
+    __m512 key[kVectors];
+    ReadNew(work.new_key, key);
+    peak_ = _mm512_reduce_add_ps(Product(key));
+  }
+
+  void Attend() {
+    int64_t first = 0;
+    const int64_t start = work_.start[index_ / work_.heads];
+    for (const Piece& piece : work_.pieces) {
+      const int64_t begin = std::max<int64_t>(0, start - first);
+      const int64_t end = std::min(piece.slots, work_.length - first);
+      const int64_t before = index_ * piece.slots;
+      for (int64_t slot = begin; slot < end; slot += kBlockSlots) {
+        const int64_t bytes = (before + slot) * work_.row_bytes;
+        AttendTo(piece.keys + bytes, piece.values + bytes,
+                 std::min(kBlockSlots, end - slot));
+      }
+      first += piece.slots;
+    }
+    const __m512 share = _mm512_set1_ps(1.0f / total_);
+    uint8_t* out = work_.out + index_ * work_.head_dim * Element::kBytes;
+    for (int v = 0; v < kVectors; ++v) {
+      Element::Write(_mm512_mul_ps(sums_[v], share), out + v * kLanes * Element::kBytes);
+    }
+  }
+
+ private:
+  void ReadNew(const uint8_t* vectors, __m512 (&into)[kVectors]) const {
+    const uint8_t* at = vectors + index_ * work_.head_dim * Element::kBytes;
+    for (int v = 0; v < kVectors; ++v) {
+      into[v] = Element::Read(at + v * kLanes * Element::kBytes);
+    }
+  }
+
+  // One slot of the cache; and asks for what comes a little later, since one core does
+  // not wait for enough of it at once by itself.
+  void Read(const uint8_t* slot, __m512 (&into)[kVectors]) const {
+    for (int64_t i = 0; i < work_.row_bytes; i += kLineBytes) {
+      flexjax::Prefetch(slot + kAheadBytes + i);
+    }
+    kept_.Read(slot, into);
+  }
+
+  __m512 Product(const __m512 (&key)[kVectors]) const {
+    __m512 sum = _mm512_mul_ps(query_[0], key[0]);
+    for (int v = 1; v < kVectors; ++v) sum = _mm512_fmadd_ps(query_[v], key[v], sum);
+    return sum;
+  }
+
+  // Takes up to `kBlockSlots` slots into the sums.
+  void AttendTo(const uint8_t* keys, const uint8_t* values, int64_t count) {
+    alignas(64) float weights[kBlockSlots];
+    __m512 peaks = _mm512_set1_ps(peak_);
+    for (int64_t slot = 0; slot < count; slot += kLanes) {
+      const int64_t some = std::min(kLanes, count - slot);
+      const __m512 scores = Scores(keys + slot * work_.row_bytes, some);
+      const __mmask16 there = (1u << some) - 1;
+      peaks = _mm512_mask_max_ps(peaks, there, peaks, scores);
+      _mm512_store_ps(weights + slot, scores);
+    }
+    const float peak = _mm512_reduce_max_ps(peaks);
+    if (!(peak == peak_)) {
+      const __m512 shrunk = Exp(_mm512_set1_ps(peak_ - peak));
+      for (int v = 0; v < kVectors; ++v) sums_[v] = _mm512_mul_ps(sums_[v], shrunk);
+      total_ *= _mm512_cvtss_f32(shrunk);
+      peak_ = peak;
+    }
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t slot = 0; slot < count; slot += kLanes) {
+      const __mmask16 there = (1u << std::min(kLanes, count - slot)) - 1;
+      const __m512 score = _mm512_load_ps(weights + slot);
+      const __m512 weight = Exp(_mm512_sub_ps(score, _mm512_set1_ps(peak)));
+      total = _mm512_mask_add_ps(total, there, total, weight);
+      _mm512_store_ps(weights + slot, weight);
+    }
+    total_ += _mm512_reduce_add_ps(total);
+    AddValues(values, weights, count);
+  }
+
+  void AddValues(const uint8_t* values, const float* weights, int64_t count) {
+    __m512 sums[kVectors];  // in registers
+    for (int v = 0; v < kVectors; ++v) sums[v] = sums_[v];
+    for (int64_t slot = 0; slot < count; ++slot) {
+      __m512 value[kVectors];
+      Read(values + slot * work_.row_bytes, value);
+      const __m512 weight = _mm512_set1_ps(weights[slot]);
+      for (int v = 0; v < kVectors; ++v) {
+        sums[v] = _mm512_fmadd_ps(weight, value[v], sums[v]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
+  }
+
+  // Of up to 16 slots; the rest are any.
+  __m512 Scores(const uint8_t* keys, int64_t count) const {
+    __m512 products[kLanes];
+    for (int64_t slot = 0; slot < kLanes; ++slot) {
+      __m512 key[kVectors];
+      Read(keys + std::min(slot, count - 1) * work_.row_bytes, key);
+      products[slot] = Product(key);
+    }
+    return SumEach(products);
+  }
+
+  const Work& work_;
+  const Kept kept_;
+  const int64_t index_;
+  __m512 query_[kVectors];
+  // Of what has been seen: the largest score, and sums of weights and of values, where
+  // that score's weight is 1.
+  float peak_, total_ = 1.0f;
+  __m512 sums_[kVectors];
+};
+
+template <typename Element, typename Kept, int kVectors>
+ffi::Error Run(ffi::ThreadPool pool, const Work& work) {
+  const Kept kept(work.head_dim, work.group_size);
+  // The work is the caller's, which waits.
+  flexjax::InParallel(pool, work.rows * work.heads, [&work, kept](int64_t index) {
+    Head<Element, Kept, kVectors>(work, kept, index).Attend();
+    return true;
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Refusal() {
+  return ffi::Error::InvalidArgument("the cache is not for attention by this kernel");
+}
+
+template <typename Element, typename Kept, int kVectors>
+ffi::Error RunIfFor(ffi::ThreadPool pool, const Work& work) {
+  if constexpr (Kept::kIsFor(kVectors)) {
+    return Run<Element, Kept, kVectors>(pool, work);
+  } else {
+    return Refusal();
+  }
+}
+
+template <typename Element, typename Kept>
+ffi::Error RunAs(ffi::ThreadPool pool, const Work& work) {
+  if (work.row_bytes != Kept::RowBytes(work.head_dim, work.group_size)) return Refusal();
+  switch (work.head_dim) {
+    case 16: return RunIfFor<Element, Kept, 1>(pool, work);
+    case 32: return RunIfFor<Element, Kept, 2>(pool, work);
+    case 48: return RunIfFor<Element, Kept, 3>(pool, work);
+    case 64: return RunIfFor<Element, Kept, 4>(pool, work);
+    case 80: return RunIfFor<Element, Kept, 5>(pool, work);
+    case 96: return RunIfFor<Element, Kept, 6>(pool, work);
+    case 112: return RunIfFor<Element, Kept, 7>(pool, work);
+    case 128: return RunIfFor<Element, Kept, 8>(pool, work);
+    default: return Refusal();
+  }
+}
+
+// Adds the pieces of a cache, all keys before all values; whether they are a cache of
+// the query's rows and heads.
+bool AddPieces(ffi::RemainingArgs cache, Work& work) {
+  const size_t count = cache.size() / 2;
+  for (size_t i = 0; i < count; ++i) {
+    const auto keys = cache.get<ffi::AnyBuffer>(i);
+    const auto values = cache.get<ffi::AnyBuffer>(count + i);
+    if (!keys || !values || keys->dimensions().size() != 4) return false;
+    const auto shape = keys->dimensions();
+    work.row_bytes = shape[3] * ffi::ByteWidth(keys->element_type());
+    if (shape[0] != work.rows || shape[1] != work.heads) return false;
+    if (!std::ranges::equal(shape, values->dimensions())) return false;
+    work.pieces.push_back({static_cast<const uint8_t*>(keys->untyped_data()),
+                           static_cast<const uint8_t*>(values->untyped_data()),
+                           shape[2]});
+  }
+  return count > 0 && cache.size() == 2 * count;
+}
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer new_key,
+                  ffi::AnyBuffer new_value, ffi::BufferR1<ffi::S32> start,
+                  ffi::BufferR0<ffi::S32> length, ffi::RemainingArgs cache,
+                  ffi::Result<ffi::AnyBuffer> out, int64_t bits, int64_t group_size) {
+  const auto shape = query.dimensions();  // [rows, heads, 1, head_dim]
+  if (shape.size() != 4) return Refusal();
+  Work work{static_cast<const uint8_t*>(query.untyped_data()),
+            static_cast<const uint8_t*>(new_key.untyped_data()),
+            static_cast<const uint8_t*>(new_value.untyped_data()),
+            start.typed_data(),
+            *length.typed_data(),
+            {},
+            static_cast<uint8_t*>(out->untyped_data()),
+            shape[0],
+            shape[1],
+            shape[3],
+            0,
+            std::max<int64_t>(1, group_size)};
+  if (!AddPieces(cache, work)) return Refusal();
+  const ffi::DataType type = query.element_type();
+  using flexjax::Bfloat16Element;
+  using flexjax::Float16;
+  using flexjax::Float32;
+  if (bits == 4) return RunAs<Bfloat16Element, flexjax::Quantized<4>>(pool, work);
+  if (bits == 8) return RunAs<Bfloat16Element, flexjax::Quantized<8>>(pool, work);
+  if (type == ffi::BF16) {
+    return RunAs<Bfloat16Element, flexjax::Plain<Bfloat16Element>>(pool, work);
+  }
+  if (type == ffi::F16) return RunAs<Float16, flexjax::Plain<Float16>>(pool, work);
+  if (type == ffi::F32) return RunAs<Float32, flexjax::Plain<Float32>>(pool, work);
+  return Refusal();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_decode_attention, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<int64_t>("bits")
+                                  .Attr<int64_t>("group_size"));

@@ -1,0 +1,184 @@
+"""The kernel does what `decode_attention` does, to what a cache stands for."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexjax.cached_attention import attend_step
+from flexjax.kernels.decode_attention import (
+    DECODE_ATTENTION,
+    attend_to_cache,
+    is_attended,
+)
+from flexjax.quant import Quantization, dequantize, quantize
+
+pytestmark = pytest.mark.skipif(
+    not DECODE_ATTENTION.is_there(),
+    reason="no kernel for this processor, or no compiler",
+)
+
+# Half a unit in the last place, of what is returned.
+ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}
+
+
+def quantization(bits, group_size, dtype="bfloat16"):
+    return Quantization(bits=bits, group_size=group_size, dtype=dtype)
+
+
+@st.composite
+def kept(draw):
+    """A type of queries, the size of a head, and how its cache is quantized."""
+    bits = draw(st.sampled_from([None, 4, 8]))
+    if bits is None:
+        return draw(st.sampled_from(sorted(ROUNDING))), draw(heads), None
+    head_dim = draw(heads if bits == 8 else heads.filter(lambda size: size % 32 == 0))
+    groups = [n for n in range(16, head_dim + 1, 16) if head_dim % n == 0]
+    group = draw(st.sampled_from(groups))
+    return "bfloat16", head_dim, quantization(bits, group)
+
+
+heads = st.sampled_from(range(16, 129, 16))
+
+
+def drawn(seed, shape, pieces, dtype, how):
+    """A query, a new key and value, and a cache of so many slots a piece."""
+    rng = np.random.default_rng(seed)
+    rows, heads, head_dim = shape
+
+    def values(slots):
+        found = rng.standard_normal((rows, heads, slots, head_dim))
+        # So that some slots weigh much more than others.
+        return jnp.asarray(2 * found, dtype)
+
+    def cached():
+        found = values(sum(pieces))
+        if how is not None:
+            found = jax.jit(quantize, static_argnums=1)(found, how)
+        return tuple(np.split(np.asarray(found), np.cumsum(pieces)[:-1], axis=2))
+
+    query, *new = (values(1) for _ in range(3))
+    return query, tuple(new), jax.tree.map(jnp.asarray, (cached(), cached()))
+
+
+def expected(query, new, past, start, length, how):
+    """Attention in float64, and sums of magnitudes that its errors are relative to."""
+
+    def wide(pieces, own):
+        found = np.concatenate(pieces, axis=2)
+        if how is not None:
+            found = jax.jit(dequantize, static_argnums=1)(jnp.asarray(found), how)
+        return np.concatenate([found, own], axis=2).astype(np.float64)
+
+    keys, values = map(wide, past, new)
+    scale = np.asarray(query.shape[-1] ** -0.5, query.dtype)
+    query = np.asarray(query * scale, np.float64)
+    scores = np.einsum("bhqd,bhkd->bhqk", query, keys)
+    slots = np.arange(keys.shape[2])
+    seen = (slots >= start[:, None]) & (slots < length)
+    seen[:, -1] = True  # the token itself
+    scores = np.where(seen[:, None, None], scores, -np.inf)
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    return shares @ values, shares @ np.abs(values)
+
+
+@given(
+    kept=kept(),
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 5),
+    heads=st.integers(1, 4),
+    pieces=st.lists(st.sampled_from([1, 15, 16, 64, 65, 200]), min_size=1, max_size=3),
+    data=st.data(),
+)
+@settings(max_examples=40)
+def test_attention_is_a_softmax_over_what_may_be_seen(
+    kept, seed, rows, heads, pieces, data
+):
+    dtype, head_dim, how = kept
+    assert is_attended(np.dtype(dtype), head_dim, how)
+    query, new, past = drawn(seed, (rows, heads, head_dim), pieces, dtype, how)
+    slots = st.integers(0, sum(pieces))
+    length = data.draw(slots)
+    start = np.array([data.draw(slots) for _ in range(rows)], np.int32)
+    attend = jax.jit(functools.partial(attend_to_cache, cache_as=how))
+    found = attend(query, new, past, jnp.asarray(start), jnp.int32(length))
+    assert found.dtype == query.dtype
+    exact, size = expected(query, new, past, start, length, how)
+    error = np.abs(np.asarray(found, np.float64) - exact)
+    assert (error <= ROUNDING[dtype] * np.abs(exact) + 2e-5 * size).all()
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_nothing_is_read_of_slots_that_a_row_may_not_see(bits):
+    how = bits and quantization(bits, 64)
+    query, new, past = drawn(0, (2, 3, 64), (40, 100), "bfloat16", how)
+    start, length = jnp.asarray([0, 70], jnp.int32), np.int32(75)
+
+    def attend(past):
+        return np.asarray(attend_step(query, new, past, start, length, cache_as=how))
+
+    def spoilt(piece, first):
+        slots = first + np.arange(piece.shape[2])
+        unseen = (slots < start[:, None]) | (slots >= length)
+        bad = 255 if how else np.nan  # a scale of bytes of 255 is NaN
+        return jnp.where(unseen[:, None, :, None], jnp.asarray(bad, piece.dtype), piece)
+
+    bad = tuple((spoilt(one, 0), spoilt(two, 40)) for one, two in past)
+    np.testing.assert_array_equal(attend(past), attend(bad))
+
+
+def test_what_is_not_finite_stays_so_in_its_own_head():
+    query, new, ((keys,), (values,)) = drawn(0, (2, 3, 64), (70,), "float32", None)
+    keys = keys.at[1, 2, 50, 3].set(np.nan)
+    start = jnp.zeros(2, jnp.int32)
+    found = attend_step(query, new, ((keys,), (values,)), start, np.int32(70))
+    is_bad = np.isnan(np.asarray(found))
+    assert is_bad[1, 2].all()
+    assert is_bad.sum() == 64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "how"),
+    [
+        ("bfloat16", 8, None),
+        ("bfloat16", 72, None),
+        ("bfloat16", 256, None),
+        ("float64", 64, None),
+        ("float32", 64, quantization(4, 64, "float32")),
+        ("bfloat16", 80, quantization(4, 40, "bfloat16")),
+        ("bfloat16", 16, quantization(4, 16, "bfloat16")),
+        ("bfloat16", 64, quantization(8, 8, "bfloat16")),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_left_to_xla(dtype, head_dim, how):
+    assert not is_attended(np.dtype(dtype), head_dim, how)
+
+
+def test_the_kernel_attends_where_a_step_is_for_a_cpu(monkeypatch):
+    def targets(heads, platform):
+        query, new, past = drawn(0, (2, heads, 64), (40,), "bfloat16", None)
+        start, length = jnp.zeros(2, jnp.int32), jnp.int32(40)
+        traced = attend_step.trace(query, new, past, start, length)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return re.findall("custom_call @([a-z_]*)", text)
+
+    kernel = "flexjax_decode_attention"
+    assert kernel in targets(3, "cpu")
+    assert kernel not in targets(3, "cuda")
+    monkeypatch.setattr(type(DECODE_ATTENTION), "is_there", lambda kernel: False)
+    assert kernel not in targets(2, "cpu")  # of another shape, since steps are kept
+
+
+def test_a_cache_of_another_type_is_refused():
+    query, new, _ = drawn(0, (2, 3, 64), (40,), "bfloat16", None)
+    *_, past = drawn(0, (2, 3, 64), (40,), "float32", None)
+    attend = jax.jit(functools.partial(attend_to_cache, cache_as=None))
+    start = jnp.zeros(2, jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the cache is not for atten"):
+        attend(query, new, past, start, jnp.int32(40)).block_until_ready()
