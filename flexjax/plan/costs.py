@@ -7,7 +7,7 @@ from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
 from flexjax.memory.layout import MATRIX, Moved, WeightLayout
 from flexjax.memory.placement import Rows
 from flexjax.models.config import layer_tensors
-from flexjax.plan.hardware import Hardware
+from flexjax.plan.hardware import WHOLE_BITS, Hardware
 from flexjax.policy import Policy, Tier
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
@@ -146,24 +146,21 @@ class RunCosts:
         rows = cache_rows(self.policy, self.work, Cache(cell.layer, cell.batch))
         slots = self.work.cache_slots(cell.step - 1)
         head_bytes = 2 * self.weights.config.hidden_size * self.weights.dtype.itemsize
+        how = self.run.cache_as
+        bits = WHOLE_BITS if how is None else how.bits
         for tier, count in zip(Tier, rows, strict=True):
             wide_bytes = count * slots * head_bytes
             on_host = self.run.routes[tier].on_host
             resource = Resource.HOST_ATTENTION if on_host else Resource.COMPUTE
-            rate = (
+            rates = (
                 hardware.host_attention_bytes_per_s
                 if on_host
                 else hardware.attention_bytes_per_s
             )
-            seconds[resource] += wide_bytes / rate
+            seconds[resource] += wide_bytes / rates[bits]
             # However few the rows; the closed form counts a share of it for a share.
             if on_host and count:
                 seconds[resource] += hardware.round_trip_s
-            if (how := self.run.cache_as) is not None:
-                widened = hardware.dequantized_bytes_per_s
-                if on_host:
-                    widened = hardware.host_dequantized_bytes_per_s or widened
-                seconds[resource] += wide_bytes / widened[how.bits]
         return seconds
 
     @functools.cached_property

@@ -19,11 +19,12 @@ from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
 from flexjax.schedule.simulate import Contention
 
-VERSION = 5
+VERSION = 6
 EXAMPLES = pathlib.Path(__file__).parent / "examples"
-_TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s")
+WHOLE_BITS = 16  # of a cache that is not quantized
+ATTENTION = ("attention_bytes_per_s", "host_attention_bytes_per_s")
+_TABLES = ("product_flops_per_s", "dequantized_bytes_per_s", "call_s", *ATTENTION)
 _FROM_ZERO = ("disk_bytes", "call_s", "round_trip_s")
-_HOST_TABLE = "host_dequantized_bytes_per_s"  # which need not be there
 # By activation bits.
 QUANTIZED_PRODUCTS = {
     None: "quantized_product_flops_per_s",
@@ -49,12 +50,12 @@ class Hardware:
             that the weights are multiplied with; two operations a multiplication.
         prefill_attention_flops_per_s: of attention to a whole prompt, scores that are
             masked counted too.
-        attention_bytes_per_s: of keys and values, for one new token a row.
+        attention_bytes_per_s: of keys and values for one new token a row, by the bits
+            that a cache keeps; bytes are what they are when they are not quantized,
+            which is called `WHOLE_BITS` whatever the model's type.
         host_attention_bytes_per_s: the same on the host's processor.
         sampled_logits_per_s: of choosing tokens.
         dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.
-        host_dequantized_bytes_per_s: the same of a cache on the host's processor; None
-            where it is as fast as the device.
         round_trip_s: what it takes to bring a query to the host and an answer back;
             their bytes are next to nothing.
         call_s: what a call of a layer step takes besides, by the number of rows: norms,
@@ -78,14 +79,13 @@ class Hardware:
     from_device_bytes_per_s: float | None = None
     product_flops_per_s: Mapping[int, float]
     prefill_attention_flops_per_s: float
-    attention_bytes_per_s: float
-    host_attention_bytes_per_s: float
+    attention_bytes_per_s: Mapping[int, float]
+    host_attention_bytes_per_s: Mapping[int, float]
     sampled_logits_per_s: float
     dequantized_bytes_per_s: Mapping[int, float]
     call_s: Mapping[int, float]
     quantized_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
     rounded_product_flops_per_s: Mapping[int, Mapping[int, float]] | None = None
-    host_dequantized_bytes_per_s: Mapping[int, float] | None = None
     round_trip_s: float = 0.0
     compute_beside_disk: float = 1.0
     disk_beside_compute: float = 1.0
@@ -204,12 +204,12 @@ def _check_tables(hardware: Hardware) -> None:
     by_bits: dict[str, Mapping[int, Any]] = {
         "dequantized_bytes_per_s": hardware.dequantized_bytes_per_s
     }
-    if (on_host := hardware.host_dequantized_bytes_per_s) is not None:
-        by_bits[_HOST_TABLE] = on_host
     given = {name: getattr(hardware, name) for name in QUANTIZED_PRODUCTS.values()}
     by_bits |= {name: table for name, table in given.items() if table is not None}
+    by_bits |= {name: getattr(hardware, name) for name in ATTENTION}
     for name, table in by_bits.items():
-        if missing := set(BITS) - set(table):
+        needed = {*BITS, WHOLE_BITS} if name in ATTENTION else {*BITS}
+        if missing := needed - set(table):
             raise ValueError(f"{name} lacks {min(missing)} bits")
     missing = [name for name, table in given.items() if table is None]
     for name in QUANTIZED_PRODUCTS.values():
@@ -226,9 +226,9 @@ def _figures(hardware: Hardware) -> Iterator[tuple[str, Any]]:
     """Every number of a machine, with its name."""
     for field in dataclasses.fields(Hardware):
         value = getattr(hardware, field.name)
-        if field.name in (*_TABLES, _HOST_TABLE):
-            table = (value or {}).items()
-            yield from ((f"{field.name} of {key}", rate) for key, rate in table)
+        if field.name in _TABLES:
+            for key, rate in value.items():
+                yield f"{field.name} of {key}", rate
         elif field.name in QUANTIZED_PRODUCTS.values():
             for bits, rates in (value or {}).items():
                 for rows, rate in rates.items():
@@ -287,9 +287,8 @@ def hardware_from_json(values: Any) -> Hardware:
         raise ValueError(f"a machine has no {unknown[0]!r}")
     if missing := sorted(required - set(fields)):
         raise ValueError(f"{missing[0]} is missing")
-    for name in (*_TABLES, _HOST_TABLE):
-        if name != _HOST_TABLE or fields.get(name) is not None:
-            fields[name] = _with_numbers(name, fields[name])
+    for name in _TABLES:
+        fields[name] = _with_numbers(name, fields[name])
     for name in QUANTIZED_PRODUCTS.values():
         if fields.get(name) is not None:
             fields[name] = {

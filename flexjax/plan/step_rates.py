@@ -26,6 +26,7 @@ from flexjax.memory.buffers import page_aligned, typed
 from flexjax.memory.link import Device, host_device, is_shared
 from flexjax.models.config import OPTConfig, decoder_layer_shapes, named_config
 from flexjax.models.opt import unflatten
+from flexjax.plan.hardware import WHOLE_BITS
 from flexjax.policy import BITS, Policy
 from flexjax.quant import Quantization, QuantizedArray, dequantize_into, quantize
 from flexjax.sampling import make_controls, pick_sampler, row_keys
@@ -157,20 +158,15 @@ def _without(seconds: float, part_s: float) -> float:
 
 def attention_figures(device: Device) -> dict[str, Any]:
     """Of attention, on the device and on the host, and of what is widened."""
-    rate = _attention_rate(device)
-    on_host: dict[str, Any] = {"host_attention_bytes_per_s": rate}
+    rates = on_host = _attention_rates(device)
     if not is_shared(device):
-        host = host_device("a calibration")
-        on_host = {
-            "host_attention_bytes_per_s": _attention_rate(host),
-            "host_dequantized_bytes_per_s": _dequantized_rates(host),
-        }
+        on_host = _attention_rates(host_device("a calibration"))
     return {
         "prefill_attention_flops_per_s": _prefill_attention_rate(device),
         "sampled_logits_per_s": _sampling_rate(device),
-        "attention_bytes_per_s": rate,
+        "attention_bytes_per_s": rates,
+        "host_attention_bytes_per_s": on_host,
         "dequantized_bytes_per_s": _dequantized_rates(device),
-        **on_host,
     }
 
 
@@ -183,9 +179,10 @@ def step_figures(
     products, what stays is norms and activations. The engine adds its own.
     """
     rates, calls = {}, {}
+    attended = attention["attention_bytes_per_s"][WHOLE_BITS]
     for rows in ROWS:
         seconds = [
-            layer.decode_s(rows, attention["attention_bytes_per_s"])
+            layer.decode_s(rows, attended)
             if rows < PREFILL_ROWS
             else layer.prefill_s(rows, attention["prefill_attention_flops_per_s"])
             for layer in layers
@@ -207,9 +204,10 @@ def quantized_product_rates(
     `engine_call_s` is part of a call's time in `figures`, but not of a step's.
     """
     rates = {}
+    attended = figures["attention_bytes_per_s"][WHOLE_BITS]
     for rows in QUANTIZED_ROWS:
         if rows < PREFILL_ROWS:
-            seconds = layers.decode_s(rows, figures["attention_bytes_per_s"])
+            seconds = layers.decode_s(rows, attended)
         else:
             seconds = layers.prefill_s(rows, figures["prefill_attention_flops_per_s"])
         seconds = _without(seconds, figures["call_s"][rows] - engine_call_s)
@@ -234,22 +232,29 @@ def _prefill_attention_rate(device: Device) -> float:
     return 4 * batch * heads * seq * seq * head_dim / seconds
 
 
-def _attention_rate(device: Device) -> float:
-    """Bytes of keys and values per second; the caches take turns."""
+def _attention_rates(device: Device) -> dict[int, float]:
+    ways = {WHOLE_BITS: None} | {bits: _quantization(bits) for bits in BITS}
+    return {bits: _attention_rate(how, device) for bits, how in ways.items()}
+
+
+def _attention_rate(how: Quantization | None, device: Device) -> float:
+    """Bytes of keys and values per second, in bfloat16; the caches take turns."""
     batch, heads, slots, head_dim = CACHE
-    pasts = [
-        ((random_values(CACHE, device),), (random_values(CACHE, device),))
-        for _ in range(CACHES)
-    ]
+
+    def kept() -> tuple[jax.Array]:
+        wide = random_values(CACHE, device)
+        return (wide if how is None else _narrow(wide, how),)
+
+    pasts = [(kept(), kept()) for _ in range(CACHES)]
     new = random_values((batch, heads, 1, head_dim), device)
     start, length = np.zeros(batch, np.int32), np.int32(slots)
 
     def step(query: jax.Array) -> jax.Array:
         for past in pasts:
-            query = attend_step(query, (new, new), past, start, length)
+            query = attend_step(query, (new, new), past, start, length, cache_as=how)
         return query
 
-    nbytes = sum(array.nbytes for array in jax.tree.leaves(pasts))
+    nbytes = 2 * CACHES * math.prod(CACHE) * new.dtype.itemsize
     return nbytes / median_s(step, new)
 
 

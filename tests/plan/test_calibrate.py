@@ -17,7 +17,9 @@ from flexjax.memory import disk_queue
 from flexjax.models.config import OPTConfig
 from flexjax.plan import calibrate, scratch, step_rates
 from flexjax.plan.hardware import (
+    ATTENTION,
     VERSION,
+    WHOLE_BITS,
     Hardware,
     read_hardware,
     validate_hardware,
@@ -48,7 +50,7 @@ def _small(monkeypatch):
         "PROMPT_LEN": 4,
         "PAST_SLOTS": 4,
         "PROMPTS": (2, 2, 4, 8),
-        "CACHE": (2, 2, 4, 8),
+        "CACHE": (2, 2, 4, 64),
         "WIDENED": (2, 128),
         "LOGITS": (2, 8),
         "ENGINE_ROWS": 2,
@@ -84,13 +86,12 @@ def _measures_nothing(monkeypatch):
     rates = dict.fromkeys(
         (
             "prefill_attention_flops_per_s",
-            "attention_bytes_per_s",
-            "host_attention_bytes_per_s",
             "sampled_logits_per_s",
         ),
         1.0,
     )
     rates |= {"dequantized_bytes_per_s": {4: 1.0, 8: 1.0}}
+    rates |= {name: {4: 1.0, 8: 1.0, WHOLE_BITS: 1.0} for name in ATTENTION}
     monkeypatch.setattr(calibrate, "attention_figures", lambda *_: dict(rates))
     monkeypatch.setattr(calibrate, "engine_call_s", lambda *_: 0.0)
     figures = {"product_flops_per_s": {1: 1.0}, "call_s": {1: 0.0}}
@@ -142,7 +143,7 @@ def test_a_device_apart_gets_rates_of_copies_and_no_contention(folder):
     assert not machine.device_is_host
     assert machine.compute_beside_disk == machine.disk_beside_compute == 1.0
     assert machine.round_trip_s > 0
-    assert machine.host_dequantized_bytes_per_s is not None
+    assert machine.host_attention_bytes_per_s != machine.attention_bytes_per_s
     assert any("copies" in text for text in heard)
     assert any(str(folder) in text for text in heard)
     assert_nothing_is_left(folder)

@@ -15,6 +15,7 @@ from flexjax.plan.closed_form import (
     shares_of,
 )
 from flexjax.plan.costs import RunCosts
+from flexjax.plan.hardware import WHOLE_BITS
 from flexjax.plan.peak import peak_from_above
 from flexjax.plan.planner import Found
 from flexjax.plan.predict import Job, predict
@@ -36,13 +37,11 @@ CONFIG = OPTConfig(
 APART = dataclasses.replace(
     MACHINE,
     product_flops_per_s={1: 1e9, 64: 1e10},
-    host_dequantized_bytes_per_s={4: 3e9, 8: 4e9},
     round_trip_s=1e-3,
 )
 SHARED = dataclasses.replace(
     APART,
     device_is_host=True,
-    host_dequantized_bytes_per_s=None,
     round_trip_s=0.0,
     to_device_bytes_per_s=None,
     from_device_bytes_per_s=None,
@@ -112,9 +111,8 @@ def test_attention_on_the_host_takes_a_round_trip_and_the_host_s_own_rates(bits)
     )
     costs, _, _ = run_of(policy, APART)
     wide_bytes = 3 * 2 * CONFIG.hidden_size * 2 * costs.work.cache_slots(0)
-    expected = APART.round_trip_s + wide_bytes / APART.host_attention_bytes_per_s
-    if bits is not None:
-        expected += wide_bytes / APART.host_dequantized_bytes_per_s[bits]
+    rate = APART.host_attention_bytes_per_s[bits or WHOLE_BITS]
+    expected = APART.round_trip_s + wide_bytes / rate
     found = costs.compute(Cell(step=1, layer=0, batch=0))
     assert found[Resource.HOST_ATTENTION] == pytest.approx(expected)
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from flexjax.plan import hardware as hardware_module
 from flexjax.plan.hardware import (
+    ATTENTION,
     VERSION,
+    WHOLE_BITS,
     Hardware,
     example_names,
     hardware_from_json,
@@ -33,15 +35,13 @@ MACHINE = Hardware(
     from_device_bytes_per_s=10e9,
     product_flops_per_s={1: 1e10, 64: 5e11},
     prefill_attention_flops_per_s=3e11,
-    attention_bytes_per_s=2e10,
-    host_attention_bytes_per_s=1e10,
+    attention_bytes_per_s={4: 1e10, 8: 1.5e10, 16: 2e10},
+    host_attention_bytes_per_s={4: 1e9, 8: 2e9, 16: 1e10},
     sampled_logits_per_s=1e9,
     dequantized_bytes_per_s={4: 1e10, 8: 2e10},
-    host_dequantized_bytes_per_s={4: 1e9, 8: 2e9},
     round_trip_s=1e-3,
     call_s={1: 1e-4},
 )
-ON_HOST = "host_dequantized_bytes_per_s"
 BUDGETS = ["device_memory_bytes", "host_memory_bytes", "disk_bytes"]
 FRACTIONS = ["compute_beside_disk", "disk_beside_compute"]
 RATES = [
@@ -50,12 +50,10 @@ RATES = [
     "to_device_bytes_per_s",
     "from_device_bytes_per_s",
     "prefill_attention_flops_per_s",
-    "attention_bytes_per_s",
-    "host_attention_bytes_per_s",
     "sampled_logits_per_s",
 ]
 COPIES = ["to_device_bytes_per_s", "from_device_bytes_per_s"]
-TABLES = ["product_flops_per_s", "dequantized_bytes_per_s", ON_HOST]
+TABLES = ["product_flops_per_s", "dequantized_bytes_per_s", *ATTENTION]
 CALLS = "call_s"
 TRIP = "round_trip_s"
 NESTED = "quantized_product_flops_per_s"
@@ -89,8 +87,9 @@ machines = st.builds(
     product_flops_per_s=tables,
     dequantized_bytes_per_s=st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
     call_s=st.dictionaries(st.integers(1, 1 << 20), st.floats(0, 10), min_size=1),
-    host_dequantized_bytes_per_s=st.none()
-    | st.fixed_dictionaries(dict.fromkeys(BITS, rates)),
+    **dict.fromkeys(
+        ATTENTION, st.fixed_dictionaries(dict.fromkeys((*BITS, WHOLE_BITS), rates))
+    ),
     round_trip_s=st.floats(0, 10),
     **dict.fromkeys(BUDGETS, budgets),
     **dict.fromkeys(FRACTIONS, st.floats(0.5, 1)),
@@ -190,6 +189,8 @@ def test_a_machine_s_name_is_a_text():
         ("product_flops_per_s", None, "product_flops_per_s is None"),
         ("dequantized_bytes_per_s", {"8": 1.0}, "dequantized_bytes_per_s lacks 4"),
         ("dequantized_bytes_per_s", [1.0], "dequantized_bytes_per_s is"),
+        (ATTENTION[0], {"4": 1.0, "8": 1.0}, f"{ATTENTION[0]} lacks 16 bits"),
+        (ATTENTION[1], {"4": 1.0, "16": 1.0}, f"{ATTENTION[1]} lacks 8 bits"),
         (ROUNDED, {"8": {"1": 1.0}}, f"{ROUNDED} lacks 4 bits"),
         (ROUNDED, {"4": {"1": 0.0}, "8": {"1": 1.0}}, f"{ROUNDED} of 4 bits and 1 row"),
         (NESTED, {"8": {"1": 1.0}}, f"{NESTED} lacks 4 bits"),
