@@ -4,8 +4,8 @@
 
 Everything is in memory. Rates of products count the multiplications with weights alone,
 two operations each; that of the instruction alone, on registers, is what no product
-can pass. Rates of attention count the bytes of keys and values, and those of
-dequantization the bytes of what comes out.
+can pass. Rates of attention count the bytes of keys and values as they are kept, and
+those of dequantization the bytes of what comes out.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from flexjax.policy import ACTIVATION_BITS, BITS, Policy
 from flexjax.quant import (
     Quantization,
     QuantizedArray,
+    cache_quantization,
     dequantize_into,
     fitting_group,
     quantize,
@@ -83,6 +84,10 @@ def measure_kernels(
     for dtype in DTYPES:
         yield _decode_attention(config, batch_size, dtype)
     yield _decode_attention(config, batch_size, jnp.bfloat16, sparsity=SPARSITY)
+    for bits in BITS:
+        policy = Policy(kv_cache_bits=bits)
+        how = cache_quantization(policy, config, jnp.dtype(jnp.bfloat16))
+        yield _decode_attention(config, batch_size, jnp.bfloat16, how=how)
     for how in ways:
         yield _dequantization(config, how)
 
@@ -170,21 +175,29 @@ def _memory_read() -> dict[str, Any]:
 
 
 def _decode_attention(
-    config: OPTConfig, batch_size: int, dtype: Any, sparsity: float = 1.0
+    config: OPTConfig,
+    batch_size: int,
+    dtype: Any,
+    *,
+    how: Quantization | None = None,
+    sparsity: float = 1.0,
 ) -> dict[str, Any]:
-    """One new token a row over a cache; bytes are all of the cache's."""
+    """One new token a row over a cache; bytes are all of the cache's, as it is kept."""
     rows = (batch_size, config.num_attention_heads)
     key, value = (
         _random((*rows, PAST_SLOTS, config.head_dim), dtype) for _ in range(2)
     )
+    if how is not None:
+        key, value = _narrow(key, how), _narrow(value, how)
     past = ((key,), (value,))
     query = _random((*rows, 1, config.head_dim), dtype)
     start, length = jnp.zeros(batch_size, jnp.int32), np.int32(PAST_SLOTS)
     arguments = query, (query, query), past, start, length
     if sparsity < 1:
         arguments += (SparsePast(query.astype(jnp.float32), sparsity),)
-    seconds = median_s(lambda _: attend_step(*arguments), None)
-    kept = f", {sparsity:.0%} kept" if sparsity < 1 else ""
+    seconds = median_s(lambda _: attend_step(*arguments, cache_as=how), None)
+    kept = f" in {how.bits} bits" if how is not None else ""
+    kept += f", {sparsity:.0%} kept" if sparsity < 1 else ""
     return {
         "kernel": f"decode attention, {jnp.dtype(dtype).name}{kept}",
         "shape": f"{batch_size} rows, {PAST_SLOTS} slots",

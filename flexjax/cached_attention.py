@@ -175,6 +175,12 @@ def _abstract(query: Any, *_: Any, **__: Any) -> Any:
     return query.update(weak_type=False)
 
 
+@_decode_attention.def_impl
+def _eager(*operands: Array, tree: Any, cache_as: Quantization | None) -> Array:
+    query, new, past, start, length = jax.tree.unflatten(tree, operands)
+    return _by_xla(query, new, past, start, length, cache_as)
+
+
 def _lower(
     by: Callable[..., Array], context: Any, *operands: Any, **params: Any
 ) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from flexjax.attention_apart import AttentionApart
 from flexjax.executor import execute
+from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.layer_calls import LayerCalls, Rows
 from flexjax.memory.device import DeviceStore
 from flexjax.memory.disk import DiskStore
@@ -68,6 +69,8 @@ class BlockRunner:
         self._routes = cache_routes(policy, device_is_host=transport.link.is_shared)
         on_host = any(route.on_host for route in self._routes.values())
         self._host = HostLink() if on_host else None
+        if on_host or transport.link.is_shared:
+            DECODE_ATTENTION.is_there()  # or it would be compiled in the first step
         spills = max(policy.kv_cache.disk, policy.activations.disk) > 0
         self._spill = SpillFolder(offload_dir) if spills else None
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}

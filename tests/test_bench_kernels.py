@@ -46,9 +46,12 @@ def test_rates_are_work_over_time():
     assert layer["flops_per_s"] * layer["seconds"] == pytest.approx(flops)
     nbytes = memory["bytes_per_s"] * memory["seconds"]
     assert nbytes == pytest.approx(kernels.MEMORY_BYTES)
-    attention, widening = rest[:3], rest[3:]
-    for itemsize, row in zip((2, 4, 2), attention, strict=True):
-        nbytes = 2 * itemsize * 2 * kernels.PAST_SLOTS * 8
+    attention, widening = rest[:5], rest[5:]
+    # Two heads of 4 elements, each with a scale and a minimum if quantized.
+    for width, row in zip(
+        (16, 32, 16, 2 * (2 + 4), 2 * (4 + 4)), attention, strict=True
+    ):
+        nbytes = 2 * 2 * kernels.PAST_SLOTS * width
         assert row["bytes_per_s"] * row["seconds"] == pytest.approx(nbytes)
     for bits, row in zip((4, 8), widening, strict=True):
         assert row["kernel"] == f"dequantization, {bits} bits"

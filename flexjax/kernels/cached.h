@@ -52,7 +52,7 @@ class Plain {
  public:
   Plain(int64_t, int64_t) {}
 
-  static constexpr bool kIsFor(int) { return true; }
+  static constexpr bool IsFor(int) { return true; }
 
   static int64_t RowBytes(int64_t head_dim, int64_t) {
     return head_dim * Element::kBytes;
@@ -77,7 +77,7 @@ class Quantized {
   }
 
   // Halves of 4-bit codes are whole registers.
-  static constexpr bool kIsFor(int vectors) { return kBits == 8 || vectors % 2 == 0; }
+  static constexpr bool IsFor(int vectors) { return kBits == 8 || vectors % 2 == 0; }
 
   static int64_t RowBytes(int64_t head_dim, int64_t group_size) {
     return head_dim * kBits / 8 + head_dim / group_size * 4;
@@ -116,9 +116,7 @@ class Quantized {
   }
 
   __m512 Values(const uint8_t* scale) const {
-    const __m512i codes =
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return Bfloat16Element::Rounded(WideGroup(scale, num_groups_).Wide(codes));
+    return Bfloat16Element::Rounded(WideGroup(scale, num_groups_).WideNibbles());
   }
 
   const int64_t head_dim_, num_groups_;

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -38,6 +39,7 @@ COMPILERS = ("c++", "g++", "clang++")
 COMPILES_WITHIN_S = 300.0
 
 logger = logging.getLogger(__name__)
+_compiling = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,14 @@ class Kernel:
         return _is_there(self)
 
 
-@functools.cache
 def _why_missing(kernel: Kernel) -> str | None:
+    with _compiling:
+        return _why_unregistered(kernel)
+
+
+@functools.cache
+def _why_unregistered(kernel: Kernel) -> str | None:
+    """What registers the kernel, if it can; a second time JAX would refuse it."""
     if reason := kernel.why_unwanted():
         return reason
     try:

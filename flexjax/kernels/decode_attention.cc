@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cached.h"
+#include "floats.h"
 #include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -41,47 +42,6 @@ struct Work {
   int64_t row_bytes;  // of one slot of one head
   int64_t group_size;
 };
-
-// e^x of numbers up to 0, within 2 units in the last place; 0 where a float is too small.
-inline __m512 Exp(__m512 x) {
-  const __m512 least = _mm512_set1_ps(-104.0f);  // e^-104 is 0; NaN stays
-  x = _mm512_max_ps(least, x);
-  const __m512 log2_e = _mm512_set1_ps(1.44269504f);
-  const __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, log2_e), 0);
-  // ln 2 in two parts, the first with few bits, so that its multiples are exact.
-  __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);
-  rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), rest);
-  // The Taylor series, of at most ln 2 / 2: what is left out is below 6e-9.
-  constexpr float kFactors[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6,
-                                1.0f / 2,   1.0f,       1.0f};
-  __m512 sum = _mm512_set1_ps(1.0f / 5040);
-  for (const float factor : kFactors) {
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
-  }
-  return _mm512_scalef_ps(sum, power);
-}
-
-// The sum of each of 16 registers, in one.
-inline __m512 SumEach(const __m512 (&rows)[kLanes]) {
-  __m512 pair[8], four[4];
-  for (int i = 0; i < 8; ++i) {
-    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
-                            _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512d low = _mm512_castps_pd(pair[2 * i]);
-    const __m512d high = _mm512_castps_pd(pair[2 * i + 1]);
-    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                            _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  }
-  // Each has in every quarter the sums there of 4 rows.
-  const __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
-                                     _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const __m512 last = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
-                                    _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(first, last, 0x88),
-                       _mm512_shuffle_f32x4(first, last, 0xdd));
-}
 
 // One head of one row. `Element` is the type of what is not cached, `Kept` how the rest
 // is kept; a head has `kVectors` times 16 elements.
@@ -154,7 +114,7 @@ class Head {
     }
     const float peak = _mm512_reduce_max_ps(peaks);
     if (!(peak == peak_)) {
-      const __m512 shrunk = Exp(_mm512_set1_ps(peak_ - peak));
+      const __m512 shrunk = flexjax::Exp(_mm512_set1_ps(peak_ - peak));
       for (int v = 0; v < kVectors; ++v) sums_[v] = _mm512_mul_ps(sums_[v], shrunk);
       total_ *= _mm512_cvtss_f32(shrunk);
       peak_ = peak;
@@ -163,7 +123,7 @@ class Head {
     for (int64_t slot = 0; slot < count; slot += kLanes) {
       const __mmask16 there = (1u << std::min(kLanes, count - slot)) - 1;
       const __m512 score = _mm512_load_ps(weights + slot);
-      const __m512 weight = Exp(_mm512_sub_ps(score, _mm512_set1_ps(peak)));
+      const __m512 weight = flexjax::Exp(_mm512_sub_ps(score, _mm512_set1_ps(peak)));
       total = _mm512_mask_add_ps(total, there, total, weight);
       _mm512_store_ps(weights + slot, weight);
     }
@@ -193,7 +153,7 @@ class Head {
       Read(keys + std::min(slot, count - 1) * work_.row_bytes, key);
       products[slot] = Product(key);
     }
-    return SumEach(products);
+    return flexjax::SumEach(products);
   }
 
   const Work& work_;
@@ -223,7 +183,7 @@ ffi::Error Refusal() {
 
 template <typename Element, typename Kept, int kVectors>
 ffi::Error RunIfFor(ffi::ThreadPool pool, const Work& work) {
-  if constexpr (Kept::kIsFor(kVectors)) {
+  if constexpr (Kept::IsFor(kVectors)) {
     return Run<Element, Kept, kVectors>(pool, work);
   } else {
     return Refusal();
@@ -232,7 +192,10 @@ ffi::Error RunIfFor(ffi::ThreadPool pool, const Work& work) {
 
 template <typename Element, typename Kept>
 ffi::Error RunAs(ffi::ThreadPool pool, const Work& work) {
-  if (work.row_bytes != Kept::RowBytes(work.head_dim, work.group_size)) return Refusal();
+  if (work.head_dim % work.group_size != 0 ||
+      work.row_bytes != Kept::RowBytes(work.head_dim, work.group_size)) {
+    return Refusal();
+  }
   switch (work.head_dim) {
     case 16: return RunIfFor<Element, Kept, 1>(pool, work);
     case 32: return RunIfFor<Element, Kept, 2>(pool, work);
@@ -246,21 +209,29 @@ ffi::Error RunAs(ffi::ThreadPool pool, const Work& work) {
   }
 }
 
+// Whether two tensors have the same elements in the same places.
+bool AreAlike(const ffi::AnyBuffer& left, const ffi::AnyBuffer& right) {
+  return left.element_type() == right.element_type() &&
+         std::ranges::equal(left.dimensions(), right.dimensions());
+}
+
 // Adds the pieces of a cache, all keys before all values; whether they are a cache of
-// the query's rows and heads.
-bool AddPieces(ffi::RemainingArgs cache, Work& work) {
+// the work's rows and heads, of elements of `type`.
+bool AddPieces(ffi::RemainingArgs cache, ffi::DataType type, Work& work) {
   const size_t count = cache.size() / 2;
   for (size_t i = 0; i < count; ++i) {
     const auto keys = cache.get<ffi::AnyBuffer>(i);
     const auto values = cache.get<ffi::AnyBuffer>(count + i);
-    if (!keys || !values || keys->dimensions().size() != 4) return false;
+    if (!keys || !values || !AreAlike(*keys, *values)) return false;
     const auto shape = keys->dimensions();
-    work.row_bytes = shape[3] * ffi::ByteWidth(keys->element_type());
+    if (keys->element_type() != type || shape.size() != 4) return false;
+    const int64_t row_bytes = shape[3] * ffi::ByteWidth(type);
+    if (i > 0 && row_bytes != work.row_bytes) return false;
     if (shape[0] != work.rows || shape[1] != work.heads) return false;
-    if (!std::ranges::equal(shape, values->dimensions())) return false;
-    work.pieces.push_back({static_cast<const uint8_t*>(keys->untyped_data()),
-                           static_cast<const uint8_t*>(values->untyped_data()),
-                           shape[2]});
+    work.row_bytes = row_bytes;
+    work.pieces.push_back({.keys = static_cast<const uint8_t*>(keys->untyped_data()),
+                           .values = static_cast<const uint8_t*>(values->untyped_data()),
+                           .slots = shape[2]});
   }
   return count > 0 && cache.size() == 2 * count;
 }
@@ -270,21 +241,23 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer new
                   ffi::BufferR0<ffi::S32> length, ffi::RemainingArgs cache,
                   ffi::Result<ffi::AnyBuffer> out, int64_t bits, int64_t group_size) {
   const auto shape = query.dimensions();  // [rows, heads, 1, head_dim]
-  if (shape.size() != 4) return Refusal();
-  Work work{static_cast<const uint8_t*>(query.untyped_data()),
-            static_cast<const uint8_t*>(new_key.untyped_data()),
-            static_cast<const uint8_t*>(new_value.untyped_data()),
-            start.typed_data(),
-            *length.typed_data(),
-            {},
-            static_cast<uint8_t*>(out->untyped_data()),
-            shape[0],
-            shape[1],
-            shape[3],
-            0,
-            std::max<int64_t>(1, group_size)};
-  if (!AddPieces(cache, work)) return Refusal();
   const ffi::DataType type = query.element_type();
+  if (shape.size() != 4 || shape[2] != 1 || shape[0] != start.dimensions()[0] ||
+      !AreAlike(query, new_key) || !AreAlike(query, new_value) ||
+      !AreAlike(query, *out) || (bits != 0 && type != ffi::BF16)) {
+    return Refusal();
+  }
+  Work work{.query = static_cast<const uint8_t*>(query.untyped_data()),
+            .new_key = static_cast<const uint8_t*>(new_key.untyped_data()),
+            .new_value = static_cast<const uint8_t*>(new_value.untyped_data()),
+            .start = start.typed_data(),
+            .length = *length.typed_data(),
+            .out = static_cast<uint8_t*>(out->untyped_data()),
+            .rows = shape[0],
+            .heads = shape[1],
+            .head_dim = shape[3],
+            .group_size = std::max<int64_t>(1, group_size)};
+  if (!AddPieces(cache, bits == 0 ? type : ffi::U8, work)) return Refusal();
   using flexjax::Bfloat16Element;
   using flexjax::Float16;
   using flexjax::Float32;

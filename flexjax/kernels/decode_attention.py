@@ -8,6 +8,7 @@ the time that XLA takes, which makes them wide first.
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -28,14 +29,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def is_attended(dtype: np.dtype, head_dim: int, cache_as: Quantization | None) -> bool:
     """Whether the kernel takes queries of `dtype` to a cache that is kept so."""
-    if head_dim % LANES or head_dim > MOST_HEAD_DIM or dtype.name not in DTYPES:
+    if head_dim not in range(LANES, MOST_HEAD_DIM + 1, LANES):
         return False
     if cache_as is None:
-        return True
+        return dtype.name in DTYPES
     halves = 8 // cache_as.bits  # of 4-bit codes
     return (
         dtype.name == cache_as.dtype == "bfloat16"
-        and cache_as.group_size % LANES == 0
+        and cache_as.group_size % LANES == head_dim % cache_as.group_size == 0
         and head_dim % (halves * LANES) == 0
     )
 
@@ -50,7 +51,7 @@ def attend_to_cache(
 ) -> Float[Array, "rows heads 1 head_dim"]:
     """What `decode_attention` gives, but for the order of its sums.
 
-    Only what the arguments are and what is returned is rounded to their type.
+    And but for the shares of values, which it rounds to the type of these.
 
     Args:
         query, new, start, length: see `decode_attention`.
@@ -62,8 +63,8 @@ def attend_to_cache(
     return call(
         scaled(query),
         *new,
-        start,
-        length,
+        start.astype(jnp.int32),
+        length.astype(jnp.int32),
         *keys,
         *values,
         bits=np.int64(0 if cache_as is None else cache_as.bits),

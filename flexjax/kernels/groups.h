@@ -20,12 +20,15 @@ class WideGroup {
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale_, minimum_);
   }
 
-  // What the 16 codes of 4 bits stand for, twice: so whatever is above the lower 4 bits
-  // of a code changes nothing when it is looked up.
+  // What the 16 codes of 4 bits stand for.
+  __m512 WideNibbles() const {
+    return Wide(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  }
+
+  // The same as bfloat16, twice: so whatever is above the lower 4 bits of a code changes
+  // nothing when it is looked up.
   __m512i Values() const {
-    const __m512i codes =
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 values = Wide(codes);
+    const __m512 values = WideNibbles();
     return (__m512i)_mm512_cvtne2ps_pbh(values, values);
   }
 

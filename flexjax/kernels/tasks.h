@@ -41,8 +41,8 @@ inline int64_t NumThreads(const xla::ffi::ThreadPool& pool) {
   return std::max<int64_t>(1, pool.num_threads());
 }
 
-// Calls `act`, a function that owns what it needs, with each index below `count`;
-// whether it always returned true. Threads of the pool help the one that calls, which
+// Calls `act` with each index below `count`; whether it always returned true. What it
+// refers to must be there until then. Threads of the pool help the one that calls, which
 // takes parts too: so it never waits for a thread that has not begun.
 template <typename Act>
 bool InParallel(xla::ffi::ThreadPool& pool, int64_t count, Act act) {

@@ -52,7 +52,8 @@ class Hardware:
             masked counted too.
         attention_bytes_per_s: of keys and values for one new token a row, by the bits
             that a cache keeps; bytes are what they are when they are not quantized,
-            which is called `WHOLE_BITS` whatever the model's type.
+            which is called `WHOLE_BITS` whatever the model's type. Of bfloat16, and
+            groups and heads of 64 elements; others may be slower.
         host_attention_bytes_per_s: the same on the host's processor.
         sampled_logits_per_s: of choosing tokens.
         dequantized_bytes_per_s: of weights made wide, by their bits, in bfloat16.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
 from flexjax.memory.capacity import free_bytes
 from flexjax.memory.link import Device, is_shared
@@ -27,6 +28,7 @@ def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _device_kind(device),
         is_shared(device) and PRODUCTS.is_there(),
+        DECODE_ATTENTION.is_there(),  # on a GPU's host, too
         existing.stat().st_dev,
         jax.__version__,
     ]

@@ -1,7 +1,10 @@
 """A kernel is compiled once, kept, and done without where it cannot be had."""
 
+import concurrent.futures
 import re
 import shutil
+import threading
+import uuid
 
 import pytest
 
@@ -10,31 +13,29 @@ from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
 
 pytestmark = pytest.mark.skipif(
-    not PRODUCTS.is_there(), reason="no kernel for this processor, or no compiler"
+    not DECODE_ATTENTION.is_there(),
+    reason="no kernel for this processor, or no compiler",
 )
 
-
-def forget():
-    for function in (
-        compiled.library,
-        compiled._why_missing,
-        compiled._is_there,
-    ):
-        function.cache_clear()
+SOURCE = """
+#include "xla/ffi/api/ffi.h"
+static xla::ffi::Error Nothing() { return xla::ffi::Error::Success(); }
+XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, Nothing, xla::ffi::Ffi::Bind());
+"""
 
 
 @pytest.fixture
-def anew(tmp_path):
-    """As if nothing had been compiled in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "default_cache", lambda: tmp_path)
-        forget()
-        yield tmp_path
-    forget()
-    # Now, and not in a test with a cache folder of its own: the handler of a library
-    # that is compiled once more cannot be registered in place of the first.
-    assert PRODUCTS.is_there()
-    assert DECODE_ATTENTION.is_there()
+def kernel(tmp_path, monkeypatch):
+    """One that does nothing, and has not been asked for yet."""
+    monkeypatch.setattr(compiled, "default_cache", lambda: tmp_path)
+    target = f"nothing_{uuid.uuid4().hex}"  # a handler stays registered
+    source = tmp_path / "nothing.cc"
+    source.write_text(SOURCE.replace("NAME", target))
+    return compiled.Kernel(source, (target,), without="nothing is done slowly")
+
+
+def made(kernel):
+    return list((kernel.source.parent / "kernels").glob("*"))
 
 
 @pytest.mark.parametrize(
@@ -44,57 +45,60 @@ def anew(tmp_path):
         ("no-such -O2", "CXX is 'no-such -O2', and there is no such program; set it"),
         ("g++ 'x", "CXX is .*: No closing quotation"),
         ("/bin/true", "/bin/true ended well, but made nothing"),
-        (
-            "/bin/false",
-            "the kernel products is not to be had: Command .*/bin/false",
-        ),
+        ("/bin/false", "the kernel nothing is not to be had: Command .*/bin/false"),
         ("/bin/sh -c 'echo error: out of cheese >&2; exit 1'", "error: out of cheese$"),
     ],
 )
-def test_without_a_working_compiler_weights_are_made_wide(
-    anew, monkeypatch, caplog, cxx, reason
+def test_without_a_working_compiler_it_is_said_once_what_that_means(
+    kernel, monkeypatch, caplog, cxx, reason
 ):
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     monkeypatch.setenv("CXX", cxx)
-    assert re.search(reason.replace("+", r"\+"), PRODUCTS.why_missing() or "")
+    assert re.search(reason.replace("+", r"\+"), kernel.why_missing() or "")
     assert not caplog.text  # it is for who asks to say so
-    assert not PRODUCTS.is_there()
-    assert "weights are made wide before they are multiplied with" in caplog.text
-    assert caplog.text.count(PRODUCTS.why_missing() or "") == 1
-    assert not list((anew / "kernels").glob("*"))
+    for _ in range(2):
+        assert not kernel.is_there()
+    assert "nothing is done slowly: " in caplog.text
+    assert caplog.text.count(kernel.why_missing() or "") == 1
+    assert not made(kernel)
 
 
-def test_a_cache_that_cannot_be_written_to_is_named(anew, monkeypatch):
-    (anew / "file").touch()
-    monkeypatch.setattr(compiled, "default_cache", lambda: anew / "file")
-    assert str(anew / "file") in (PRODUCTS.why_missing() or "")
+def test_a_cache_that_cannot_be_written_to_is_named(kernel, monkeypatch):
+    file = kernel.source
+    monkeypatch.setattr(compiled, "default_cache", lambda: file)
+    assert str(file) in (kernel.why_missing() or "")
 
 
-def test_what_does_not_load_is_not_kept(anew, monkeypatch):
+def test_what_does_not_load_is_not_kept(kernel, monkeypatch):
     def compile_badly(compiler, source, out):
         out.write_text("no library")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(compiled, "_compile", compile_badly)
-        assert "the kernel products is not to be had: " in (
-            PRODUCTS.why_missing() or ""
-        )
-    assert not list((anew / "kernels").glob("*"))
-    assert compiled.library(PRODUCTS.source) is not None
+    monkeypatch.setattr(compiled, "_compile", compile_badly)
+    assert "the kernel nothing is not to be had: " in (kernel.why_missing() or "")
+    assert not made(kernel)
 
 
-def test_the_chosen_compiler_may_have_arguments(anew, monkeypatch):
+def test_what_is_compiled_is_kept(kernel, monkeypatch):
+    # A compiler may have arguments.
     monkeypatch.setenv("CXX", f"{shutil.which('env')} {compiled._compiler()[0]}")
-    assert compiled.library(PRODUCTS.source) is not None
-
-
-def test_what_is_compiled_is_kept(anew, monkeypatch):
-    assert compiled.library(PRODUCTS.source) is not None
-    (made,) = (anew / "kernels").iterdir()
+    assert compiled.library(kernel.source) is not None
+    (library,) = made(kernel)
     compiled.library.cache_clear()
     monkeypatch.setattr(compiled, "_compile", None)  # not called again
-    assert compiled.library(PRODUCTS.source) is not None
-    assert list((anew / "kernels").iterdir()) == [made]
+    assert kernel.is_there()
+    assert made(kernel) == [library]
+
+
+def test_threads_that_want_a_kernel_at_once_all_get_it(kernel):
+    together = threading.Barrier(4)
+
+    def ask():
+        together.wait()
+        return kernel.is_there()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(ask) for _ in range(4)]
+        assert all(one.result() for one in asked)
 
 
 @pytest.mark.parametrize(
@@ -102,18 +106,18 @@ def test_what_is_compiled_is_kept(anew, monkeypatch):
     [
         (compiled.NEEDED[:-2], "this processor has no avx512_bf16, avx512_vnni"),
         (compiled.NEEDED, None),
-        (
-            [*compiled.NEEDED, "amx_bf16"],
-            "XLA does as well by itself on this processor, by",
-        ),
+        ([*compiled.NEEDED, "amx_bf16"], "XLA does as well by itself on this pro"),
     ],
 )
-def test_the_kernel_is_for_processors_that_have_nothing_better(
+def test_the_kernels_are_for_processors_that_have_nothing_better(
     flags, reason, monkeypatch
 ):
     monkeypatch.setattr(compiled, "_processor_flags", lambda: frozenset(flags))
     monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
     found = PRODUCTS.why_unwanted()
     assert found is None if reason is None else found.startswith(reason)
+    can_attend = set(compiled.NEEDED) <= set(flags)
+    assert (DECODE_ATTENTION.why_unwanted() is None) == can_attend
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
-    assert PRODUCTS.why_unwanted() == "this processor is aarch64, not x86_64"
+    for kernel in (PRODUCTS, DECODE_ATTENTION):
+        assert kernel.why_unwanted() == "this processor is aarch64, not x86_64"

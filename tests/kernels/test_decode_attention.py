@@ -123,13 +123,13 @@ def test_nothing_is_read_of_slots_that_a_row_may_not_see(bits):
     def attend(past):
         return np.asarray(attend_step(query, new, past, start, length, cache_as=how))
 
-    def spoilt(piece, first):
+    def unseen_spoilt(piece, first):
         slots = first + np.arange(piece.shape[2])
         unseen = (slots < start[:, None]) | (slots >= length)
         bad = 255 if how else np.nan  # a scale of bytes of 255 is NaN
         return jnp.where(unseen[:, None, :, None], jnp.asarray(bad, piece.dtype), piece)
 
-    bad = tuple((spoilt(one, 0), spoilt(two, 40)) for one, two in past)
+    bad = tuple((unseen_spoilt(one, 0), unseen_spoilt(two, 40)) for one, two in past)
     np.testing.assert_array_equal(attend(past), attend(bad))
 
 
@@ -154,6 +154,9 @@ def test_what_is_not_finite_stays_so_in_its_own_head():
         ("bfloat16", 80, quantization(4, 40, "bfloat16")),
         ("bfloat16", 16, quantization(4, 16, "bfloat16")),
         ("bfloat16", 64, quantization(8, 8, "bfloat16")),
+        ("bfloat16", 96, quantization(8, 64, "bfloat16")),
+        ("bfloat16", 64, quantization(4, 128, "bfloat16")),
+        ("bfloat16", 0, None),
     ],
 )
 def test_what_the_kernel_cannot_do_is_left_to_xla(dtype, head_dim, how):
@@ -161,24 +164,70 @@ def test_what_the_kernel_cannot_do_is_left_to_xla(dtype, head_dim, how):
 
 
 def test_the_kernel_attends_where_a_step_is_for_a_cpu(monkeypatch):
-    def targets(heads, platform):
-        query, new, past = drawn(0, (2, heads, 64), (40,), "bfloat16", None)
+    def targets(platform):
+        query, new, past = drawn(0, (2, 3, 64), (40,), "bfloat16", None)
         start, length = jnp.zeros(2, jnp.int32), jnp.int32(40)
-        traced = attend_step.trace(query, new, past, start, length)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        return re.findall("custom_call @([a-z_]*)", text)
+        step = jax.jit(lambda *inputs: attend_step(*inputs))  # a new one, of no past
+        lowered = step.trace(query, new, past, start, length).lower(
+            lowering_platforms=(platform,)
+        )
+        return re.findall("custom_call @([a-z_]*)", lowered.as_text())
 
     kernel = "flexjax_decode_attention"
-    assert kernel in targets(3, "cpu")
-    assert kernel not in targets(3, "cuda")
+    assert kernel in targets("cpu")
+    assert kernel not in targets("cuda")
     monkeypatch.setattr(type(DECODE_ATTENTION), "is_there", lambda kernel: False)
-    assert kernel not in targets(2, "cpu")  # of another shape, since steps are kept
+    jax.clear_caches()
+    assert kernel not in targets("cpu")
+    jax.clear_caches()
 
 
-def test_a_cache_of_another_type_is_refused():
-    query, new, _ = drawn(0, (2, 3, 64), (40,), "bfloat16", None)
-    *_, past = drawn(0, (2, 3, 64), (40,), "float32", None)
-    attend = jax.jit(functools.partial(attend_to_cache, cache_as=None))
+def test_without_jit_xla_attends():
+    query, new, past = drawn(0, (2, 3, 64), (40,), "float32", None)
+    arguments = query, new, past, jnp.zeros(2, jnp.int32), jnp.int32(40)
+    with jax.disable_jit():
+        found = attend_step(*arguments)
+    np.testing.assert_allclose(found, attend_step(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def spoilt(index, value):
+    """Arguments of the kernel, one of which is `value` of it."""
+    query, (key, new_value), ((keys,), (values,)) = drawn(
+        0, (2, 3, 64), (40,), "bfloat16", None
+    )
     start = jnp.zeros(2, jnp.int32)
+    operands = [query, key, new_value, start, jnp.int32(40), keys, values]
+    operands[index] = value(operands[index])
+    return operands
+
+
+def as_float32(array):
+    return array.astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [
+        (0, as_float32),
+        (1, as_float32),
+        (2, as_float32),
+        (5, as_float32),
+        (6, as_float32),
+        (5, lambda keys: keys.astype(jnp.float16)),  # as many bytes
+        (2, lambda value: value[:1]),
+        (3, lambda start: start[:1]),
+        (5, lambda keys: keys[:1]),
+        (6, lambda values: values[:, :, :1]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(index, value):
+    operands = spoilt(index, value)
+    query, *_ = operands
+
+    @jax.jit
+    def attend(*operands):
+        call = jax.ffi.ffi_call("flexjax_decode_attention", query)
+        return call(*operands, bits=np.int64(0), group_size=np.int64(1))
+
     with pytest.raises(jax.errors.JaxRuntimeError, match="the cache is not for atten"):
-        attend(query, new, past, start, jnp.int32(40)).block_until_ready()
+        attend(*operands).block_until_ready()

@@ -37,6 +37,10 @@ PRODUCTS = {
 }
 
 
+narrow = jax.jit(quantize, static_argnums=1)
+widen = jax.jit(dequantize, static_argnums=1)
+
+
 def drawn(seed, rows, inputs, outputs, how):
     """Inputs and quantized weights, and what XLA makes of them in float32."""
     rng = np.random.default_rng(seed)
@@ -44,8 +48,8 @@ def drawn(seed, rows, inputs, outputs, how):
         jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
         for shape in ((rows, inputs), (outputs, inputs))
     )
-    quantized = QuantizedArray(quantize(weight, how), how)
-    wide = dequantize(quantized.data, how)
+    quantized = QuantizedArray(narrow(weight, how), how)
+    wide = widen(quantized.data, how)
     expected = jax.lax.dot_general(
         x.astype(jnp.float32),
         wide.astype(jnp.float32),
@@ -133,7 +137,7 @@ def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     found = np.asarray(jax.jit(contract_quantized)(x, weight))
     # As exact as float32 has them, where `dequantize` rounds to bfloat16.
     exact = dataclasses.replace(how, dtype="float32")
-    wide = np.asarray(dequantize(in_float32(weight.data, how), exact), np.float64)
+    wide = np.asarray(widen(in_float32(weight.data, how), exact), np.float64)
     _, _, x = rounded(x, group_size)
     error = np.abs(found - x @ wide.T)
     assert (error <= 1e-5 * (np.abs(x) @ np.abs(wide).T)).all()

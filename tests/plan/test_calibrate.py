@@ -13,6 +13,8 @@ import pytest
 from flexjax import extents
 from flexjax.cache_folder import CACHE_VARIABLE
 from flexjax.checkpoint import open_store
+from flexjax.kernels.decode_attention import DECODE_ATTENTION
+from flexjax.kernels.products import PRODUCTS
 from flexjax.memory import disk_queue
 from flexjax.models.config import OPTConfig
 from flexjax.plan import calibrate, scratch, step_rates
@@ -136,14 +138,20 @@ def _apart(monkeypatch):
 
 
 @pytest.mark.usefixtures("_apart")
-def test_a_device_apart_gets_rates_of_copies_and_no_contention(folder):
+def test_a_device_apart_gets_rates_of_copies_and_no_contention(folder, monkeypatch):
+    def rates(device):
+        return dict.fromkeys((4, 8, WHOLE_BITS), 1.0 if device is DEVICE else 2.0)
+
+    monkeypatch.setattr(step_rates, "_attention_rates", rates)
+    monkeypatch.setattr(step_rates, "host_device", lambda what: "host")
     heard: list[str] = []
     machine = calibrate.calibrate(folder, DEVICE, heard.append)
     assert validate_hardware(machine) is machine
     assert not machine.device_is_host
     assert machine.compute_beside_disk == machine.disk_beside_compute == 1.0
     assert machine.round_trip_s > 0
-    assert machine.host_attention_bytes_per_s != machine.attention_bytes_per_s
+    assert machine.attention_bytes_per_s == rates(DEVICE)
+    assert machine.host_attention_bytes_per_s == rates("host")
     assert any("copies" in text for text in heard)
     assert any(str(folder) in text for text in heard)
     assert_nothing_is_left(folder)
@@ -353,5 +361,14 @@ def test_a_machine_has_one_name_and_another_has_another(folder, monkeypatch):
     assert name == calibrate.machine_id(folder, DEVICE)
     assert name == calibrate.machine_id(folder / "below", DEVICE)
     assert name.isalnum()
+    for kernel in (PRODUCTS, DECODE_ATTENTION):
+        with monkeypatch.context() as patch:
+            is_there = not kernel.is_there()
+            patch.setattr(
+                type(kernel),
+                "is_there",
+                lambda one, kernel=kernel, there=is_there: (one == kernel) == there,
+            )
+            assert calibrate.machine_id(folder, DEVICE) != name
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
     assert calibrate.machine_id(folder, DEVICE) != name
