@@ -13,7 +13,7 @@ from checkpoints_tools.open_source import open_source
 from checkpoints_tools.orbax_checkpoint import write_orbax
 from checkpoints_tools.store_conversion import convert_to_store
 from flexjax.cli import run_command
-from flexjax.policy import BITS
+from flexjax.policy import BITS, Policy
 from flexjax.quant import Quantization
 from flexjax.store_format import DTYPES
 
@@ -40,12 +40,16 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _quantization(args: argparse.Namespace, dtype: np.dtype) -> Quantization | None:
     if args.weight_bits is None:
+        if args.group_size is not None:
+            raise ValueError(
+                "--group-size does nothing without --weight-bits: give that too, or "
+                "leave --group-size out"
+            )
         return None
-    if args.group_size < 1:
-        raise ValueError(f"--group-size is {args.group_size}, expected at least 1")
-    return Quantization(
-        bits=args.weight_bits, group_size=args.group_size, dtype=dtype.name
-    )
+    group_size = Policy.group_size if args.group_size is None else args.group_size
+    if group_size < 1:
+        raise ValueError(f"--group-size is {group_size}, expected at least 1")
+    return Quantization(bits=args.weight_bits, group_size=group_size, dtype=dtype.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         "--group-size",
         type=int,
         metavar="N",
-        default=64,
-        help="elements that share a scale and a minimum (default: %(default)s)",
+        help="elements that share a scale and a minimum (default: "
+        f"{Policy.group_size})",
     )
     return run_command(_convert, parser, argv)
 

@@ -167,6 +167,12 @@ def _validate_bits(policy: Policy) -> None:
         raise ValueError(
             f"activation_bits is {bits!r}, expected 8 or None, which rounds nothing"
         )
+    quantizes = policy.weight_bits is not None or policy.kv_cache_bits is not None
+    if policy.group_size != Policy.group_size and not quantizes:
+        raise ValueError(
+            f"group_size={policy.group_size} does nothing where nothing is quantized: "
+            "give weight_bits or kv_cache_bits, or leave group_size out"
+        )
 
 
 def _validate_placement(name: str, placement: Placement) -> None:

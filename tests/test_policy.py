@@ -152,6 +152,15 @@ def test_a_sparsity_that_is_no_fraction_is_refused(sparsity):
         validate(Policy(attention_sparsity=sparsity))
 
 
+def test_groups_of_nothing_are_refused():
+    message = "^group_size=32 does nothing where nothing is quantized: give weight_bits"
+    with pytest.raises(ValueError, match=message):
+        validate(Policy(group_size=32))
+    for name in ("weight_bits", "kv_cache_bits"):
+        assert validate(Policy(group_size=32, **{name: 8}))
+    assert validate(Policy(group_size=64))
+
+
 @pytest.mark.parametrize("bits", [4, 16, 8.0, True, "8"])
 def test_activations_have_8_bits_or_what_they_have(bits):
     message = f"^activation_bits is {bits!r}, expected 8 or None, which rounds nothing$"

@@ -135,6 +135,7 @@ def test_nothing_else_is_made_of_a_quantized_store(checkpoint, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--group-size", "8"], "--group-size does nothing without --weight-bits"),
         (["--weight-bits", "4", "--group-size", "0"], "--group-size is 0, expected at"),
         (
             ["--weight-bits", "4"],
