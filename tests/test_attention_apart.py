@@ -69,9 +69,8 @@ def test_host_attention_leaves_the_cache_on_the_host(run_of):
 
 @pytest.mark.parametrize("kv_cache_bits", [None, 4])
 def test_sparse_attention_moves_the_values_that_it_attends_to(run_of, kv_cache_bits):
-    common = {"kv_cache_bits": kv_cache_bits, "group_size": 16}
-    plain, run_plain = run_of(**common)
-    sparse, run_sparse = run_of(attention_sparsity=0.1, **common)
+    plain, run_plain = run_of(kv_cache_bits=kv_cache_bits)
+    sparse, run_sparse = run_of(kv_cache_bits=kv_cache_bits, attention_sparsity=0.1)
     run_plain()
     run_sparse()
     # All keys, and a tenth of the values, rounded up in every row and head.

@@ -197,7 +197,7 @@ def policy_of(bits, placements, schedule, shape):
         schedule=schedule,
         weight_bits=bits[0],
         kv_cache_bits=bits[1],
-        group_size=GROUP_SIZE,
+        group_size=GROUP_SIZE if any(bits) else Policy.group_size,
     )
 
 
