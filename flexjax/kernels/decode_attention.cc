@@ -244,9 +244,10 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer new
   const ffi::DataType type = query.element_type();
   if (shape.size() != 4 || shape[2] != 1 || shape[0] != start.dimensions()[0] ||
       !AreAlike(query, new_key) || !AreAlike(query, new_value) ||
-      !AreAlike(query, *out) || (bits != 0 && type != ffi::BF16)) {
+      !AreAlike(query, *out)) {
     return Refusal();
   }
+  if (bits != 0 && (type != ffi::BF16 || group_size % kLanes != 0)) return Refusal();
   Work work{.query = static_cast<const uint8_t*>(query.untyped_data()),
             .new_key = static_cast<const uint8_t*>(new_key.untyped_data()),
             .new_value = static_cast<const uint8_t*>(new_value.untyped_data()),
