@@ -165,7 +165,7 @@ def _memory_read() -> dict[str, Any]:
     array[:] = 1
     chunks = np.array_split(array, 8 * PROCESSORS)
     with concurrent.futures.ThreadPoolExecutor(PROCESSORS) as threads:
-        # A sum of floats takes as long to add as to read: 17 GB/s, for 30.
+        # Not a sum of floats: adding takes longer than reading, 17 GB/s for 29.
         seconds = median_s(lambda _: list(threads.map(np.max, chunks)), None)
     return {
         "kernel": "memory read",

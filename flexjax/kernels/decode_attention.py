@@ -1,8 +1,8 @@
 """Attention of new tokens to a cache, on a CPU by a kernel.
 
-On 2 cores of a Xeon with AVX-512 (no AMX) it reads 268 MB of bfloat16 at 26 GB/s, where
-XLA reads 14 and memory gives about 30; and the same elements in 4 bits in an eighth of
-the time that XLA takes, which makes them wide first.
+On 2 cores of a Xeon with AVX-512 (no AMX) it reads 268 MB of bfloat16 at 25 GB/s, where
+XLA reads 13 and memory gives 29; and the same elements in 4 bits in an eighth of the
+time that XLA takes, which makes them wide first (`bench.kernels`, OPT-6.7B).
 """
 
 import pathlib
@@ -49,9 +49,10 @@ def attend_to_cache(
     length: Int[Array, ""],
     cache_as: Quantization | None,
 ) -> Float[Array, "rows heads 1 head_dim"]:
-    """What `decode_attention` gives, but for the order of its sums.
+    """What `decode_attention` gives, but for rounding.
 
-    And but for the shares of values, which it rounds to the type of these.
+    Sums are in another order, and shares stay in float32 until values are added up,
+    where `decode_attention` rounds them to the values' type.
 
     Args:
         query, new, start, length: see `decode_attention`.

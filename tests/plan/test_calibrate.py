@@ -361,14 +361,11 @@ def test_a_machine_has_one_name_and_another_has_another(folder, monkeypatch):
     assert name == calibrate.machine_id(folder, DEVICE)
     assert name == calibrate.machine_id(folder / "below", DEVICE)
     assert name.isalnum()
-    for kernel in (PRODUCTS, DECODE_ATTENTION):
+    are_there = {kernel: kernel.is_there() for kernel in (PRODUCTS, DECODE_ATTENTION)}
+    for kernel, is_there in are_there.items():
+        others = are_there | {kernel: not is_there}
         with monkeypatch.context() as patch:
-            is_there = not kernel.is_there()
-            patch.setattr(
-                type(kernel),
-                "is_there",
-                lambda one, kernel=kernel, there=is_there: (one == kernel) == there,
-            )
+            patch.setattr(type(kernel), "is_there", lambda one, now=others: now[one])
             assert calibrate.machine_id(folder, DEVICE) != name
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
     assert calibrate.machine_id(folder, DEVICE) != name
