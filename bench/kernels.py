@@ -70,7 +70,7 @@ def measure_kernels(
     group = fitting_group(config.hidden_size, Policy().group_size)
     ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
     # Here, so that it fails before anything is measured.
-    peak = compiled.library(PEAK) if PRODUCTS.is_there() else None
+    peak = compiled.library(PEAK, compiled.AVX512) if PRODUCTS.is_there() else None
     for rows in ROWS:
         yield _product(config, rows)
     for how, rounded in itertools.product(ways, (None, *ACTIVATION_BITS)):

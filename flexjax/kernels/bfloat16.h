@@ -66,6 +66,13 @@ class Bfloat16 : public Weights<kBits> {
   }
 
  private:
+  // What the 16 codes of 4 bits stand for, twice: so whatever is above the lower 4 bits
+  // of a code changes nothing when it is looked up.
+  static __m512i Values(const WideGroup& group) {
+    const __m512 values = group.WideNibbles();
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+  }
+
   void WidenBytes(const uint8_t* codes, const WideGroup& group, bfloat16* into) const {
     for (int64_t i = 0; i < this->work_.group_size; i += 2 * kLanes) {
       const __m128i* from = reinterpret_cast<const __m128i*>(codes + i);
@@ -79,7 +86,7 @@ class Bfloat16 : public Weights<kBits> {
   // A group has 16 values: they are computed once, and looked up by their codes.
   void WidenNibbles(const uint8_t* codes, const WideGroup& low, const WideGroup& high,
                     bfloat16* into_low, bfloat16* into_high) const {
-    const __m512i low_values = low.Values(), high_values = high.Values();
+    const __m512i low_values = Values(low), high_values = Values(high);
     for (int64_t i = 0; i < this->work_.group_size; i += 2 * kLanes) {
       const __m256i* from = reinterpret_cast<const __m256i*>(codes + i);
       const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from));

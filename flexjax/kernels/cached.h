@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "groups.h"
@@ -12,38 +10,24 @@ namespace flexjax {
 
 struct Float32 {
   static constexpr int64_t kBytes = 4;
-  static __m512 Read(const uint8_t* at) { return _mm512_loadu_ps(at); }
-  static void Write(__m512 values, uint8_t* at) { _mm512_storeu_ps(at, values); }
+  static Floats Read(const uint8_t* at) {
+    return Load(reinterpret_cast<const float*>(at));
+  }
+  static void Write(Floats values, uint8_t* at) {
+    Store(values, reinterpret_cast<float*>(at));
+  }
 };
 
 struct Float16 {
   static constexpr int64_t kBytes = 2;
-  static __m512 Read(const uint8_t* at) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-  }
-  static void Write(__m512 values, uint8_t* at) {
-    const __m256i halves = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), halves);
-  }
+  static Floats Read(const uint8_t* at) { return LoadFloat16(at); }
+  static void Write(Floats values, uint8_t* at) { StoreFloat16(values, at); }
 };
 
-// A bfloat16 is the upper half of a float.
 struct Bfloat16Element {
   static constexpr int64_t kBytes = 2;
-  static __m512 Read(const uint8_t* at) {
-    return Wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-  }
-  static void Write(__m512 values, uint8_t* at) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), Narrow(values));
-  }
-  static __m512 Rounded(__m512 values) { return Wide(Narrow(values)); }
-
- private:
-  static __m512 Wide(__m256i halves) {
-    const __m512i words = _mm512_cvtepu16_epi32(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-  }
-  static __m256i Narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+  static Floats Read(const uint8_t* at) { return LoadBfloat16(at); }
+  static void Write(Floats values, uint8_t* at) { StoreBfloat16(values, at); }
 };
 
 // What is kept in the type that it has.
@@ -59,7 +43,7 @@ class Plain {
   }
 
   template <int kVectors>
-  void Read(const uint8_t* row, __m512 (&into)[kVectors]) const {
+  void Read(const uint8_t* row, Floats (&into)[kVectors]) const {
     for (int v = 0; v < kVectors; ++v) {
       into[v] = Element::Read(row + v * kLanes * Element::kBytes);
     }
@@ -84,25 +68,25 @@ class Quantized {
   }
 
   template <int kVectors>
-  void Read(const uint8_t* row, __m512 (&into)[kVectors]) const {
+  void Read(const uint8_t* row, Floats (&into)[kVectors]) const {
     const uint8_t* scales = row + head_dim_ * kBits / 8;
     if constexpr (kBits == 8) {
       WideGroup group(scales, num_groups_);
       for (int v = 0; v < kVectors; ++v) {
         if (v > 0 && BeginsAt(v)) group = WideGroup(scales += 2, num_groups_);
-        into[v] = Bfloat16Element::Rounded(group.Wide(Codes(row, v)));
+        into[v] = RoundedToBfloat16(group.Wide(LoadBytes(row + v * kLanes)));
       }
     } else {
       // The 16 values of a group are computed once, and looked up by their codes.
       constexpr int kHalf = kVectors / 2;
       const uint8_t* high_scales = scales + 2 * high_group_;
-      __m512 low = Values(scales), high = high_group_ ? Values(high_scales) : low;
+      Floats low = Values(scales), high = high_group_ ? Values(high_scales) : low;
       for (int v = 0; v < kHalf; ++v) {
         if (v > 0 && BeginsAt(v)) low = Values(scales += 2);
         if (v > 0 && BeginsAt(kHalf + v)) high = Values(high_scales += 2);
-        const __m512i codes = Codes(row, v);  // the lookup minds their lower 4 bits
-        into[v] = _mm512_permutexvar_ps(codes, low);
-        into[kHalf + v] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), high);
+        const Codes codes = LoadBytes(row + v * kLanes);
+        into[v] = LookUp(low, codes);
+        into[kHalf + v] = LookUp(high, UpperNibbles(codes));
       }
     }
   }
@@ -110,13 +94,8 @@ class Quantized {
  private:
   bool BeginsAt(int vector) const { return begins_ >> vector & 1; }
 
-  static __m512i Codes(const uint8_t* row, int vector) {
-    const uint8_t* at = row + vector * kLanes;
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-  }
-
-  __m512 Values(const uint8_t* scale) const {
-    return Bfloat16Element::Rounded(WideGroup(scale, num_groups_).WideNibbles());
+  Floats Values(const uint8_t* scale) const {
+    return RoundedToBfloat16(WideGroup(scale, num_groups_).WideNibbles());
   }
 
   const int64_t head_dim_, num_groups_;

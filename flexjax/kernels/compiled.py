@@ -25,21 +25,42 @@ import jax
 from flexjax.cache_folder import default_cache
 from flexjax.safe_files import make_folder, sync_tree
 
-# What a source is compiled for.
-NEEDED = (
-    *("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    *("avx512_bf16", "avx512_vnni"),
-)
-FLAGS = (
-    *("-O3", "-std=c++20", "-fPIC", "-shared", "-w"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
-    *("-mavx512bf16", "-mavx512vnni"),
-)
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-w")
 COMPILERS = ("c++", "g++", "clang++")
 COMPILES_WITHIN_S = 300.0
 
 logger = logging.getLogger(__name__)
 _compiling = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """What a source may be compiled for.
+
+    Attributes:
+        names: what a processor has, as Linux calls it.
+        flags: what tells a compiler to use it.
+    """
+
+    names: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    def lacking(self) -> list[str]:
+        """What of it this processor does not have."""
+        return [name for name in self.names if name not in _processor_flags()]
+
+
+AVX512 = Instructions(
+    (
+        *("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        *("avx512_bf16", "avx512_vnni"),
+    ),
+    (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+        *("-mavx512bf16", "-mavx512vnni"),
+    ),
+)
+AVX2 = Instructions(("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +70,30 @@ class Kernel:
     Attributes:
         source: a .cc file.
         targets: names of its handlers.
+        compiled_for: what it may be compiled for, the fastest first.
         without: what the lack of it means, for a warning.
         better: what processors have that do as well by XLA alone, if any do.
     """
 
     source: pathlib.Path
     targets: tuple[str, ...]
+    compiled_for: tuple[Instructions, ...]
     without: str
     better: str | None = None
+
+    def instructions(self) -> Instructions | None:
+        """What this processor has it compiled for; None if it has too little."""
+        fitting = (one for one in self.compiled_for if not one.lacking())
+        return next(fitting, None)
 
     def why_unwanted(self) -> str | None:
         """Why this processor does without the kernel; None if it does not."""
         if platform.machine() != "x86_64":
             return f"this processor is {platform.machine()}, not x86_64"
-        flags = _processor_flags()
-        if lacking := [flag for flag in NEEDED if flag not in flags]:
-            return f"this processor has no {', '.join(lacking)}"
-        if self.better in flags:
+        if self.instructions() is None:
+            least = self.compiled_for[-1]
+            return f"this processor has no {', '.join(least.lacking())}"
+        if self.better in _processor_flags():
             return f"XLA does as well by itself on this processor, by {self.better}"
         return None
 
@@ -91,8 +119,10 @@ def _why_unregistered(kernel: Kernel) -> str | None:
     """What registers the kernel, if it can; a second time JAX would refuse it."""
     if reason := kernel.why_unwanted():
         return reason
+    instructions = kernel.instructions()
+    assert instructions is not None  # or it would be unwanted
     try:
-        loaded = library(kernel.source)
+        loaded = library(kernel.source, instructions)
     except ValueError as error:
         return str(error)
     for name in kernel.targets:
@@ -121,25 +151,25 @@ def _processor_flags() -> frozenset[str]:
 
 
 @functools.cache
-def library(source: pathlib.Path) -> ctypes.CDLL:
+def library(source: pathlib.Path, instructions: Instructions) -> ctypes.CDLL:
     """The library of a .cc file.
 
     Raises:
         ValueError: it cannot be made.
     """
     try:
-        return _loaded(source)
+        return _loaded(source, [*FLAGS, *instructions.flags])
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise ValueError(
             f"the kernel {source.stem} is not to be had: {_reason(error)}"
         ) from error
 
 
-def _loaded(source: pathlib.Path) -> ctypes.CDLL:
+def _loaded(source: pathlib.Path, flags: Sequence[str]) -> ctypes.CDLL:
     """The library, compiled if it is not there yet; it is kept only if it loads."""
     # With all that it may include.
     sources = [path.read_bytes() for path in sorted(source.parent.glob("*.[ch]*"))]
-    facts = [*sources, *map(str.encode, (*FLAGS, jax.__version__))]
+    facts = [*sources, *map(str.encode, (*flags, jax.__version__))]
     digest = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     folder = default_cache() / "kernels"
     path = folder / f"{source.stem}-{digest}.so"
@@ -150,7 +180,7 @@ def _loaded(source: pathlib.Path) -> ctypes.CDLL:
     make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # of this process
         out = pathlib.Path(scratch, path.name)
-        _compile(compiler, source, out)
+        _compile([*compiler, *flags], source, out)
         if not out.exists():
             raise ValueError(f"{shlex.join(compiler)} ended well, but made nothing")
         made = ctypes.CDLL(str(out))
@@ -159,10 +189,10 @@ def _loaded(source: pathlib.Path) -> ctypes.CDLL:
     return made
 
 
-def _compile(compiler: Sequence[str], source: pathlib.Path, out: pathlib.Path) -> None:
+def _compile(command: Sequence[str], source: pathlib.Path, out: pathlib.Path) -> None:
     include = f"-I{jax.ffi.include_dir()}"
     subprocess.run(
-        [*compiler, *FLAGS, include, str(source), "-o", str(out)],
+        [*command, include, str(source), "-o", str(out)],
         capture_output=True,
         check=True,
         timeout=COMPILES_WITHIN_S,

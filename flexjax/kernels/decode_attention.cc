@@ -1,15 +1,13 @@
-// Attention of one new token a row to a cache, on processors with AVX-512 and its
-// bfloat16 instructions. `flexjax.attention` tells what it computes, `flexjax.quant` how
-// a quantized cache is kept.
+// Attention of one new token a row to a cache. `flexjax.attention` tells what it
+// computes, `flexjax.quant` how a quantized cache is kept.
 //
 // Keys and values are read once, as they are kept, and only slots that a row may see: a
 // head's scores, of some slots at a time, are in the level-1 cache, and its sums are in
 // registers (the online softmax of FlashAttention, arXiv 2205.14135). Heads are shared
 // out among the threads.
 
-#include <immintrin.h>
-
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -21,6 +19,7 @@
 namespace {
 
 namespace ffi = xla::ffi;
+using flexjax::Floats;
 using flexjax::kLanes;
 
 constexpr int64_t kBlockSlots = 64;  // whose scores are there at a time
@@ -52,9 +51,9 @@ class Head {
       : work_(work), kept_(kept), index_(index) {
     ReadNew(work.query, query_);
     ReadNew(work.new_value, sums_);
-    __m512 key[kVectors];
+    Floats key[kVectors];
     ReadNew(work.new_key, key);
-    peak_ = _mm512_reduce_add_ps(Product(key));
+    peak_ = flexjax::Sum(Product(key));
   }
 
   void Attend() {
@@ -71,15 +70,15 @@ class Head {
       }
       first += piece.slots;
     }
-    const __m512 share = _mm512_set1_ps(1.0f / total_);
+    const Floats share = flexjax::Same(1.0f / total_);
     uint8_t* out = work_.out + index_ * work_.head_dim * Element::kBytes;
     for (int v = 0; v < kVectors; ++v) {
-      Element::Write(_mm512_mul_ps(sums_[v], share), out + v * kLanes * Element::kBytes);
+      Element::Write(sums_[v] * share, out + v * kLanes * Element::kBytes);
     }
   }
 
  private:
-  void ReadNew(const uint8_t* vectors, __m512 (&into)[kVectors]) const {
+  void ReadNew(const uint8_t* vectors, Floats (&into)[kVectors]) const {
     const uint8_t* at = vectors + index_ * work_.head_dim * Element::kBytes;
     for (int v = 0; v < kVectors; ++v) {
       into[v] = Element::Read(at + v * kLanes * Element::kBytes);
@@ -88,68 +87,69 @@ class Head {
 
   // One slot of the cache; and asks for what comes a little later, since one core does
   // not wait for enough of it at once by itself.
-  void Read(const uint8_t* slot, __m512 (&into)[kVectors]) const {
+  void Read(const uint8_t* slot, Floats (&into)[kVectors]) const {
     for (int64_t i = 0; i < work_.row_bytes; i += kLineBytes) {
       flexjax::Prefetch(slot + kAheadBytes + i);
     }
     kept_.Read(slot, into);
   }
 
-  __m512 Product(const __m512 (&key)[kVectors]) const {
-    __m512 sum = _mm512_mul_ps(query_[0], key[0]);
-    for (int v = 1; v < kVectors; ++v) sum = _mm512_fmadd_ps(query_[v], key[v], sum);
+  Floats Product(const Floats (&key)[kVectors]) const {
+    Floats sum = query_[0] * key[0];
+    for (int v = 1; v < kVectors; ++v) {
+      sum = flexjax::MultiplyAdd(query_[v], key[v], sum);
+    }
     return sum;
   }
 
   // Takes up to `kBlockSlots` slots into the sums.
   void AttendTo(const uint8_t* keys, const uint8_t* values, int64_t count) {
     alignas(64) float weights[kBlockSlots];
-    __m512 peaks = _mm512_set1_ps(peak_);
+    Floats peaks = flexjax::Same(peak_);
     for (int64_t slot = 0; slot < count; slot += kLanes) {
       const int64_t some = std::min(kLanes, count - slot);
-      const __m512 scores = Scores(keys + slot * work_.row_bytes, some);
-      const __mmask16 there = (1u << some) - 1;
-      peaks = _mm512_mask_max_ps(peaks, there, peaks, scores);
-      _mm512_store_ps(weights + slot, scores);
+      const Floats scores = Scores(keys + slot * work_.row_bytes, some);
+      peaks = flexjax::Max(peaks, scores);
+      flexjax::Store(scores, weights + slot);
+      std::fill(weights + slot + some, weights + slot + kLanes, -INFINITY);
     }
-    const float peak = _mm512_reduce_max_ps(peaks);
+    const float peak = flexjax::Largest(peaks);
     if (!(peak == peak_)) {
-      const __m512 shrunk = flexjax::Exp(_mm512_set1_ps(peak_ - peak));
-      for (int v = 0; v < kVectors; ++v) sums_[v] = _mm512_mul_ps(sums_[v], shrunk);
-      total_ *= _mm512_cvtss_f32(shrunk);
+      const Floats shrunk = flexjax::Exp(flexjax::Same(peak_ - peak));
+      for (Floats& sum : sums_) sum = sum * shrunk;
+      total_ *= flexjax::First(shrunk);
       peak_ = peak;
     }
-    __m512 total = _mm512_setzero_ps();
+    Floats total = flexjax::Same(0);
     for (int64_t slot = 0; slot < count; slot += kLanes) {
-      const __mmask16 there = (1u << std::min(kLanes, count - slot)) - 1;
-      const __m512 score = _mm512_load_ps(weights + slot);
-      const __m512 weight = flexjax::Exp(_mm512_sub_ps(score, _mm512_set1_ps(peak)));
-      total = _mm512_mask_add_ps(total, there, total, weight);
-      _mm512_store_ps(weights + slot, weight);
+      const Floats score = flexjax::Load(weights + slot);
+      const Floats weight = flexjax::Exp(score - flexjax::Same(peak));
+      total = total + weight;
+      flexjax::Store(weight, weights + slot);
     }
-    total_ += _mm512_reduce_add_ps(total);
+    total_ += flexjax::Sum(total);
     AddValues(values, weights, count);
   }
 
   void AddValues(const uint8_t* values, const float* weights, int64_t count) {
-    __m512 sums[kVectors];  // in registers
+    Floats sums[kVectors];  // in registers
     for (int v = 0; v < kVectors; ++v) sums[v] = sums_[v];
     for (int64_t slot = 0; slot < count; ++slot) {
-      __m512 value[kVectors];
+      Floats value[kVectors];
       Read(values + slot * work_.row_bytes, value);
-      const __m512 weight = _mm512_set1_ps(weights[slot]);
+      const Floats weight = flexjax::Same(weights[slot]);
       for (int v = 0; v < kVectors; ++v) {
-        sums[v] = _mm512_fmadd_ps(weight, value[v], sums[v]);
+        sums[v] = flexjax::MultiplyAdd(weight, value[v], sums[v]);
       }
     }
     for (int v = 0; v < kVectors; ++v) sums_[v] = sums[v];
   }
 
-  // Of up to 16 slots; the rest are any.
-  __m512 Scores(const uint8_t* keys, int64_t count) const {
-    __m512 products[kLanes];
+  // Of up to 16 slots; the rest are as the last one.
+  Floats Scores(const uint8_t* keys, int64_t count) const {
+    Floats products[kLanes];
     for (int64_t slot = 0; slot < kLanes; ++slot) {
-      __m512 key[kVectors];
+      Floats key[kVectors];
       Read(keys + std::min(slot, count - 1) * work_.row_bytes, key);
       products[slot] = Product(key);
     }
@@ -159,11 +159,11 @@ class Head {
   const Work& work_;
   const Kept kept_;
   const int64_t index_;
-  __m512 query_[kVectors];
+  Floats query_[kVectors];
   // Of what has been seen: the largest score, and sums of weights and of values, where
   // that score's weight is 1.
   float peak_, total_ = 1.0f;
-  __m512 sums_[kVectors];
+  Floats sums_[kVectors];
 };
 
 template <typename Element, typename Kept, int kVectors>

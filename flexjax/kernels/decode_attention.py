@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from flexjax.attention import scaled
-from flexjax.kernels.compiled import Kernel
+from flexjax.kernels.compiled import AVX2, AVX512, Kernel
 from flexjax.quant import Quantization
 
 _TARGET = "flexjax_decode_attention"
 DECODE_ATTENTION = Kernel(
     pathlib.Path(__file__).with_suffix(".cc"),
     (_TARGET,),
+    compiled_for=(AVX512, AVX2),
     without="new tokens attend to a cache by XLA alone, which is slower",
 )
 LANES = 16  # elements that the kernel reads at once

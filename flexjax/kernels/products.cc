@@ -334,7 +334,7 @@ ffi::Error RoundRows(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
   if (group_size < kLanes || group_size % kLanes || x.dimensions()[1] % group_size) {
     return ffi::Error::InvalidArgument("rows are not whole groups of lanes");
   }
-  const flexjax::Rounding work{static_cast<const uint16_t*>(x.untyped_data()),
+  const flexjax::Rounding work{static_cast<const uint8_t*>(x.untyped_data()),
                                codes->typed_data(),
                                factors->typed_data(),
                                x.dimensions()[0],

@@ -9,6 +9,7 @@ import uuid
 import pytest
 
 from flexjax.kernels import compiled
+from flexjax.kernels.compiled import AVX2, AVX512
 from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
 
@@ -28,7 +29,10 @@ def kernel(tmp_path, monkeypatch):
     target = f"nothing_{uuid.uuid4().hex}"  # a handler stays registered
     source = tmp_path / "nothing.cc"
     source.write_text(SOURCE.replace("NAME", target))
-    return compiled.Kernel(source, (target,), without="nothing is done slowly")
+    compiled_for = DECODE_ATTENTION.compiled_for
+    return compiled.Kernel(
+        source, (target,), compiled_for, without="nothing is done slowly"
+    )
 
 
 def made(kernel):
@@ -67,7 +71,7 @@ def test_a_cache_that_cannot_be_written_to_is_named(kernel, monkeypatch):
 
 
 def test_what_does_not_load_is_not_kept(kernel, monkeypatch):
-    def compile_badly(compiler, source, out):
+    def compile_badly(command, source, out):
         out.write_text("no library")
 
     monkeypatch.setattr(compiled, "_compile", compile_badly)
@@ -78,7 +82,7 @@ def test_what_does_not_load_is_not_kept(kernel, monkeypatch):
 def test_what_is_compiled_is_kept(kernel, monkeypatch):
     # A compiler may have arguments.
     monkeypatch.setenv("CXX", f"{shutil.which('env')} {compiled._compiler()[0]}")
-    assert compiled.library(kernel.source) is not None
+    assert compiled.library(kernel.source, kernel.instructions()) is not None
     (library,) = made(kernel)
     compiled.library.cache_clear()
     monkeypatch.setattr(compiled, "_compile", None)  # not called again
@@ -98,23 +102,37 @@ def test_threads_that_want_a_kernel_at_once_all_get_it(kernel):
         assert all(one.result() for one in asked)
 
 
+def test_a_kernel_is_compiled_for_each_set_of_instructions_apart(kernel):
+    each = [one for one in DECODE_ATTENTION.compiled_for if not one.lacking()]
+    for instructions in each:
+        compiled.library(kernel.source, instructions)
+    assert len(made(kernel)) == len(each)
+
+
+LACKING = "this processor has no "
+BETTER = "XLA does as well by itself on this processor, by amx_bf16"
+
+
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "multiplies", "attends"),
     [
-        (compiled.NEEDED[:-2], "this processor has no avx512_bf16, avx512_vnni"),
-        (compiled.NEEDED, None),
-        ([*compiled.NEEDED, "amx_bf16"], "XLA does as well by itself on this pro"),
+        ((), LACKING + ", ".join(AVX512.names), LACKING + "avx2, fma, f16c"),
+        (
+            (*AVX2.names, *AVX512.names[:-2]),
+            LACKING + "avx512_bf16, avx512_vnni",
+            AVX2,
+        ),
+        ((*AVX2.names, *AVX512.names), AVX512, AVX512),
+        ((*AVX2.names, *AVX512.names, "amx_bf16"), BETTER, AVX512),
     ],
 )
 def test_the_kernels_are_for_processors_that_have_nothing_better(
-    flags, reason, monkeypatch
+    flags, multiplies, attends, monkeypatch
 ):
     monkeypatch.setattr(compiled, "_processor_flags", lambda: frozenset(flags))
     monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
-    found = PRODUCTS.why_unwanted()
-    assert found is None if reason is None else found.startswith(reason)
-    can_attend = set(compiled.NEEDED) <= set(flags)
-    assert (DECODE_ATTENTION.why_unwanted() is None) == can_attend
+    for kernel, expected in ((PRODUCTS, multiplies), (DECODE_ATTENTION, attends)):
+        assert (kernel.why_unwanted() or kernel.instructions()) == expected
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
     for kernel in (PRODUCTS, DECODE_ATTENTION):
         assert kernel.why_unwanted() == "this processor is aarch64, not x86_64"

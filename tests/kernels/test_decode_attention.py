@@ -2,6 +2,7 @@
 
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexjax.cached_attention import attend_step
+from flexjax.kernels import compiled, decode_attention
 from flexjax.kernels.decode_attention import (
     DECODE_ATTENTION,
     attend_to_cache,
@@ -21,6 +23,12 @@ from flexjax.quant import Quantization, dequantize, quantize
 pytestmark = pytest.mark.skipif(
     not DECODE_ATTENTION.is_there(),
     reason="no kernel for this processor, or no compiler",
+)
+
+for_each = pytest.mark.parametrize(
+    "instructions",
+    [one for one in DECODE_ATTENTION.compiled_for if not one.lacking()],
+    ids=lambda one: one.names[0],
 )
 
 # Half a unit in the last place, of what is returned.
@@ -66,6 +74,26 @@ def drawn(seed, shape, pieces, dtype, how):
     return query, tuple(new), jax.tree.map(jnp.asarray, (cached(), cached()))
 
 
+@functools.cache
+def target_for(instructions):
+    """The kernel compiled for these, by a name of its own."""
+    library = compiled.library(DECODE_ATTENTION.source, instructions)
+    handler = jax.ffi.pycapsule(library.flexjax_decode_attention)
+    name = f"flexjax_decode_attention_{instructions.names[0]}"
+    jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return name
+
+
+def compiled_attention(instructions, how):
+    """`attend_to_cache` by the kernel compiled for these."""
+
+    def attend(*inputs):
+        with mock.patch.object(decode_attention, "_TARGET", target_for(instructions)):
+            return attend_to_cache(*inputs, cache_as=how)
+
+    return jax.jit(attend)
+
+
 def expected(query, new, past, start, length, how):
     """Attention in float64, and sums of magnitudes that its errors are relative to."""
 
@@ -88,6 +116,7 @@ def expected(query, new, past, start, length, how):
     return shares @ values, shares @ np.abs(values)
 
 
+@for_each
 @given(
     kept=kept(),
     seed=st.integers(0, 1000),
@@ -98,7 +127,7 @@ def expected(query, new, past, start, length, how):
 )
 @settings(max_examples=40)
 def test_attention_is_a_softmax_over_what_may_be_seen(
-    kept, seed, rows, heads, pieces, data
+    instructions, kept, seed, rows, heads, pieces, data
 ):
     dtype, head_dim, how = kept
     assert is_attended(np.dtype(dtype), head_dim, how)
@@ -106,7 +135,7 @@ def test_attention_is_a_softmax_over_what_may_be_seen(
     slots = st.integers(0, sum(pieces))
     length = data.draw(slots)
     start = np.array([data.draw(slots) for _ in range(rows)], np.int32)
-    attend = jax.jit(functools.partial(attend_to_cache, cache_as=how))
+    attend = compiled_attention(instructions, how)
     found = attend(query, new, past, jnp.asarray(start), jnp.int32(length))
     assert found.dtype == query.dtype
     exact, size = expected(query, new, past, start, length, how)
@@ -114,14 +143,16 @@ def test_attention_is_a_softmax_over_what_may_be_seen(
     assert (error <= ROUNDING[dtype] * np.abs(exact) + 2e-5 * size).all()
 
 
+@for_each
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_nothing_is_read_of_slots_that_a_row_may_not_see(bits):
+def test_nothing_is_read_of_slots_that_a_row_may_not_see(instructions, bits):
     how = bits and quantization(bits, 64)
     query, new, past = drawn(0, (2, 3, 64), (40, 100), "bfloat16", how)
-    start, length = jnp.asarray([0, 70], jnp.int32), np.int32(75)
+    start, length = jnp.asarray([0, 70], jnp.int32), jnp.int32(75)
+    step = compiled_attention(instructions, how)
 
     def attend(past):
-        return np.asarray(attend_step(query, new, past, start, length, cache_as=how))
+        return np.asarray(step(query, new, past, start, length))
 
     def unseen_spoilt(piece, first):
         slots = first + np.arange(piece.shape[2])
@@ -133,12 +164,15 @@ def test_nothing_is_read_of_slots_that_a_row_may_not_see(bits):
     np.testing.assert_array_equal(attend(past), attend(bad))
 
 
-def test_what_is_not_finite_stays_so_in_its_own_head():
-    query, new, ((keys,), (values,)) = drawn(0, (2, 3, 64), (70,), "float32", None)
+@for_each
+@pytest.mark.parametrize("dtype", sorted(ROUNDING))
+def test_what_is_not_finite_stays_so_in_its_own_head(instructions, dtype):
+    query, new, ((keys,), (values,)) = drawn(0, (2, 3, 64), (70,), dtype, None)
     keys = keys.at[1, 2, 50, 3].set(np.nan)
     start = jnp.zeros(2, jnp.int32)
-    found = attend_step(query, new, ((keys,), (values,)), start, np.int32(70))
-    is_bad = np.isnan(np.asarray(found))
+    attend = compiled_attention(instructions, None)
+    found = attend(query, new, ((keys,), (values,)), start, jnp.int32(70))
+    is_bad = np.isnan(np.asarray(found, np.float32))
     assert is_bad[1, 2].all()
     assert is_bad.sum() == 64
 
