@@ -11,11 +11,12 @@ from typing import Any
 import jax
 
 import flexjax
+from flexjax.kernels.compiled import AVX2, AVX512
 from flexjax.memory.link import Device
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
-# What bfloat16 matrices can be multiplied with.
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_tile")
+# What products and attention can be computed with.
+_FLAGS = (*AVX2.names, *AVX512.names, "amx_bf16", "amx_int8", "amx_tile")
 
 
 def describe_machine(disk_folder: pathlib.Path | None = None) -> dict[str, Any]:

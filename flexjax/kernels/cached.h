@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "floats.h"
 #include "groups.h"
 
 namespace flexjax {

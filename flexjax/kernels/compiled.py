@@ -60,7 +60,9 @@ AVX512 = Instructions(
         *("-mavx512bf16", "-mavx512vnni"),
     ),
 )
-AVX2 = Instructions(("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX2 = Instructions(
+    ("avx2", "fma", "f16c"), ("-DFLEXJAX_AVX2", "-mavx2", "-mfma", "-mf16c")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Kernel:
     Attributes:
         source: a .cc file.
         targets: names of its handlers.
-        compiled_for: what it may be compiled for, the fastest first.
+        compiled_for: what it may be compiled for, the fastest first; the first that a
+            processor has is the one.
         without: what the lack of it means, for a warning.
         better: what processors have that do as well by XLA alone, if any do.
     """

@@ -1,16 +1,17 @@
-// Sixteen floats at a time, in what registers the source is compiled for.
+// Sixteen floats at a time, in the registers that the source is compiled for; which those
+// are does not go by what else a compiler was told it may use.
 
 #pragma once
 
-#ifdef __AVX512F__
-#include "floats_avx512.h"
-#else
+#ifdef FLEXJAX_AVX2
 #include "floats_avx2.h"
+#else
+#include "floats_avx512.h"
 #endif
 
 namespace flexjax {
 
-// e^x of numbers up to 0, within 2 units in the last place; 0 where a float is too small.
+// e^x of numbers up to 0, within 2 units in the last place; 0 if a float is too large.
 inline Floats Exp(Floats x) {
   x = Max(Same(-104.0f), x);  // e^-104 is 0; NaN stays
   const Floats power = ToNearest(x * Same(1.44269504f));

@@ -57,7 +57,7 @@ inline __m256 SumEight(const __m256 (&rows)[8]) {
 // The sum of each of 16, in one.
 inline Floats SumEach(const Floats (&rows)[kLanes]) {
   __m256 halves[2][8];
-  for (int i = 0; i < 16; ++i) halves[i / 8][i % 8] = rows[i].low + rows[i].high;
+  for (int i = 0; i < kLanes; ++i) halves[i / 8][i % 8] = rows[i].low + rows[i].high;
   return {SumEight(halves[0]), SumEight(halves[1])};
 }
 
@@ -72,7 +72,8 @@ inline float Sum(Floats x) {
 
 inline float Largest(Floats x) {
   const __m256 both = _mm256_max_ps(x.low, x.high);
-  __m128 most = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+  const __m128 low = _mm256_castps256_ps128(both);
+  __m128 most = _mm_max_ps(low, _mm256_extractf128_ps(both, 1));
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));
   return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
@@ -81,16 +82,17 @@ inline Floats ToNearest(Floats x) {
   return {_mm256_round_ps(x.low, 0), _mm256_round_ps(x.high, 0)};
 }
 
-// `x * 2^power`, of powers that are whole and those of floats; in two steps, since there
-// is no float of the least ones by itself.
+inline __m256 PowerOf2(__m256i exponent) {
+  const __m256i biased = _mm256_add_epi32(exponent, _mm256_set1_epi32(127));
+  return (__m256)_mm256_slli_epi32(biased, 23);
+}
+
+// `x * 2^power`, of whole powers from -252 to 254. In two steps, since 2^-127 and less
+// are no normal floats: the first is exact, so only the second rounds.
 inline __m256 Scaled(__m256 x, __m256 power) {
-  const auto shifted = [](__m256i exponent) {
-    return (__m256)_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)),
-                                     23);
-  };
   const __m256i whole = _mm256_cvtps_epi32(power);
   const __m256i half = _mm256_srai_epi32(whole, 1);
-  return x * shifted(half) * shifted(_mm256_sub_epi32(whole, half));
+  return x * PowerOf2(half) * PowerOf2(_mm256_sub_epi32(whole, half));
 }
 
 inline Floats Scaled(Floats x, Floats power) {
@@ -120,11 +122,13 @@ inline Floats LoadBfloat16(const uint8_t* at) {
   return {Wide(LoadEight(at)), Wide(LoadEight(at + 16))};
 }
 
-// To the nearest float whose lower half is zero, ties to even. NaN stays NaN if that is
-// true of its own lower half, as it is of what arithmetic makes, of bfloat16 and anew.
+// To the nearest bfloat16, ties to even. A NaN must have a lower half of zero, or may
+// become another number: those that come of bfloat16, or of numbers, have one. Numbers
+// too small for a normal float stay, where AVX-512 makes them 0.
 inline __m256 RoundedToBfloat16(__m256 x) {
   const __m256i bits = (__m256i)x;
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i last = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(last, _mm256_set1_epi32(1));
   const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   return (__m256)_mm256_and_si256(_mm256_add_epi32(bits, half), upper);
@@ -145,8 +149,7 @@ inline void StoreBfloat16(Floats x, uint8_t* at) {
 
 // One bfloat16, 16 times.
 inline Floats SameBfloat16(const uint8_t* at) {
-  const __m256i half = _mm256_broadcastw_epi16(_mm_loadu_si16(at));
-  const __m256 same = (__m256)_mm256_slli_epi32(half, 16);
+  const __m256 same = (__m256)_mm256_set1_epi32(LoadHalf(at) << 16);
   return {same, same};
 }
 

@@ -81,8 +81,7 @@ inline Floats RoundedToBfloat16(Floats x) {
 
 // One bfloat16, 16 times.
 inline Floats SameBfloat16(const uint8_t* at) {
-  constexpr __mmask32 kUpper = 0xaaaaaaaa;
-  return (__m512)_mm512_maskz_broadcastw_epi16(kUpper, _mm_loadu_si16(at));
+  return (__m512)_mm512_set1_epi32(LoadHalf(at) << 16);
 }
 
 inline Codes LoadBytes(const uint8_t* at) {

@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from flexjax.kernels.compiled import Kernel
 from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
 from flexjax.memory.capacity import free_bytes
@@ -27,12 +29,18 @@ def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
         _num_cores(),
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         _device_kind(device),
-        is_shared(device) and PRODUCTS.is_there(),
-        DECODE_ATTENTION.is_there(),  # on a GPU's host, too
+        _compiled_for(PRODUCTS) if is_shared(device) else None,
+        _compiled_for(DECODE_ATTENTION),  # on a GPU's host, too
         existing.stat().st_dev,
         jax.__version__,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _compiled_for(kernel: Kernel) -> Sequence[str] | None:
+    """The instructions that a kernel uses here; None where it is not there."""
+    instructions = kernel.instructions()
+    return instructions.names if instructions and kernel.is_there() else None
 
 
 def budgets(offload_dir: pathlib.Path, device: Device) -> dict[str, Any]:

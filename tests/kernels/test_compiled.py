@@ -19,6 +19,17 @@ static xla::ffi::Error Nothing() { return xla::ffi::Error::Success(); }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, Nothing, xla::ffi::Ffi::Bind());
 """
 
+WIDTH = f"""
+#include "{DECODE_ATTENTION.source.with_name("floats.h")}"
+int Bytes(auto x) {{
+  if constexpr (requires {{ x.low; }}) return sizeof x.low;
+  return sizeof x;
+}}
+extern "C" int register_bytes() {{ return Bytes(flexjax::Same(0)); }}
+"""
+LACKING = "this processor has no "
+BETTER = "XLA does as well by itself on this processor, by amx_bf16"
+
 
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
@@ -102,15 +113,16 @@ def test_threads_that_want_a_kernel_at_once_all_get_it(kernel):
         assert all(one.result() for one in asked)
 
 
-def test_a_kernel_is_compiled_for_each_set_of_instructions_apart(kernel):
-    each = [one for one in DECODE_ATTENTION.compiled_for if not one.lacking()]
-    for instructions in each:
-        compiled.library(kernel.source, instructions)
-    assert len(made(kernel)) == len(each)
-
-
-LACKING = "this processor has no "
-BETTER = "XLA does as well by itself on this processor, by amx_bf16"
+@pytest.mark.parametrize("more", ["", " -march=native"])
+def test_a_kernel_is_compiled_for_each_set_of_instructions(kernel, monkeypatch, more):
+    # Whatever else the compiler was told of.
+    monkeypatch.setenv("CXX", compiled._compiler()[0] + more)
+    kernel.source.write_text(WIDTH)
+    for instructions, width in ((AVX2, 32), (AVX512, 64)):
+        if not instructions.lacking():
+            library = compiled.library(kernel.source, instructions)
+            assert library.register_bytes() == width
+            compiled.library.cache_clear()
 
 
 @pytest.mark.parametrize(

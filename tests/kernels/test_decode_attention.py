@@ -177,6 +177,24 @@ def test_what_is_not_finite_stays_so_in_its_own_head(instructions, dtype):
     assert is_bad.sum() == 64
 
 
+@for_each
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_a_group_without_a_scale_makes_its_own_head_nan(instructions, bits, which):
+    how = quantization(bits, 16)
+    query, new, past = drawn(0, (2, 3, 64), (70,), "bfloat16", how)
+    (keys,), (values,) = past
+    spoilt = {"keys": keys, "values": values}
+    # All scales and minima of one slot are NaN then.
+    spoilt[which] = spoilt[which].at[1, 2, 50, -16:].set(255)
+    past = (spoilt["keys"],), (spoilt["values"],)
+    attend = compiled_attention(instructions, how)
+    found = attend(query, new, past, jnp.zeros(2, jnp.int32), jnp.int32(70))
+    is_bad = np.isnan(np.asarray(found, np.float32))
+    assert is_bad[1, 2].all()
+    assert is_bad.sum() == 64
+
+
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "how"),
     [

@@ -13,6 +13,7 @@ import pytest
 from flexjax import extents
 from flexjax.cache_folder import CACHE_VARIABLE
 from flexjax.checkpoint import open_store
+from flexjax.kernels.compiled import AVX2, AVX512, Kernel
 from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
 from flexjax.memory import disk_queue
@@ -367,5 +368,12 @@ def test_a_machine_has_one_name_and_another_has_another(folder, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(type(kernel), "is_there", lambda one, now=others: now[one])
             assert calibrate.machine_id(folder, DEVICE) != name
+    names = set()
+    for instructions in (AVX2, AVX512):
+        with monkeypatch.context() as patch:
+            patch.setattr(Kernel, "is_there", lambda _: True)
+            patch.setattr(Kernel, "instructions", lambda _, now=instructions: now)
+            names.add(calibrate.machine_id(folder, DEVICE))
+    assert len(names) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
     assert calibrate.machine_id(folder, DEVICE) != name
