@@ -19,7 +19,8 @@ from flexjax.memory.transport import Transport
 from flexjax.models.config import OPTConfig, tensor_shapes
 from flexjax.policy import Kind, Tier
 from flexjax.schedule.ops import Cell, Compute, Load, Op, Store
-from flexjax.schedule.simulate import Costs, Resource, add_seconds
+from flexjax.schedule.resources import Resource, add_seconds
+from flexjax.schedule.simulate import Costs
 from flexjax.store_writer import StoreWriter
 
 POISON = 0xFF  # bytes of it are not a number, in every float type

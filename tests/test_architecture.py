@@ -28,6 +28,7 @@ STAIRS = [
     "schedule.emit",
     "schedule.check",
     "schedule.footprint",
+    "schedule.resources",
     "schedule.simulate",
     # numbers
     "kernels.compiled",

@@ -5,6 +5,7 @@ over is carried to the next, so that over the whole model the effective fraction
 the requested ones to within one tensor or one row.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Rows(NamedTuple):
         return spans
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def place_rows(placement: Placement, batch_size: int, index: int) -> Rows:
     """Splits the rows of the `index`-th batch of a sequence of equal batches.
 

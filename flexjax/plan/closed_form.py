@@ -29,7 +29,7 @@ from flexjax.plan.peak import Counted, peak_from_above
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Cache, Cell, Hidden
-from flexjax.schedule.simulate import DISK, Contention, Resource, add_seconds
+from flexjax.schedule.resources import DISK, Contention, Resource, add_seconds
 
 # The variables: the share of a kind on a tier; the rest is on disk.
 SHARES = tuple((kind, tier) for kind in Kind for tier in (Tier.DEVICE, Tier.HOST))

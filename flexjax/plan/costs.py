@@ -11,7 +11,7 @@ from flexjax.plan.hardware import WHOLE_BITS, Hardware
 from flexjax.policy import Policy, Tier
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
-from flexjax.schedule.simulate import Resource, Seconds, add_seconds
+from flexjax.schedule.resources import Resource, Seconds, add_seconds
 from flexjax.sparse import kept_slots
 from flexjax.workload import Workload, prefill_rows
 

@@ -17,7 +17,7 @@ import numpy as np
 from flexjax.memory.processor import Processor
 from flexjax.policy import BITS, Tier
 from flexjax.safe_files import write_atomically
-from flexjax.schedule.simulate import Contention
+from flexjax.schedule.resources import Contention
 
 VERSION = 6
 EXAMPLES = pathlib.Path(__file__).parent / "examples"

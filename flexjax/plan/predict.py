@@ -22,17 +22,14 @@ from flexjax.plan.peak import peak_from_above
 from flexjax.policy import Kind, Policy, Schedule, Tier
 from flexjax.schedule.emit import EMITTERS
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden
-from flexjax.schedule.simulate import (
-    Resource,
-    Seconds,
-    add_seconds,
-    simulate,
-)
+from flexjax.schedule.resources import Resource, Seconds, add_seconds
+from flexjax.schedule.simulate import simulate
 from flexjax.workload import Workload
 
 # What is simulated of a long run, in compute calls, and of its steps and layers at the
-# least: the rest takes as much longer than its slowest resource as this does.
-MOST_CELLS = 4_000
+# least: the rest takes as much longer than its slowest resource as this does. With 32
+# times as many, 72 drawn runs of OPT-1.3B to 66B took 0.1 % more or less, 2 % at most.
+MOST_CELLS = 1_000
 LEAST_STEPS, LEAST_LAYERS = 3, 8
 
 
@@ -226,7 +223,7 @@ def _blocks(
 
 
 class _Part:
-    """Costs of some of a run's layers, spread over all, in its first steps."""
+    """Costs of some of a run's layers and steps, spread over all."""
 
     def __init__(self, work: Workload, costs: RunCosts) -> None:
         self._costs, self._whole = costs, work
@@ -243,15 +240,27 @@ class _Part:
     def load(self, buffer: Buffer, step: int) -> Seconds:
         if not isinstance(buffer, Hidden):
             buffer = dataclasses.replace(buffer, layer=self._layer(buffer.layer))
-        return self._costs.load(buffer, step)
+        return self._costs.load(buffer, self._step(step))
 
     def compute(self, cell: Cell) -> Seconds:
-        return self._costs.compute(cell._replace(layer=self._layer(cell.layer)))
+        step, layer = self._step(cell.step), self._layer(cell.layer)
+        return self._costs.compute(Cell(step, layer, cell.batch))
 
     def store(self, buffer: Cache | Hidden, step: int) -> Seconds:
         if isinstance(buffer, Cache):
             buffer = dataclasses.replace(buffer, layer=self._layer(buffer.layer))
-        return self._costs.store(buffer, step)
+        return self._costs.store(buffer, self._step(step))
+
+    def _step(self, step: int) -> int:
+        """Which step of the whole run one of the part is.
+
+        After the first, which is the prefill, each is in the middle of an equal share
+        of the others.
+        """
+        whole, part = self._whole.gen_len, self.work.gen_len
+        if step == 0:
+            return 0
+        return 1 + (2 * step - 1) * (whole - 1) // (2 * (part - 1))
 
     def _layer(self, layer: int) -> int:
         """Which layer of the whole run one of the part is."""

@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 from flexjax.plan.closed_form import SHARES, BlockForm, Linear
 from flexjax.plan.hardware import Hardware
 from flexjax.policy import Kind, Tier
-from flexjax.schedule.simulate import DISK, Contention, Resource
+from flexjax.schedule.resources import DISK, Contention, Resource
 
 STORE = (Tier.DISK, Kind.WEIGHTS)  # is there already, whatever a policy places
 # What a second of any resource counts beside one of the block: a tie-break, without

@@ -11,7 +11,7 @@ from flexjax.plan.program import STORE
 from flexjax.plan.search import Plan
 from flexjax.policy import Kind, Tier, to_json
 from flexjax.schedule.footprint import by_tier
-from flexjax.schedule.simulate import Resource
+from flexjax.schedule.resources import Resource
 from flexjax.sizes import format_bytes
 
 

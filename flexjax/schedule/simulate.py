@@ -10,7 +10,7 @@ that issuing takes.
 import collections
 import dataclasses
 import enum
-from collections import Counter
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Protocol
 
@@ -27,24 +27,15 @@ from flexjax.schedule.ops import (
     Store,
     Weights,
 )
+from flexjax.schedule.resources import (
+    ALONE,
+    DISK,
+    Contention,
+    Resource,
+    Seconds,
+    add_seconds,
+)
 from flexjax.workload import Workload
-
-
-class Resource(enum.Enum):
-    """What an op takes time of."""
-
-    DISK_READ = "disk read"
-    DISK_WRITE = "disk write"
-    TO_DEVICE = "host to device"
-    FROM_DEVICE = "device to host"
-    COMPUTE = "compute"
-    HOST_ATTENTION = "host attention"
-
-    __hash__ = object.__hash__  # Enum's own is slow, and members are keys of every op
-
-
-DISK = (Resource.DISK_READ, Resource.DISK_WRITE)
-Seconds = Mapping[Resource, float]
 
 
 class Costs(Protocol):
@@ -53,28 +44,6 @@ class Costs(Protocol):
     def load(self, buffer: Buffer, step: int) -> Seconds: ...
     def compute(self, cell: Cell) -> Seconds: ...
     def store(self, buffer: Cache | Hidden, step: int) -> Seconds: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Contention:
-    """How fast disk and compute are beside each other, as a fraction of their speed.
-
-    Where the device is the host's own processor, a disk takes some of its time.
-    """
-
-    compute_beside_disk: float = 1.0
-    disk_beside_compute: float = 1.0
-
-    def seconds(self, disk_s: float, compute_s: float) -> float:
-        """What both take that begin together, and have all to do at once."""
-        slower_disk, slower = self.disk_beside_compute, self.compute_beside_disk
-        return max(
-            disk_s + compute_s * (1 - slower_disk) / slower,
-            compute_s + disk_s * (1 - slower) / slower_disk,
-        )
-
-
-ALONE = Contention()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,16 +84,21 @@ class _Queue(enum.IntEnum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Task:
-    """Stages that one queue does one after the other."""
+    """Stages that one queue does one after the other.
 
+    Attributes:
+        queue: in whose order it comes.
+        stages: what is left to do, the next one last.
+        waits_for: how many tasks that are not done yet it needs.
+        needed_by: which tasks wait for it.
+    """
+
+    queue: collections.deque["_Task"]
     stages: list[tuple[Resource, float]]
-    after: list["_Task"]
+    waits_for: int = 0
+    needed_by: list["_Task"] = dataclasses.field(default_factory=list)
     is_done: bool = False
     end_s: float = 0.0
-
-    @property
-    def is_ready(self) -> bool:
-        return all(task.is_done for task in self.after)
 
 
 def simulate(
@@ -169,7 +143,9 @@ class _Run:
     """The lanes, what is in them, and the time."""
 
     def __init__(self, costs: Costs, contention: Contention) -> None:
-        self._costs, self._contention = costs, contention
+        self._costs = costs
+        # There are few ways to share: each is found once.
+        self._speeds = functools.cache(contention.speeds)
         self._queues: dict[_Queue, collections.deque[_Task]] = {
             queue: collections.deque() for queue in _Queue
         }
@@ -272,71 +248,65 @@ class _Run:
     def _add(
         self, queue: _Queue, stages: list[tuple[Resource, float]], after: list[_Task]
     ) -> _Task:
-        task = _Task([stage for stage in stages[::-1] if stage[1] > 0], after)
-        self._queues[queue].append(task)
+        tasks = self._queues[queue]
+        task = _Task(tasks, [stage for stage in stages[::-1] if stage[1] > 0])
+        for needed in after:
+            if not needed.is_done:
+                needed.needed_by.append(task)
+                task.waits_for += 1
+        tasks.append(task)
+        self._end_idle(tasks)
         return task
 
     def _advance(self, until: list[_Task]) -> None:
         """Lets time pass until all of `until` are done."""
-        while True:
-            while self._end_idle():
-                pass  # what ended may have been waited for
-            if all(task.is_done for task in until):
-                return
-            self._pass_time(self._heads())
+        for task in until:
+            while not task.is_done:
+                self._pass_time(self._heads())
 
     def _pass_time(self, heads: list[_Task]) -> None:
         """Lets `heads` work until the first of them has done its stage."""
-        speeds = self._speeds([task.stages[-1][0] for task in heads])
+        speeds = self._speeds(tuple([task.stages[-1][0] for task in heads]))
         passed_s = min(
-            task.stages[-1][1] / speeds[task.stages[-1][0]] for task in heads
+            task.stages[-1][1] / speed
+            for task, speed in zip(heads, speeds, strict=True)
         )
         self.now_s += passed_s
-        for task in heads:
+        for task, speed in zip(heads, speeds, strict=True):
             resource, left_s = task.stages[-1]
-            left_s -= passed_s * speeds[resource]
+            left_s -= passed_s * speed
             if left_s > 1e-9 * max(1e-3, self.now_s):
                 task.stages[-1] = resource, left_s
             else:
                 task.stages.pop()
+        for task in heads:
+            if not task.stages:
+                self._end_idle(task.queue)
 
-    def _end_idle(self) -> bool:
-        """Ends the tasks that have nothing left to do; whether there were any."""
-        found = False
-        for tasks in self._queues.values():
-            while tasks and not tasks[0].stages and tasks[0].is_ready:
+    def _end_idle(self, tasks: collections.deque[_Task]) -> None:
+        """Ends the first tasks of a queue that have nothing left to do.
+
+        And those elsewhere that only waited for one of them.
+        """
+        changed = [tasks]
+        while changed:
+            tasks = changed.pop()
+            while tasks and not tasks[0].stages and not tasks[0].waits_for:
                 task = tasks.popleft()
                 task.is_done, task.end_s = True, self.now_s
-                task.after = []  # its past is not needed any more
-                found = True
-        return found
+                for waiting in task.needed_by:
+                    waiting.waits_for -= 1
+                    changed.append(waiting.queue)
 
     def _heads(self) -> list[_Task]:
         """The tasks that work now: the first of each queue, if it is ready."""
         heads = [
-            tasks[0] for tasks in self._queues.values() if tasks and tasks[0].is_ready
+            tasks[0]
+            for tasks in self._queues.values()
+            if tasks and not tasks[0].waits_for
         ]
         on_disk = [task for task in heads if task.stages[-1][0] in DISK]
         ahead = self._queues[_Queue.DISK_AHEAD]
         if len(on_disk) > 1 and ahead and ahead[0] is on_disk[0]:
             heads.remove(ahead[0])  # the disk is taken by what is more urgent
         return heads
-
-    def _speeds(self, used: Iterable[Resource]) -> dict[Resource, float]:
-        """How fast each task is that uses a resource."""
-        counts = Counter(used)
-        speeds = {resource: 1.0 / count for resource, count in counts.items()}
-        busy_disks = [resource for resource in DISK if resource in counts]
-        for resource in busy_disks:  # reading and writing are one disk's
-            speeds[resource] = 1.0 / sum(counts[each] for each in busy_disks)
-        if busy_disks and Resource.COMPUTE in counts:
-            speeds[Resource.COMPUTE] *= self._contention.compute_beside_disk
-            for resource in busy_disks:
-                speeds[resource] *= self._contention.disk_beside_compute
-        return speeds
-
-
-def add_seconds(total: dict[Resource, float], more: Seconds, times: float = 1) -> None:
-    """Adds `more`, so many times."""
-    for resource, seconds in more.items():
-        total[resource] = total.get(resource, 0.0) + times * seconds

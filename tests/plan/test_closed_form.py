@@ -15,15 +15,16 @@ from flexjax.plan.closed_form import (
     shares_of,
 )
 from flexjax.plan.costs import RunCosts
-from flexjax.plan.hardware import WHOLE_BITS
+from flexjax.plan.hardware import WHOLE_BITS, read_hardware
 from flexjax.plan.peak import peak_from_above
-from flexjax.plan.planner import Found
+from flexjax.plan.planner import Found, find_model
 from flexjax.plan.predict import Job, predict
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import zigzag
 from flexjax.schedule.footprint import by_tier
 from flexjax.schedule.ops import Cell, Free, Weights
-from flexjax.schedule.simulate import Resource, simulate
+from flexjax.schedule.resources import Resource
+from flexjax.schedule.simulate import simulate
 from tests.common import total_seconds
 from tests.plan.test_hardware import MACHINE
 
@@ -179,6 +180,25 @@ def test_a_long_run_is_predicted_from_a_part_of_it(hardware, monkeypatch):
     part = predict(model, policy, hardware, job)
     assert part.prefill_s == pytest.approx(whole.prefill_s, rel=0.15)
     assert part.decode_s == pytest.approx(whole.decode_s, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("machine", "policy"),
+    [
+        ("h200", Policy(kv_cache=Placement(), batch_size=16, num_batches=4)),
+        ("t4-208gb", Policy(kv_cache=Placement(host=1.0), host_attention=True)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_bounds_a_run_may_change_as_its_cache_grows(machine, policy, monkeypatch):
+    """So a part of its steps must be like all of them, not like the first."""
+    policy = dataclasses.replace(policy, weights=Placement(host=1.0))
+    model = find_model("opt-13b", platform="gpu").model(policy)
+    job = Job(prompt_len=64, gen_len=512, num_prompts=policy.block_size)
+    part = predict(model, policy, read_hardware(machine), job)
+    monkeypatch.setattr("flexjax.plan.predict.MOST_CELLS", 8000)
+    more = predict(model, policy, read_hardware(machine), job)
+    assert part.decode_s == pytest.approx(more.decode_s, rel=0.01)
 
 
 def test_long_runs_store_as_many_tokens_as_their_ops():

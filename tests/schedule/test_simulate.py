@@ -8,11 +8,8 @@ from hypothesis import strategies as st
 
 from flexjax.schedule.emit import EMITTERS, always, serial, zigzag
 from flexjax.schedule.ops import Cache, Hidden, Weights
-from flexjax.schedule.simulate import (
-    Contention,
-    Resource,
-    simulate,
-)
+from flexjax.schedule.resources import Contention, Resource
+from flexjax.schedule.simulate import simulate
 from flexjax.workload import Workload
 from tests.common import total_seconds
 from tests.drawn import works

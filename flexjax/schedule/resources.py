@@ -1,0 +1,64 @@
+"""What ops take time of, and how fast several are beside each other."""
+
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+
+class Resource(enum.Enum):
+    """What an op takes time of."""
+
+    DISK_READ = "disk read"
+    DISK_WRITE = "disk write"
+    TO_DEVICE = "host to device"
+    FROM_DEVICE = "device to host"
+    COMPUTE = "compute"
+    HOST_ATTENTION = "host attention"
+
+    __hash__ = object.__hash__  # Enum's own is slow, and members are keys of every op
+
+
+DISK = (Resource.DISK_READ, Resource.DISK_WRITE)
+Seconds = Mapping[Resource, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contention:
+    """How fast disk and compute are beside each other, as a fraction of their speed.
+
+    Where the device is the host's own processor, a disk takes some of its time.
+    """
+
+    compute_beside_disk: float = 1.0
+    disk_beside_compute: float = 1.0
+
+    def seconds(self, disk_s: float, compute_s: float) -> float:
+        """What both take that begin together, and have all to do at once."""
+        slower_disk, slower = self.disk_beside_compute, self.compute_beside_disk
+        return max(
+            disk_s + compute_s * (1 - slower_disk) / slower,
+            compute_s + disk_s * (1 - slower) / slower_disk,
+        )
+
+    def speeds(self, used: Sequence[Resource]) -> list[float]:
+        """How fast tasks are that use these resources at once, each its own."""
+        counts = Counter(used)
+        speeds = {resource: 1.0 / count for resource, count in counts.items()}
+        busy_disks = [resource for resource in DISK if resource in counts]
+        for resource in busy_disks:  # reading and writing are one disk's
+            speeds[resource] = 1.0 / sum(counts[each] for each in busy_disks)
+        if busy_disks and Resource.COMPUTE in counts:
+            speeds[Resource.COMPUTE] *= self.compute_beside_disk
+            for resource in busy_disks:
+                speeds[resource] *= self.disk_beside_compute
+        return [speeds[resource] for resource in used]
+
+
+ALONE = Contention()
+
+
+def add_seconds(total: dict[Resource, float], more: Seconds, times: float = 1) -> None:
+    """Adds `more`, so many times."""
+    for resource, seconds in more.items():
+        total[resource] = total.get(resource, 0.0) + times * seconds
