@@ -7,17 +7,18 @@ from flexjax.cli import run_command
 from flexjax.kernels.products import PRODUCTS
 
 
-@pytest.fixture
-def rows(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path))
     assert weights_folder(None) is None  # the embedded model: nothing to make
-    return [*measure_quality(most_windows=2)]
 
 
-def test_outliers_change_nothing_in_16_bits_and_something_in_fewer(rows, monkeypatch):
+def test_outliers_change_nothing_in_16_bits_and_something_in_fewer(monkeypatch):
+    monkeypatch.setattr(quality, "SETTINGS", SETTINGS[:1])
+    (straight,) = measure_quality(most_windows=2)
     monkeypatch.setattr(quality, "SETTINGS", (*SETTINGS[:1], (4, None, None, 1.0)))
     plain, four = measure_quality(most_windows=2, outliers=32.0)
-    assert plain["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+    assert plain["perplexity"] == pytest.approx(straight["perplexity"], rel=1e-4)
     assert abs(four["increase"]) > 0.01
 
 
@@ -28,7 +29,8 @@ def test_outliers_that_are_none_are_refused(outliers, capsys):
     assert "expected more than 0" in capsys.readouterr().err
 
 
-def test_quality_is_measured_in_every_setting_and_costs_what_was_promised(rows):
+def test_quality_is_measured_in_every_setting_and_costs_what_was_promised():
+    rows = [*measure_quality(most_windows=2)]
     names = "weight_bits", "kv_cache_bits", "activation_bits", "attention_sparsity"
     found = {tuple(row[name] for name in names): row for row in rows}
     can_round = PRODUCTS.is_there()

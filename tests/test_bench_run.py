@@ -7,7 +7,7 @@ from bench import memory_cap
 from bench.catalog import all_cases
 from bench.memory_cap import Finished, ensure_can_cap
 from bench.run import build_parser, main
-from flexjax.cache_folder import CACHE_VARIABLE
+from flexjax.cache_folder import CACHE_VARIABLE, default_cache
 from flexjax.cli import BAD_INPUT, run_command
 
 PROMISED = {
@@ -24,7 +24,13 @@ IN_A_PHASE = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
+    """One of the tests' own, but for kernels, which take long to compile."""
     folder = tmp_path_factory.getbasetemp() / "bench-cache"
+    kernels = default_cache() / "kernels"
+    if not folder.exists():
+        folder.mkdir()
+        kernels.mkdir(parents=True, exist_ok=True)
+        (folder / "kernels").symlink_to(kernels)
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     return folder
 

@@ -1,10 +1,6 @@
-import dataclasses
-import pathlib
-import shutil
 import threading
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,97 +10,11 @@ from flexjax.checkpoint import open_store
 from flexjax.extents import read_extent
 from flexjax.memory import weights as memory_weights
 from flexjax.memory.lanes import Lane
-from flexjax.memory.layout import HeadBlocks, WeightLayout
-from flexjax.memory.link import DeviceLink
-from flexjax.memory.processor import Processor
-from flexjax.memory.weights import PlacedWeights
+from flexjax.memory.layout import HeadBlocks
 from flexjax.models.config import OPTConfig, layer_tensors, tensor_shapes
 from flexjax.policy import Kind, Tier
-from flexjax.store_format import chunk_path
-from tests.common import (
-    LINKS,
-    ApartLink,
-    assert_nothing_held,
-    in_time,
-    make_transport,
-    poison_buffers,
-    random_tensors,
-    write_store,
-)
-
-TIED = OPTConfig(
-    vocab_size=67,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    ffn_dim=48,
-    max_position_embeddings=20,
-    word_embed_proj_dim=8,
-    do_layer_norm_before=False,
-)
-UNTIED = dataclasses.replace(
-    TIED, word_embed_proj_dim=16, tie_word_embeddings=False, do_layer_norm_before=True
-)
-CONFIGS = {"tied": TIED, "untied": UNTIED}
-TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
-DTYPE = np.dtype(ml_dtypes.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    """A store of every config; and its tensors."""
-    tensors = {name: random_tensors(config, DTYPE) for name, config in CONFIGS.items()}
-    parent = tmp_path_factory.mktemp("stores")
-    return {
-        name: (write_store(parent / name, config, tensors[name]), tensors[name])
-        for name, config in CONFIGS.items()
-    }
-
-
-class Placed:
-    """Weights under some tiers, and everything around them."""
-
-    def __init__(self, folder, tiers, *, link_type=DeviceLink, parts=1, blocks=1):
-        self.transport = make_transport(link_type)
-        self.ledger = self.transport.ledger
-        store = open_store(folder)
-        self.config = store.config
-        rows = -(-self.config.vocab_size // blocks)
-        try:
-            self.weights = PlacedWeights(
-                store,
-                WeightLayout(
-                    config=store.config,
-                    dtype=store.dtype,
-                    tensors=store.tensors,
-                    tiers=tiers
-                    if isinstance(tiers, dict)
-                    else dict.fromkeys(store.tensors, tiers),
-                    head=HeadBlocks(blocks, rows),
-                    num_parts=parts,
-                    processor=Processor(is_host=self.transport.link.is_shared),
-                ),
-                transport=self.transport,
-            )
-        except BaseException:
-            in_time(self.transport.close)
-            raise
-        self.home = self.held()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        in_time(self.transport.lanes.drain)
-        self.weights.close()
-        in_time(self.transport.close)
-        assert_nothing_held(self.ledger)
-
-    def held(self) -> dict[Tier, int]:
-        return {tier: self.ledger.held(tier, Kind.WEIGHTS) for tier in Tier}
-
-    def load(self, layer: int, part: int = 0):
-        return in_time(self.weights.load(layer, part).result)
+from tests.common import LINKS, ApartLink, in_time, poison_buffers
+from tests.memory.placed_weights import CONFIGS, HEAD, TABLE, UNTIED, Placed
 
 
 def mixes(config: OPTConfig) -> st.SearchStrategy[dict[str, Tier]]:
@@ -249,103 +159,6 @@ def test_what_lies_on_disk_is_asked_for_whatever_the_lane_waits_for(
             for name, loan in in_time(load.result).items():
                 assert np.asarray(loan.array).tobytes() == tensors[name].tobytes()
                 loan.release()
-
-
-# What can go wrong with a tensor's files.
-
-
-@pytest.fixture(params=CONFIGS)
-def harmed(request, stores, tmp_path):
-    """A copy of a store that a test may harm."""
-    return shutil.copytree(stores[request.param][0], tmp_path / "store")
-
-
-def chunk_of(folder: pathlib.Path, name: str, row: int) -> pathlib.Path:
-    entry = open_store(folder).tensors[name]
-    return chunk_path(folder, name, entry, row // entry.chunk_rows)
-
-
-def alter(path: pathlib.Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[1] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST])
-def test_an_altered_tensor_is_found_when_it_is_read_at_the_start(harmed, tier):
-    alter(chunk_of(harmed, "layers.1.fc1.weight", 47))
-    with pytest.raises(ValueError, match=r"'layers\.1\.fc1\.weight' .* was altered"):
-        Placed(harmed, tier)
-
-
-@pytest.mark.parametrize("link_type", LINKS)
-def test_an_altered_tensor_is_found_at_its_first_load_and_at_every_other(
-    harmed, link_type
-):
-    path = chunk_of(harmed, "layers.1.fc1.weight", 47)
-    whole = path.read_bytes()
-    alter(path)
-    with Placed(harmed, Tier.DISK, link_type=link_type) as placed:
-        for _ in range(2):
-            with pytest.raises(
-                ValueError, match=r"'layers\.1\.fc1\.weight' .* altered"
-            ):
-                placed.load(1)
-        path.write_bytes(whole)
-        for loan in placed.load(1).values():
-            loan.release()
-
-
-def test_an_altered_block_of_the_head_is_found_when_it_is_read(harmed):
-    table = open_store(harmed).config.head_table
-    alter(chunk_of(harmed, table, 66))
-    with Placed(harmed, Tier.DISK, blocks=3) as placed:
-        for loan in placed.load(2).values():
-            loan.release()
-        with pytest.raises(ValueError, match=rf"'{table}' .* altered"):
-            placed.load(4)
-
-
-@pytest.mark.parametrize("harmed", ["untied"], indirect=True)
-def test_altered_token_rows_are_found_although_no_head_reads_them(harmed):
-    """A tied table is verified by the head, which reads all of it."""
-    alter(chunk_of(harmed, TABLE, 66))
-    with Placed(harmed, Tier.DISK) as placed:
-        placed.weights.token_rows(np.array([[0, 1, 2]])).release()
-        for _ in range(2):
-            with pytest.raises(ValueError, match=rf"'{TABLE}' .* altered"):
-                placed.weights.token_rows(np.array([[0, 66]]))
-
-
-@pytest.mark.parametrize("harm", ["truncated", "deleted"])
-@pytest.mark.parametrize("link_type", LINKS)
-def test_a_chunk_that_goes_while_it_is_used_is_an_error_that_names_it(
-    harmed, harm, link_type
-):
-    name = "layers.0.fc2.weight"
-    path = chunk_of(harmed, name, 15)
-    whole = path.read_bytes()
-    with Placed(harmed, Tier.DISK, link_type=link_type, parts=2) as placed:
-        parts = [placed.load(0, part) for part in range(2)]
-        (part,) = [i for i in range(2) if name in parts[i]]
-        for loans in parts:
-            for loan in loans.values():
-                loan.release()
-        path.write_bytes(whole[:-3]) if harm == "truncated" else path.unlink()
-        with pytest.raises(OSError, match=rf"'{name}' of {harmed}"):
-            placed.load(0, part)
-        path.write_bytes(whole)
-        for loan in placed.load(0, part).values():
-            loan.release()
-
-
-@pytest.mark.parametrize("harm", ["truncated", "deleted"])
-def test_a_table_that_goes_while_it_is_used_is_an_error_that_names_it(harmed, harm):
-    path = chunk_of(harmed, TABLE, 66)
-    with Placed(harmed, Tier.DISK) as placed:
-        path.write_bytes(b"x") if harm == "truncated" else path.unlink()
-        with pytest.raises(OSError, match=str(path)):
-            placed.weights.token_rows(np.array([[66]]))
 
 
 def test_an_upload_that_fails_gives_everything_back(stores, monkeypatch):

@@ -12,13 +12,11 @@ import pytest
 
 from flexjax import extents
 from flexjax.cache_folder import CACHE_VARIABLE
-from flexjax.checkpoint import open_store
 from flexjax.kernels.compiled import AVX2, AVX512, Kernel
 from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
-from flexjax.memory import disk_queue
 from flexjax.models.config import OPTConfig
-from flexjax.plan import calibrate, scratch, step_rates
+from flexjax.plan import calibrate, step_rates
 from flexjax.plan.hardware import (
     ATTENTION,
     VERSION,
@@ -28,20 +26,18 @@ from flexjax.plan.hardware import (
     validate_hardware,
     write_hardware,
 )
-from flexjax.plan.scratch import scratch_file
-from tests.common import ApartLink, WatchedOs, files, flexjax_threads, in_time
+from tests.common import ApartLink, WatchedOs, in_time
+from tests.plan.conftest import PIECE_BYTES, assert_nothing_is_left
 
 DEVICE = jax.devices()[0]
-PIECE_BYTES = 4096
-MOST_PARTS = 4
 NAMES = ["device_memory_bytes", "host_memory_bytes", "disk_bytes"]
 is_apart = pytest.mark.skipif(DEVICE.platform != "cpu", reason="it is apart anyway")
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small(monkeypatch, small_scratch):
     """A measurement of a moment."""
-    monkeypatch.setattr(disk_queue, "REQUEST_BYTES", PIECE_BYTES)
+    del small_scratch
     tiny = OPTConfig(hidden_size=128, num_attention_heads=8, ffn_dim=128)
     for name, value in {
         "LIMIT_S": 1e-3,
@@ -69,13 +65,6 @@ def _small(monkeypatch):
         "BESIDE_S": 1e-3,
     }.items():
         monkeypatch.setattr(calibrate, name, value)
-    for name, value in {
-        "SCRATCH_BYTES": MOST_PARTS * 2 * PIECE_BYTES,
-        "PART_BYTES": 2 * PIECE_BYTES,
-        "BUFFER_BYTES": 4 * PIECE_BYTES,
-        "PARTS_AHEAD": 2,
-    }.items():
-        monkeypatch.setattr(scratch, name, value)
 
 
 @pytest.fixture
@@ -106,11 +95,6 @@ def _measures_nothing(monkeypatch):
 
 
 COPY_RATES = {"to_device_bytes_per_s": 1.0, "from_device_bytes_per_s": 1.0}
-
-
-def assert_nothing_is_left(folder: pathlib.Path) -> None:
-    assert list(folder.iterdir()) == []
-    assert not flexjax_threads()
 
 
 @is_apart
@@ -207,73 +191,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     file.touch()
     with pytest.raises(OSError, match=f"cannot write into {file}"):
         calibrate.calibrate(file, DEVICE)
-
-
-@pytest.mark.parametrize(
-    ("free_parts", "parts"), [(2, 1), (5, 3), (8, 4), (1000, MOST_PARTS)]
-)
-def test_a_scratch_file_takes_about_half_of_what_is_free(
-    tmp_path, monkeypatch, free_parts, parts
-):
-    def usage(path):
-        del path
-        return shutil._ntuple_diskusage(0, 0, free_parts * scratch.PART_BYTES)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    with scratch_file(tmp_path):
-        sizes = [path.stat().st_size for path in scratch_files(tmp_path)]
-    assert sizes == parts * [scratch.PART_BYTES]
-    assert_nothing_is_left(tmp_path)
-
-
-def scratch_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in files(folder) if path.name.startswith("scratch-")]
-
-
-def test_a_store_is_read_from_its_own_files(golden, monkeypatch):
-    store = open_store(golden("opt-pre-ln").store)
-    assert scratch.store_read_rate(store) > 0
-    monkeypatch.setattr(scratch, "STORE_S", 0.0)
-    assert scratch.store_read_rate(store) > 0
-    assert not flexjax_threads()
-
-
-def test_a_store_that_cannot_be_read_says_what_failed(golden, tmp_path):
-    folder = tmp_path / "store"
-    shutil.copytree(golden("opt-pre-ln").store, folder)
-    store = open_store(folder)
-    for chunk in (folder / "tensors" / "layers.1.fc1.weight").glob("c.*"):
-        chunk.unlink()
-    with pytest.raises(OSError, match=r"layers\.1\.fc1\.weight"):
-        in_time(scratch.store_read_rate, store)
-    assert not flexjax_threads()
-
-
-def test_a_slow_disk_gets_a_smaller_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "FILL_S", 0.0)
-    with scratch_file(tmp_path) as made:
-        sizes = [path.stat().st_size for path in files(tmp_path)]
-        assert max(sizes) == scratch.PART_BYTES
-        assert made.write_rate() > 0
-        assert made.read_rate() > 0
-
-
-@pytest.mark.parametrize("is_direct", [True, False])
-def test_a_scratch_file_holds_what_was_written(tmp_path, monkeypatch, is_direct):
-    if not is_direct:
-
-        def watch(call, path, is_direct, nbytes):
-            if is_direct:
-                raise OSError(errno.EINVAL, "no direct I/O here")
-            return nbytes or None
-
-        monkeypatch.setattr(extents, "os", WatchedOs(watch))
-    with scratch_file(tmp_path) as made:
-        assert made.write_rate() > 0
-        assert made.read_rate() > 0
-        data = b"".join(path.read_bytes() for path in scratch_files(tmp_path))
-    assert len(data) == scratch.SCRATCH_BYTES
-    assert len(set(data)) > 200, "some disks are quick with zeros"
 
 
 @pytest.fixture
