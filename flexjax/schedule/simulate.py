@@ -297,6 +297,7 @@ class _Run:
                 for waiting in task.needed_by:
                     waiting.waits_for -= 1
                     changed.append(waiting.queue)
+                task.needed_by.clear()  # or all that follows would be kept with it
 
     def _heads(self) -> list[_Task]:
         """The tasks that work now: the first of each queue, if it is ready."""
