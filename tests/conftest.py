@@ -19,12 +19,13 @@ if not pathlib.Path("/dev/nvidia0").exists():
     )
 
 # Workers and subprocesses compile the same steps again and again: measured, 7 % of the
-# suite's time. The first process is there the longest.
+# suite's time. They inherit the variables from the first process, which outlives them
+# and removes the folder; whoever sets one of their own keeps it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="flexjax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jaxtyping

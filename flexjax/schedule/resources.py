@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 
 class Resource(enum.Enum):
@@ -41,8 +41,8 @@ class Contention:
             compute_s + disk_s * (1 - slower) / slower_disk,
         )
 
-    def speeds(self, used: Sequence[Resource]) -> list[float]:
-        """How fast tasks are that use these resources at once, each its own."""
+    def speeds(self, used: tuple[Resource, ...]) -> tuple[float, ...]:
+        """How fast each of some tasks is, by what each uses; some may share that."""
         counts = Counter(used)
         speeds = {resource: 1.0 / count for resource, count in counts.items()}
         busy_disks = [resource for resource in DISK if resource in counts]
@@ -52,7 +52,7 @@ class Contention:
             speeds[Resource.COMPUTE] *= self.compute_beside_disk
             for resource in busy_disks:
                 speeds[resource] *= self.disk_beside_compute
-        return [speeds[resource] for resource in used]
+        return tuple([speeds[resource] for resource in used])
 
 
 ALONE = Contention()

@@ -186,7 +186,15 @@ def test_a_long_run_is_predicted_from_a_part_of_it(hardware, monkeypatch):
     ("machine", "policy"),
     [
         ("h200", Policy(kv_cache=Placement(), batch_size=16, num_batches=4)),
-        ("t4-208gb", Policy(kv_cache=Placement(host=1.0), host_attention=True)),
+        (
+            "t4-208gb",
+            Policy(
+                kv_cache=Placement(host=1.0),
+                batch_size=64,
+                num_batches=2,
+                host_attention=True,
+            ),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
