@@ -122,10 +122,9 @@ class Int8 : public Weights<kBits> {
 
   // A bfloat16 is the upper half of a float.
   static float Float(const uint8_t* at) {
-    uint32_t upper = 0;
-    std::memcpy(reinterpret_cast<char*>(&upper) + 2, at, 2);
+    const uint32_t bits = LoadHalf(at) << 16;
     float value;
-    std::memcpy(&value, &upper, sizeof value);
+    std::memcpy(&value, &bits, sizeof value);
     return value;
   }
 };

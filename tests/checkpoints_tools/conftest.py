@@ -10,17 +10,9 @@ from safetensors.numpy import save_file
 
 from flexjax.checkpoint import open_store
 from flexjax.models.config import OPTConfig, tensor_shapes, to_hugging_face
+from tests.small_store import CONFIG
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-CONFIG = OPTConfig(
-    vocab_size=67,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    ffn_dim=48,
-    max_position_embeddings=20,
-    word_embed_proj_dim=16,
-)
 Tensors = dict[str, np.ndarray]
 MakeCheckpoint = Callable[..., pathlib.Path]
 

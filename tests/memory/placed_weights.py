@@ -10,23 +10,12 @@ from flexjax.memory.layout import HeadBlocks, WeightLayout
 from flexjax.memory.link import DeviceLink
 from flexjax.memory.processor import Processor
 from flexjax.memory.weights import PlacedWeights
-from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Tier
 from tests.common import assert_nothing_held, in_time, make_transport
+from tests.small_store import CONFIG
 
-TIED = OPTConfig(
-    vocab_size=67,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    ffn_dim=48,
-    max_position_embeddings=20,
-    word_embed_proj_dim=8,
-    do_layer_norm_before=False,
-)
-UNTIED = dataclasses.replace(
-    TIED, word_embed_proj_dim=16, tie_word_embeddings=False, do_layer_norm_before=True
-)
+TIED = dataclasses.replace(CONFIG, word_embed_proj_dim=8, do_layer_norm_before=False)
+UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False)
 CONFIGS = {"tied": TIED, "untied": UNTIED}
 TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
 DTYPE = np.dtype(ml_dtypes.bfloat16)
