@@ -32,7 +32,7 @@ _NOT_OF_THE_RUN = {"json", "trace", "offload_dir", "debug", "list", "help"}
 _PROMPT_LEN, _GEN_LEN = 128, 32
 _EXAMPLE = """examples:
   python -m bench.run --list
-  python -m bench.run opt-1.3b-disk --memory-cap 2GB --json opt-1.3b-disk.json
+  python -m bench.run opt-1.3b-disk --memory-cap 4GB --json opt-1.3b-disk.json
   python -m bench.run --model opt-6.7b --weights disk=1 --batch-size 64 --cold
 """
 

@@ -198,7 +198,7 @@ def dequantize_into(
     """`dequantize` of several arrays, each in the memory of one of `outs`.
 
     On 2 cores of a CPU the page faults of a new result cost more than the work: 3 GB/s
-    of bfloat16, for 13 to 19 where memory is used again.
+    of bfloat16, for 14 to 22 where memory is used again.
     """
     del outs
     return [dequantize(*one) for one in zip(data, quantizations, strict=True)]

@@ -1,7 +1,7 @@
 """Products with quantized weights, which are made wide in the processor's caches.
 
 On 2 cores of an AMD EPYC with AVX-512, 4-bit weights of 16384 x 4096 multiply
-64 rows at 0.82 TFLOP/s and 2048 rows at 0.74; XLA does bfloat16 ones at 0.71 and 0.82,
+64 rows at 0.79 TFLOP/s and 2048 rows at 0.76; XLA does bfloat16 ones at 0.73 and 0.86,
 once they are wide, which takes half as long as 64 rows do. Rows that are rounded to
 8 bits are multiplied as integers: 64 at 1.2 TFLOP/s and 2048 at 1.1.
 """

@@ -19,7 +19,7 @@ def page_aligned(nbytes: int) -> np.ndarray:
     Aligned memory is what direct I/O needs, and what a CPU backend takes over without a
     copy. Large pieces ask for huge pages, which saves most of the page faults, and lets
     a disk take a request whole: from single pages, which lie anywhere, Linux cuts one
-    of 4 MiB into eight, and a virtual disk read 1.2 GB/s instead of 2.5.
+    of 4 MiB into four to seven, and a virtual disk read 1.2 GB/s instead of 2.5.
 
     Raises:
         MemoryError: the machine has no more memory.

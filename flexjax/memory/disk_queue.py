@@ -20,7 +20,7 @@ DEPTH = 8
 # Few requests take little of the processor's time: a layer of OPT-6.7B took 1.09 times
 # as long beside reads of 2 MiB, and 1.01 beside as many bytes in reads of 4 MiB. But
 # what is urgent waits for those under way: with caches and half of the weights on disk,
-# decoding took 1.08 to 1.14 times as long with 8 MiB as with 4. So a store's small
+# decoding took 1.08 to 1.15 times as long with 8 MiB as with 4. So a store's small
 # chunks, of 4 to 5 MB, are one request each, and its large ones two.
 REQUEST_BYTES = 5 << 20
 
