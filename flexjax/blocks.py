@@ -155,7 +155,7 @@ class _BatchSampler:
             Token ids, their log-probabilities if a row wants any, and which rows have
             logits that are numbers.
         """
-        sane = jnp.isfinite(jnp.max(logits, axis=-1))
+        is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
         steps = np.full(self._work.batch_size, step, np.int32)
         controls = make_controls(self._params, self._keys, steps)
         weighed = logits
@@ -164,21 +164,21 @@ class _BatchSampler:
             weighed = penalize(logits, jnp.asarray(self._seen(step)), penalty)
         ids = self._sampler(weighed, controls)
         if self._num_top is None:
-            return ids, None, sane
+            return ids, None, is_finite
         num_top = min(self._num_top, logits.shape[-1])
-        return ids, token_logprobs(logits, ids, num_top=num_top), sane
+        return ids, token_logprobs(logits, ids, num_top=num_top), is_finite
 
     def take(
-        self, ids: jax.Array, logprobs: TokenLogprobs | None, sane: jax.Array
+        self, ids: jax.Array, logprobs: TokenLogprobs | None, is_finite: jax.Array
     ) -> int:
         """Gives each row its token; returns how many rows took one.
 
         Raises:
-            ValueError: the logits of a row are not numbers.
+            ValueError: the logits of a row that wants a token are not numbers.
         """
-        tokens, count = np.asarray(ids), 0
+        tokens, are_finite, count = np.asarray(ids), np.asarray(is_finite), 0
         for place, row in enumerate(self.rows):
-            if not np.asarray(sane)[place]:
+            if not (row.has_ended or are_finite[place]):
                 raise ValueError(
                     f"the logits of prompt {row.index} are not finite after "
                     f"{len(row.checker.token_ids)} tokens; the weights may be damaged, "

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pathlib
 import shutil
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from flexjax.sizes import format_bytes
@@ -52,10 +53,13 @@ def ensure_writable(flag: str, path: pathlib.Path) -> None:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that is either all there or not there, even after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes a file that is either all there or not there, even after a power cut.
+
+    Of several writers the last one wins.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

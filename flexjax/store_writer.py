@@ -5,13 +5,14 @@ tensor. A killed conversion leaves the journal and no manifest; the next one wit
 same source keeps every tensor that the journal names and that still has its checksum.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -189,8 +190,10 @@ class StoreWriter:
 
     def _append(self, values: dict[str, Any]) -> None:
         assert self._journal is not None, "the writer is closed or was complete"
+        line = memoryview(json.dumps(values).encode() + b"\n")
         try:
-            os.write(self._journal, json.dumps(values).encode() + b"\n")
+            while line:  # a disk that fills up takes some of it first
+                line = line[os.write(self._journal, line) :]
             os.fsync(self._journal)
         except OSError as error:
             raise _failed(self.folder / JOURNAL, error.strerror) from error
@@ -206,10 +209,11 @@ def _read_journal(path: pathlib.Path) -> tuple[list[Any], int]:
     data = path.read_bytes() if path.exists() else b""
     lines, length = [], 0
     for line in data.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
         try:
-            assert line.endswith(b"\n")
             lines.append(json.loads(line))
-        except (AssertionError, ValueError):
+        except ValueError:
             break
         length += len(line)
     return lines, length
@@ -257,8 +261,7 @@ def _write_array(
             writing[slot] = handle[first:last].write(chunk).commit
         rows.ensure_empty(name)
     finally:  # also after an error nothing may go on writing behind our back
-        for future in writing:
-            _wait(future, name, folder)
+        _wait_all(writing, name, folder)
     return checksum.hexdigest(), tuple(chunk_checksums)
 
 
@@ -269,6 +272,15 @@ def _wait(future: ts.Future | None, name: str, folder: pathlib.Path) -> Any:
     except ValueError as error:
         what = f"tensor {name!r} of {folder}"
         raise _failed(what, tensorstore_message(error)) from error
+
+
+def _wait_all(
+    futures: Sequence[ts.Future | None], name: str, folder: pathlib.Path
+) -> None:
+    """Waits for all, though some fail; raises as `_wait` does."""
+    with contextlib.ExitStack() as waits:
+        for future in futures:
+            waits.callback(_wait, future, name, folder)
 
 
 def tensorstore_message(error: BaseException) -> str:

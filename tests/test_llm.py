@@ -292,6 +292,22 @@ def test_logits_that_are_not_numbers_are_refused(golden, tmp_path, monkeypatch):
         llm.generate([[5, 6]], GREEDY)
 
 
+def test_a_row_that_has_ended_fails_nobody(golden, monkeypatch):
+    calls = 0
+
+    def head_that_breaks_the_first_row(table, hidden):
+        nonlocal calls
+        calls += 1
+        logits = head_step(table, hidden)
+        return logits.at[0].set(np.nan) if calls > 2 else logits
+
+    monkeypatch.setattr("flexjax.blocks.head_step", head_that_breaks_the_first_row)
+    short, long = (dataclasses.replace(GREEDY, max_tokens=n) for n in (2, 6))
+    with LLM(golden("opt-pre-ln").store) as llm:
+        outputs = llm.generate([[5, 6], [7, 8]], [short, long])
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 6]
+
+
 def test_max_model_len_binds(golden):
     with (
         LLM(golden("opt-pre-ln").store, max_model_len=20) as llm,

@@ -103,6 +103,11 @@ def _validate(config: OPTConfig, origin: str) -> None:
             f"{origin}: activation_function is {config.activation_function!r}, "
             f"supported are {', '.join(ACTIVATIONS)}"
         )
+    if config.pad_token_id >= config.vocab_size:
+        raise ValueError(
+            f"{origin}: pad_token_id is {config.pad_token_id}, but vocab_size is "
+            f"{config.vocab_size}: padding has no row in the table of tokens"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"{origin}: hidden_size {config.hidden_size} is not a multiple of "

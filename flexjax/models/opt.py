@@ -129,7 +129,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
-        out = jax.nn.standardize(x.astype(jnp.float32), epsilon=LAYER_NORM_EPSILON)
+        wide = x.astype(jnp.float32)
+        # By itself it takes the difference of two squares, which cancel where the mean
+        # is large.
+        variance = jnp.var(wide, axis=-1, keepdims=True)
+        out = jax.nn.standardize(wide, variance=variance, epsilon=LAYER_NORM_EPSILON)
         if self.affine:
             size = (x.shape[-1],)
             weight = self.param("weight", nn.initializers.ones, size, x.dtype)

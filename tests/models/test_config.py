@@ -37,7 +37,7 @@ def configs(draw):
     heads, flags = draw(st.integers(1, 4)), st.booleans()
     hidden = heads * draw(st.integers(1, 4))
     return OPTConfig(
-        vocab_size=draw(st.integers(1, 99)),
+        vocab_size=draw(st.integers(2, 99)),
         hidden_size=hidden,
         num_hidden_layers=draw(st.integers(1, 5)),
         num_attention_heads=heads,
@@ -188,6 +188,7 @@ def test_a_bad_field_is_refused_by_its_name(name, value, expected):
     ("changes", "message"),
     [
         ({"activation_function": "silu"}, r"activation_function is 'silu', .* relu, "),
+        ({"pad_token_id": 97}, r"pad_token_id is 97, but vocab_size is 97: padding"),
         ({"num_attention_heads": 3}, r"hidden_size 16 is not a multiple of num_att"),
         ({"model_type": "llama"}, r"model_type is 'llama', but only 'opt' is suppor"),
         ({"model_type": None}, r"model_type is None, but only 'opt' is supported"),

@@ -21,7 +21,15 @@ from flexjax.models.config import (
     named_config,
     tensor_shapes,
 )
-from flexjax.models.opt import DecoderLayer, Embedding, Final, forward, unflatten
+from flexjax.models.opt import (
+    DecoderLayer,
+    Embedding,
+    Final,
+    LayerNorm,
+    apply,
+    forward,
+    unflatten,
+)
 from tests.golden_checkpoints import GOLDEN_NAMES
 
 
@@ -70,6 +78,20 @@ def test_prefill_logits_scores_and_greedy_tokens_are_hugging_faces(checkpoint):
     logits = run(params, *left_padded(whole))
     best = np.asarray(logits.argmax(axis=-1))
     assert best[:, -17:-1].tolist() == checkpoint.greedy_ids
+
+
+@pytest.mark.parametrize("offset", [0, 300, 10_000])
+def test_a_norm_is_exact_however_far_from_zero_its_input_is(offset):
+    rng = np.random.default_rng(0)
+    x = (offset + rng.normal(0, 0.1, (3, 4096))).astype(np.float32)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    found = jax.jit(functools.partial(apply, LayerNorm(affine=False)))({}, x)
+    # What a float of that size can tell of so small a difference, and the mean's error.
+    np.testing.assert_allclose(
+        found, expected, atol=1e-5 + 20 * offset * 1.2e-7, rtol=0
+    )
 
 
 SIZES = ["opt-125m", "opt-350m", "galactica-125m"]

@@ -4,11 +4,12 @@ import dataclasses
 import os
 import shutil
 import subprocess
+import types
 
 import numpy as np
 import pytest
 
-from flexjax import store_format
+from flexjax import store_format, store_writer
 from flexjax.checkpoint import open_store
 from flexjax.store_format import DTYPES
 from flexjax.store_writer import JOURNAL, StoreWriter
@@ -70,6 +71,49 @@ def test_a_torn_journal_line_is_left_out(torn, tmp_path):
                 out.write(second, [tensors[second]])
     with writer(tmp_path) as out:
         assert out.has(second)
+
+
+def test_a_journal_line_is_written_whole_however_little_a_write_takes(
+    tmp_path, monkeypatch
+):
+    class SlowOs:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def write(self, file, data):
+            return os.write(file, data[:7])
+
+    monkeypatch.setattr(store_writer, "os", SlowOs())
+    with writer(tmp_path) as out:
+        out.write(BIG, [weights(DTYPES["bfloat16"])[BIG]])
+    with writer(tmp_path) as out:
+        assert out.has(BIG)
+
+
+def test_a_failed_write_waits_for_those_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_format, "MAX_CHUNK_BYTES", 1 << 9)
+    waited = []
+
+    class Fails:
+        def __init__(self):
+            self.commit = self
+            waited.append(False)
+            self.index = len(waited) - 1
+
+        def result(self):
+            waited[self.index] = True
+            raise ValueError(f"write {self.index} failed")
+
+    class Array:
+        def __getitem__(self, rows):
+            return types.SimpleNamespace(write=lambda chunk: Fails())
+
+    with writer(tmp_path) as out:
+        opened = types.SimpleNamespace(result=Array)
+        monkeypatch.setattr(store_writer.ts, "open", lambda *args, **kwargs: opened)
+        with pytest.raises(OSError, match="write . failed"):
+            out.write(BIG, [weights(DTYPES["bfloat16"])[BIG]])
+    assert waited == [True] * store_writer.BUFFERS
 
 
 @pytest.mark.parametrize(
