@@ -140,6 +140,11 @@ def main(args: argparse.Namespace) -> None:
     for cap_bytes in caps:
         ensure_can_cap(cap_bytes)
     if args.json is not None:
+        if not caps:
+            raise ValueError(
+                "--json keeps what the machines of --memory-cap took; give a cap, or "
+                "leave --json out"
+            )
         ensure_writable("--json", args.json)
     folder = default_cache()
     weights = resolve_model(weights_folder(args.model) or EMBEDDED_MODEL)

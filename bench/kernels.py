@@ -67,7 +67,8 @@ def measure_kernels(
         batch_size: of the prefill layer, with prompts of `PROMPT_LEN`, and of decode
             attention over `PAST_SLOTS` slots.
     """
-    group = fitting_group(config.hidden_size, Policy().group_size)
+    group = fitting_group(config.hidden_size, Policy().group_size, min(BITS))
+    assert group is not None  # of a published model
     ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
     # Here, so that it fails before anything is measured.
     peak = compiled.library(PEAK, compiled.AVX512) if PRODUCTS.is_there() else None

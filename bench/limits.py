@@ -15,7 +15,7 @@ from flexjax.checkpoint import WeightStore
 from flexjax.memory.layout import WeightLayout, lay_out
 from flexjax.memory.link import Device, processor_of
 from flexjax.policy import Policy, Tier
-from flexjax.quant import cache_quantization
+from flexjax.quant import cache_quantization, cache_slot_bytes
 from flexjax.workload import Workload
 
 _COPY_BYTES = 256 << 20  # of one copy between host and device
@@ -50,16 +50,13 @@ class Setting:
     def spill_bytes(self) -> int:
         """About what the run has on disk in the end, beside the store."""
         config, work = self.store.config, self.work
-        layers_slots = 2 * config.num_hidden_layers * work.cache_slots(work.gen_len - 1)
-        how = cache_quantization(self.policy, config, self.store.dtype)
-        vector_bytes = config.hidden_size * self.store.dtype.itemsize
-        cached_bytes = (
-            vector_bytes
-            if how is None
-            else config.num_attention_heads * how.width(config.head_dim)
-        )
-        row_bytes = self.policy.kv_cache.disk * layers_slots * cached_bytes
-        row_bytes += self.policy.activations.disk * work.prompt_len * vector_bytes
+        dtype, policy = self.store.dtype, self.policy
+        layers_slots = config.num_hidden_layers * work.cache_slots(work.gen_len - 1)
+        how = cache_quantization(policy, config, dtype)
+        cached_bytes = layers_slots * cache_slot_bytes(config, dtype, how)
+        hidden_bytes = work.prompt_len * config.hidden_size * dtype.itemsize
+        row_bytes = policy.kv_cache.disk * cached_bytes
+        row_bytes += policy.activations.disk * hidden_bytes
         return round(self.policy.block_size * row_bytes)
 
 
@@ -69,7 +66,7 @@ class Limits:
 
     Attributes:
         disk_read: of the weight store's files.
-        disk_write: of a new file where the run spills.
+        disk_write: where the run spills, over a file that is there.
         compute: of the layer steps.
         copies: bytes per second between host and device, by resource.
     """

@@ -135,7 +135,10 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
             columns = ("policy", *PHASES, "error of all")
             yield _table(columns, map(_predicted_row, result.rows))
         if isinstance(result, Grid):
-            yield f"{result.model}, the plan and the best of a grid of others, `{result.command}`:\n"
+            yield (
+                f"{result.model}, the plan and the best of a grid of others, "
+                f"`{result.command}`:\n"
+            )
             columns = ("memory cap", "planned", "best other", "others", "longer")
             yield _table(columns, map(_chosen_row, result.rows))
         if isinstance(result, Frontier):

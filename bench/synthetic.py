@@ -2,13 +2,8 @@
 
 import pathlib
 
-from checkpoints_tools.synthesize import synthesize_store
-from flexjax.cache_folder import default_cache
-from flexjax.models.config import MODELS, OPTConfig, named_config
-from flexjax.store_format import DTYPES
-
-_OWNER = "facebook/"  # which published models may be called with
-_DTYPE = "bfloat16"
+from checkpoints_tools.synthesize import random_store
+from flexjax.models.config import MODELS, OPTConfig, named_config, published_name
 
 
 def published_config(model: str | None) -> OPTConfig | None:
@@ -19,7 +14,7 @@ def published_config(model: str | None) -> OPTConfig | None:
     """
     if model is None or pathlib.Path(model).expanduser().is_dir():
         return None
-    if model.removeprefix(_OWNER).lower() not in MODELS:
+    if published_name(model) is None:
         raise ValueError(
             f"{model!r} is neither a folder nor a published model; known are "
             f"{', '.join(sorted(MODELS))}"
@@ -41,7 +36,4 @@ def weights_folder(model: str | None) -> pathlib.Path | None:
         return None
     if config is None:
         return pathlib.Path(model).expanduser()
-    name = model.removeprefix(_OWNER).lower()
-    folder = default_cache() / f"random-{name}"
-    synthesize_store(folder, config, DTYPES[_DTYPE], seed=0)
-    return folder
+    return random_store(model)

@@ -15,10 +15,12 @@ import numpy as np
 from checkpoints_tools.progress import progress_bar
 from checkpoints_tools.random_weights import random_blocks
 from checkpoints_tools.safetensors_writer import plan_shards, write_hugging_face
+from flexjax.cache_folder import default_cache
 from flexjax.cli import run_command
 from flexjax.models.config import (
     OPTConfig,
     named_config,
+    published_name,
     read_config,
     tensor_shapes,
 )
@@ -48,6 +50,23 @@ def synthesize_store(
                     writer.write(name, blocks)
                 bar.update(entry.nbytes)
         writer.finish()
+
+
+def random_folder(model: str) -> pathlib.Path:
+    """Where the cache has the random weights of a published model, by its name."""
+    return default_cache() / f"random-{published_name(model)}"
+
+
+def random_store(model: str) -> pathlib.Path:
+    """The random weights of a published model in bfloat16, made the first time.
+
+    Raises:
+        ValueError: there is no such model.
+        OSError: the disk is full, or fails.
+    """
+    config, folder = named_config(model), random_folder(model)
+    synthesize_store(folder, config, DTYPES["bfloat16"], seed=0)
+    return folder
 
 
 def synthesize_hugging_face(

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 MIN_ROWS = 2
 # Finite, so that a row of padding, which may see no slot at all, stays finite too.
 MASKED = -1e30
-# One step of prefill attention holds at most this many scores of a row.
+# So many queries of a row attend at a time; all of them where there are no more than
+# `WHOLE_ROW`.
 QUERY_CHUNK = 128
 WHOLE_ROW = 256
 
@@ -54,6 +55,14 @@ def scaled(query: Array) -> Array:
     return query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
 
 
+def prefill_attention_flops(batch: int, seq: int, hidden_size: int) -> int:
+    """Of `prefill_attention` in one layer: the scores that it masks are computed too.
+
+    Two products of all tokens with all, each a multiplication and an addition.
+    """
+    return 2 * 2 * batch * seq * seq * hidden_size
+
+
 def prefill_attention(
     query: Float[Array, "batch heads seq head_dim"],
     key: Float[Array, "batch heads seq head_dim"],
@@ -63,7 +72,8 @@ def prefill_attention(
     """Every token attends to itself and to the real tokens before it.
 
     Works on one row and one chunk of queries at a time, so that the largest array of
-    scores is `[heads, QUERY_CHUNK, seq]` and not `[batch, heads, seq, seq]`.
+    scores is `[heads, QUERY_CHUNK, seq]`, or `[heads, WHOLE_ROW, WHOLE_ROW]`, and not
+    `[batch, heads, seq, seq]`.
     """
     seq = query.shape[2]
     chunk = seq if seq <= WHOLE_ROW else math.gcd(seq, QUERY_CHUNK)

@@ -122,7 +122,7 @@ class WeightStore:
                 f"rows {first}:{last} are not in tensor {name!r} of {entry.shape[0]}"
             )
         _check_buffer(name, entry, last - first, out)
-        memory, found, paths = as_bytes(out), [], self._chunks(name)
+        memory, found, paths = as_bytes(out), [], self.chunk_paths(name)
         for index in range(first // entry.chunk_rows, entry.num_chunks):
             chunk_first = index * entry.chunk_rows
             begin = max(first, chunk_first)
@@ -175,7 +175,7 @@ class WeightStore:
         for index in np.unique(chunks):
             inside = chunks == index
             self._read_from_chunk(
-                self._chunks(name)[index],
+                self.chunk_paths(name)[index],
                 (rows[inside] - index * entry.chunk_rows) * entry.row_bytes,
                 [into[target] for target in where[inside]],
             )
@@ -212,7 +212,7 @@ class WeightStore:
     ) -> None:
         entry, chunk = self.tensors[name], rows
         if rows.size < chunk_bytes:
-            path = self._chunks(name)[index]
+            path = self.chunk_paths(name)[index]
             chunk = np.empty(chunk_bytes, np.uint8)
             self._read_from_chunk(path, np.zeros(1, int), [chunk])
         found, expected = _checksum(chunk), entry.chunk_checksums[index]
@@ -248,7 +248,7 @@ class WeightStore:
                     "convert the checkpoint again"
                 )
 
-    def _chunks(self, name: str) -> list[pathlib.Path]:
+    def chunk_paths(self, name: str) -> list[pathlib.Path]:
         """The files of a tensor's chunks."""
         if name not in self._paths:
             entry = self.tensors[name]

@@ -65,7 +65,7 @@ class Engine:
         )
         homes = {
             (tier, Kind.WEIGHTS): size
-            for tier, size in layout.home_bytes().items()
+            for tier, size in layout.home_bytes.items()
             if tier is not Tier.DISK  # where the store is already
         }
         if refusal := self._shortage(homes):

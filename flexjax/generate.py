@@ -241,15 +241,9 @@ def _model(args: argparse.Namespace) -> str | os.PathLike[str] | None:
         return args.path
     if args.model is None:
         raise ValueError(f"--path {_DUMMY} needs --model, such as facebook/opt-6.7b")
-    from checkpoints_tools.synthesize import synthesize_store
-    from flexjax.cache_folder import default_cache
-    from flexjax.models.config import named_config
-    from flexjax.store_format import DTYPES
+    from checkpoints_tools.synthesize import random_store
 
-    folder = default_cache() / f"random-{args.model.rpartition('/')[2]}"
-    dtype = DTYPES["bfloat16"]
-    synthesize_store(folder, named_config(args.model), dtype, seed=0)
-    return folder
+    return random_store(args.model)
 
 
 def _summary(metrics: dict) -> str:

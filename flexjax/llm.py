@@ -24,7 +24,7 @@ from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
 from flexjax.policy_args import AUTO
 from flexjax.prompts import Prompt, as_list, checked_ids, one_for_each
-from flexjax.sampling_params import SamplingParams
+from flexjax.sampling_params import SamplingParams, read_seed
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
@@ -66,7 +66,7 @@ class LLM:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        given = _read_policy(policy)
+        seed, given = read_seed("seed", seed), _read_policy(policy)
         self._progress = sys.stderr.isatty() if progress is None else progress
         device = jax.devices()[0]
         named = EMBEDDED_MODEL if model is None else model

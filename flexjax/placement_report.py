@@ -47,7 +47,7 @@ def placement_report(weights: WeightLayout, policy: Policy) -> dict[str, Any]:
 
 
 def _weights(weights: WeightLayout, policy: Policy) -> dict[str, dict[str, float]]:
-    held = weights.home_bytes()
+    held = weights.home_bytes
     total = sum(held.values())
     return {
         tier.value: {

@@ -61,11 +61,14 @@ class Quantization:
             ValueError: they are not so many groups, each of whole bytes.
         """
         if size % self.group_size or self.group_size * self.bits % 8:
-            fitting = fitting_group(size, max(2, self.group_size))
+            fitting = fitting_group(size, self.group_size, self.bits)
+            fitting = fitting or fitting_group(size, size, self.bits)
+            advice = "which no group does: do not quantize them"
+            if fitting is not None:
+                advice = f"give one that does, such as {fitting}"
             raise ValueError(
                 f"a group_size of {self.group_size} does not divide {size} elements "
-                "into groups of whole bytes; give one that does, such as "
-                f"{fitting}"
+                f"into groups of whole bytes; {advice}"
             )
         return self.code_bytes(size) + 2 * size // self.group_size * self.itemsize
 
@@ -100,30 +103,54 @@ class QuantizedArray:
         return wide_shape(self.data.shape, self.quantization)
 
 
-def fitting_group(size: int, group_size: int) -> int:
-    """The largest even divisor of `size` up to `group_size`, or 1 where there is none.
+def fitting_group(size: int, group_size: int, bits: int) -> int | None:
+    """The largest group, up to `group_size`, that divides `size` and has whole bytes.
 
     Heads of 80 elements have groups of 40 where 64 are wanted: a group never holds
-    padding, and never parts of two heads.
+    padding, and never parts of two heads. None where there is no such group.
     """
     groups = range(min(size, group_size), 0, -1)
-    return next((n for n in groups if size % n == 0 and n % 2 == 0), 1)
+    return next((n for n in groups if size % n == 0 and n * bits % 8 == 0), None)
 
 
 def cache_quantization(
     policy: Policy, config: OPTConfig, dtype: np.dtype
 ) -> Quantization | None:
-    """How keys and values of `dtype` are kept: a head's elements in whole groups."""
-    if policy.kv_cache_bits is None:
+    """How keys and values of `dtype` are kept: a head's elements in whole groups.
+
+    Raises:
+        ValueError: these are none of whole bytes.
+    """
+    bits = policy.kv_cache_bits
+    if bits is None:
         return None
-    group = fitting_group(config.head_dim, policy.group_size)
-    return Quantization(bits=policy.kv_cache_bits, group_size=group, dtype=dtype.name)
+    group = fitting_group(config.head_dim, policy.group_size, bits)
+    if group is None:
+        raise ValueError(
+            f"kv_cache_bits={bits} cannot be had: heads of {config.head_dim} elements "
+            f"have no groups of whole bytes, of up to group_size={policy.group_size}; "
+            "give another group_size, or leave kv_cache_bits out"
+        )
+    return Quantization(bits=bits, group_size=group, dtype=dtype.name)
+
+
+def cache_slot_bytes(
+    config: OPTConfig, dtype: np.dtype, cache_as: Quantization | None
+) -> int:
+    """Key and value of one token of one row in one layer, as they are kept."""
+    head_bytes = config.head_dim * dtype.itemsize
+    if cache_as is not None:
+        head_bytes = cache_as.width(config.head_dim)
+    return 2 * config.num_attention_heads * head_bytes
 
 
 def quantize(
     array: Float[Array, "... size"], quantization: Quantization
 ) -> UInt8[Array, "... width"]:
     """The bytes of `array`, whose elements are finite and of `quantization`'s type.
+
+    Where those of a group are farther apart than the largest float, what is found of
+    the larger ones is infinite.
 
     An element is at most half a scale from what `dequantize` makes of it, before that
     is rounded to its type.

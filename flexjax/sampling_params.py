@@ -80,9 +80,13 @@ def _whole(accepts: Callable[[int], bool], allowed: str) -> Reader:
 def _real(accepts: Callable[[float], bool], allowed: str) -> Reader:
     def read(name: str, value: Any) -> float:
         is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not (is_real and math.isfinite(value) and accepts(float(value))):
+        try:
+            number = float(value) if is_real else math.nan
+        except OverflowError:
+            number = math.inf
+        if not (math.isfinite(number) and accepts(number)):
             raise _refuse(name, value, allowed)
-        return float(value)
+        return number
 
     return read
 
@@ -116,6 +120,8 @@ def _several(read: Reader, allowed: str) -> Reader:
     return read_all
 
 
+# Raises ValueError where a value is no seed.
+read_seed = _whole(lambda s: 0 <= s <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
 _from_0 = _whole(lambda n: n >= 0, "a whole number from 0")
 
 _READERS: dict[str, Reader] = {
@@ -129,9 +135,7 @@ _READERS: dict[str, Reader] = {
     "repetition_penalty": _real(
         lambda r: 1e-6 <= r <= 1e6, "from 1e-6 to 1e6 (1 changes nothing)"
     ),
-    "seed": _or_none(
-        _whole(lambda s: 0 <= s <= MAX_SEED, f"None or a whole number to {MAX_SEED}")
-    ),
+    "seed": _or_none(read_seed),
     "stop": _several(_text, "a string or a list of strings, none of them empty"),
     "stop_token_ids": _several(_from_0, "a list of whole numbers from 0"),
     "ignore_eos": _flag,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from flexjax.attention import MASKED, decode_scores, weigh
+from flexjax.attention import MASKED, decode_scores, scaled, weigh
 
 
 class Selection(NamedTuple):
@@ -159,7 +159,7 @@ def sparse_prefill_attention(
     slots = jnp.arange(seq, dtype=jnp.int32)
     scores = jnp.einsum(
         "bhqd,bhkd->bhqk",
-        query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype),
+        scaled(query),
         key,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,

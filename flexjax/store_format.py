@@ -295,7 +295,7 @@ def manifest_from_json(values: Any, origin: str) -> Manifest:
     config, table = values.get("config"), values.get("tensors")
     if not isinstance(config, dict) or not isinstance(table, dict):
         raise ValueError(f"{origin} has no config or no tensors; convert again")
-    if values.get("dtype") not in DTYPES:
+    if str(values.get("dtype")) not in DTYPES:
         raise ValueError(
             f"{origin} has dtype {values.get('dtype')!r}, expected one of "
             f"{', '.join(DTYPES)}; convert again"

@@ -103,6 +103,10 @@ class WatchedOs:
         return buffer[: self._watch(call, *self._files[file], buffer.nbytes)]
 
 
+def held_on(ledger: Ledger, tier: Tier) -> int:
+    return sum(ledger.held(tier, kind) for kind in Kind)
+
+
 def assert_nothing_held(ledger: Ledger) -> None:
     for tier in Tier:
         for kind in Kind:

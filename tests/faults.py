@@ -71,7 +71,7 @@ class Run:
         self.check_nothing_staged()
 
     def check_nothing_staged(self) -> None:
-        home = self.engine.weights.layout.home_bytes()
+        home = self.engine.weights.layout.home_bytes
         at_home = {(Tier.DISK, Kind.WEIGHTS): home[Tier.DISK]}
         for key in itertools.product(Tier, Kind):
             assert self.engine.ledger.held(*key) == at_home.get(key, 0), key

@@ -15,6 +15,7 @@ from bench.grid import (
 from bench.memory_cap import Finished
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
+from flexjax.cli import run_command
 from flexjax.plan.predict import Job
 from flexjax.policy import Policy, from_json, to_json, validate
 
@@ -63,6 +64,16 @@ def test_a_process_that_fails_under_its_cap_is_told_of(monkeypatch, killed, mess
     monkeypatch.setattr(module, "run_capped", lambda *_: finished)
     with pytest.raises(OSError, match=message):
         module._run_under(1000, "opt-1.3b")
+
+
+def test_a_result_file_without_a_cap_is_refused(tmp_path, capsys):
+    path = tmp_path / "grid.json"
+    argv = ["opt-1.3b", "--json", str(path)]
+    assert run_command(module.main, module.build_parser(), argv) == 2
+    assert "--json keeps what the machines of --memory-cap took" in (
+        capsys.readouterr().err
+    )
+    assert not path.exists()
 
 
 def test_what_the_process_prints_last_is_its_result(monkeypatch):

@@ -105,6 +105,12 @@ def test_a_sampled_row_does_not_depend_on_its_neighbours(golden, tmp_path):
     assert all(answer == answers[0] for answer in answers)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, True, 2**64])
+def test_a_seed_that_is_none_is_refused_at_the_door(golden, seed):
+    with pytest.raises(ValueError, match=f"^seed={seed} cannot be used"):
+        LLM(golden("opt-pre-ln").store, seed=seed)
+
+
 def test_the_seed_of_the_llm_decides_where_no_prompt_has_one(golden):
     params = SamplingParams(max_tokens=12, temperature=1.0, ignore_eos=True)
     answers = []

@@ -142,22 +142,37 @@ def test_a_head_has_whole_groups_of_its_own():
         "opt-30b": 64,
     }
     for size in range(1, 200):
-        group = fitting_group(size, 64)
-        assert size % group == 0
-        assert group <= 64
+        assert fitting_group(size, 64, bits=8) is not None
+        group = fitting_group(size, 64, bits=4)
+        assert (group is None) == bool(size % 2)
+        if group is not None:
+            assert size % group == group % 2 == 0
+            assert group <= 64
     plain = cache_quantization(Policy(), OPTConfig(), np.dtype("float32"))
     assert plain is None
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "size"), [(4, 64, 96), (8, 24, 64), (4, 5, 10)]
+    ("bits", "group", "size"),
+    [(4, 64, 96), (8, 24, 64), (4, 5, 10), (4, 1, 14), (8, 50, 75)],
 )
 def test_groups_that_do_not_divide_are_refused_with_one_that_does(bits, group, size):
     how = Quantization(bits=bits, group_size=group, dtype="float32")
-    with pytest.raises(ValueError, match=f"group_size of {group} .* {size} elements"):
+    refusal = f"group_size of {group} .* {size} elements"
+    with pytest.raises(ValueError, match=refusal) as caught:
         quantize(jnp.zeros((2, size)), how)
-    fitting = fitting_group(size, group)
+    fitting = int(str(caught.value).rpartition(" ")[2])
     quantize(jnp.zeros((2, size)), dataclasses.replace(how, group_size=fitting))
+
+
+def test_what_no_group_divides_is_refused_without_advice_that_does_not_help():
+    how = Quantization(bits=4, group_size=64, dtype="float32")
+    with pytest.raises(ValueError, match=r"75 elements .* do not quantize them"):
+        quantize(jnp.zeros((2, 75)), how)
+    policy = Policy(kv_cache_bits=4)
+    config = OPTConfig(hidden_size=150, num_attention_heads=2)
+    with pytest.raises(ValueError, match="heads of 75 elements .* leave kv_cache_bits"):
+        cache_quantization(policy, config, np.dtype("float32"))
 
 
 @given(drawn=arrays())

@@ -257,5 +257,5 @@ def test_a_tier_holds_quantized_weights_as_they_are_stored(store_of, tmp_path):
     total = sum(entry.nbytes for entry in store.tensors.values())
     policy = validate(Policy(weights=Placement(host=1.0), weight_bits=4, group_size=16))
     run = make_engine(store, policy, tmp_path)
-    assert run.weights.layout.home_bytes()[Tier.HOST] == total
+    assert run.weights.layout.home_bytes[Tier.HOST] == total
     run.close()

@@ -39,6 +39,7 @@ def test_defaults_are_those_of_vllm():
         ("temperature", float("inf")),
         ("temperature", "hot"),
         ("temperature", 1e39),
+        ("temperature", 10**400),
         ("top_k", -2),
         ("top_k", 1.5),
         ("top_k", 2**31),

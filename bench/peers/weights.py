@@ -4,11 +4,14 @@ import math
 import pathlib
 from collections.abc import Collection, Mapping
 
-from bench.synthetic import weights_folder
-from checkpoints_tools.synthesize import synthesize_hugging_face
-from flexjax.cache_folder import default_cache
+from checkpoints_tools.synthesize import (
+    random_folder,
+    random_store,
+    synthesize_hugging_face,
+)
 from flexjax.checkpoint import is_store
 from flexjax.models.config import named_config, tensor_shapes
+from flexjax.quant import cache_slot_bytes
 from flexjax.safe_files import ensure_space, make_folder
 from flexjax.store_format import DTYPES
 
@@ -27,29 +30,29 @@ def weights_bytes(model: str) -> int:
 def kv_cache_bytes(model: str, length: int) -> int:
     """Size of the keys and values of one row of `length` tokens."""
     config = named_config(model)
-    return 2 * config.num_hidden_layers * config.hidden_size * length * DTYPE.itemsize
+    return config.num_hidden_layers * length * cache_slot_bytes(config, DTYPE, None)
 
 
 def make_weights(model: str, formats: Collection[str]) -> Mapping[str, pathlib.Path]:
     """Folders with the random weights of a published model, by format.
 
     Raises:
+        ValueError: there is no such model.
         OSError: there is no room for all that has to be made.
     """
-    cache, name = default_cache(), model.rpartition("/")[2].lower()
-    make_folder(cache)
-    checkpoint = cache / f"random-{name}-{HUGGING_FACE}"
+    config, store = named_config(model), random_folder(model)
+    make_folder(store.parent)
+    checkpoint = store.with_name(f"{store.name}-{HUGGING_FACE}")
     made = {
-        STORE: is_store(cache / f"random-{name}"),
+        STORE: is_store(store),
         HUGGING_FACE: (checkpoint / "config.json").exists(),
     }
     missing = [name for name in formats if not made[name]]
-    ensure_space(cache, len(missing) * weights_bytes(model))
+    ensure_space(store.parent, len(missing) * weights_bytes(model))
     folders: dict[str, pathlib.Path] = {}
-    if STORE in formats and (store := weights_folder(name)) is not None:
-        folders[STORE] = store
+    if STORE in formats:
+        folders[STORE] = random_store(model)
     if HUGGING_FACE in formats:
-        config = named_config(name)
         synthesize_hugging_face(checkpoint, config, DTYPE, seed=SEED)
         folders[HUGGING_FACE] = checkpoint
     return folders

@@ -23,7 +23,7 @@ class DeviceStore:
         self._ledger, self._kind = ledger, kind
         self._arrays: dict[Hashable, jax.Array] = {}
         self._lock = threading.Lock()
-        self._at, self._at_there = -1, jnp.zeros((), jnp.int32)
+        self._newest_slot = (-1, jnp.zeros((), jnp.int32))
 
     def store(
         self, key: Hashable, value: jax.Array, rows: slice, *, at: int, slots: int
@@ -53,9 +53,11 @@ class DeviceStore:
 
     def _on_device(self, at: int) -> jax.Array:
         """A slot's number, which comes to the device once for all stores of a step."""
-        if at != self._at:
-            self._at, self._at_there = at, jnp.asarray(at, jnp.int32)
-        return self._at_there
+        known, there = self._newest_slot
+        if at != known:
+            there = jnp.asarray(at, jnp.int32)
+            self._newest_slot = (at, there)  # at once: other threads may look
+        return there
 
     def _replace(self, key: Hashable, array: jax.Array | None) -> None:
         with self._lock:

@@ -149,7 +149,8 @@ class DiskStore:
         """
         with self._lock:
             entry = self._entries.get(key)
-        if at > 0 and entry is not None:
+        if at > 0:
+            assert entry is not None, f"{key} was never begun"
             return entry
         shape = (*part.shape[:2], slots, part.shape[3])
         if entry is not None:

@@ -17,7 +17,7 @@ from flexjax.memory.placement import Rows, place_rows
 from flexjax.memory.routes import DIRECT, Route, cache_routes
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Policy, Tier
-from flexjax.quant import Quantization, cache_quantization
+from flexjax.quant import Quantization, cache_quantization, cache_slot_bytes
 from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import Bytes, peak_bytes
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
@@ -80,7 +80,7 @@ class RunFootprint:
 
     def resident(self) -> Bytes:
         size = Counter(
-            {(tier, Kind.WEIGHTS): n for tier, n in self.weights.home_bytes().items()}
+            {(tier, Kind.WEIGHTS): n for tier, n in self.weights.home_bytes.items()}
         )
         if not self.scores:
             # Where the head comes in blocks, all batches' logits wait for the last one.
@@ -218,10 +218,7 @@ class RunFootprint:
     @functools.cached_property
     def cache_slot_bytes(self) -> int:
         """Key and value of one token of one row in one layer, as they are kept."""
-        config, how = self.config, self.cache_as
-        if how is None:
-            return 2 * config.hidden_size * self._itemsize
-        return 2 * config.num_attention_heads * how.width(config.head_dim)
+        return cache_slot_bytes(self.config, self.weights.dtype, self.cache_as)
 
     @functools.cached_property
     def cache_as(self) -> Quantization | None:

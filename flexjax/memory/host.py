@@ -45,6 +45,7 @@ class HostStore:
             self.free(key)
             array = None
         if array is None:
+            assert at == 0, f"{key} was never begun"
             array = self._allocate(grown_shape(part, slots), part.dtype)
             array[:, :, part.shape[2] :] = 0
         elif array.shape[2] < slots:

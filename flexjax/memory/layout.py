@@ -202,12 +202,9 @@ class WeightLayout:
             if name.startswith("layers.") and self.tiers[name] is Tier.DISK
         }
 
+    @functools.cached_property
     def home_bytes(self) -> Mapping[Tier, int]:
         """Bytes on each tier, where the tensors live."""
-        return self._home_bytes
-
-    @functools.cached_property
-    def _home_bytes(self) -> Mapping[Tier, int]:
         nbytes = {name: entry.nbytes for name, entry in self.tensors.items()}
         return effective(nbytes, self.tiers)
 

@@ -43,10 +43,6 @@ class Ledger:
         with self._lock:
             return self._held[tier, kind]
 
-    def held_on(self, tier: Tier) -> int:
-        with self._lock:
-            return self._now[tier]
-
     def peak(self, tier: Tier) -> int:
         with self._lock:
             return self._peak[tier]

@@ -27,7 +27,7 @@ class TierStore(Protocol):
         """Writes `value[rows]` from slot `at` on; returns when it is safe.
 
         Args:
-            key: names the array; `at == 0` begins it anew.
+            key: names the array; `at == 0` begins it anew, and must come first.
             value: `[batch, groups, seq, width]` on the device, perhaps still to come.
             rows: the rows of the batch that this tier keeps.
             at: slots that are in use already.

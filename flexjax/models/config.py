@@ -149,11 +149,6 @@ def _read_values(folder: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def is_published(name: str) -> bool:
-    """Whether `named_config` knows a model by this name."""
-    return _short(name) in MODELS
-
-
 def to_hugging_face(config: OPTConfig, dtype: str) -> dict[str, Any]:
     """The content of the `config.json` that `parse_config` reads back as `config`.
 
@@ -259,6 +254,7 @@ def _sized(layers: int, heads: int, hidden: int, **other: Any) -> OPTConfig:
     )
 
 
+_OWNER = "facebook/"  # of all published models, on the Hub
 _OPT_SIZES = {
     "125m": (12, 12, 768),
     "1.3b": (24, 32, 2048),
@@ -300,20 +296,24 @@ MODELS: dict[str, OPTConfig] = (
 )
 
 
+def published_name(name: str) -> str | None:
+    """What `MODELS` calls a model, such as `facebook/OPT-6.7B`; None: not published.
+
+    The same name of another owner is another model.
+    """
+    short = name.lower().removeprefix(_OWNER)
+    return short if short in MODELS else None
+
+
 def named_config(name: str) -> OPTConfig:
     """The configuration of a published model, such as `facebook/opt-6.7b`.
 
     Raises:
-        ValueError: the name is not in `MODELS`; the message lists what is.
+        ValueError: there is no such model; the message lists those that there are.
     """
-    short = _short(name)
-    if short not in MODELS:
+    short = published_name(name)
+    if short is None:
         raise ValueError(
             f"unknown model {name!r}; known are {', '.join(sorted(MODELS))}"
         )
     return MODELS[short]
-
-
-def _short(name: str) -> str:
-    """A published model's name without its owner's."""
-    return name.rpartition("/")[2].lower()

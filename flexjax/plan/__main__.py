@@ -18,12 +18,13 @@ from flexjax.plan.hardware import (
 )
 from flexjax.plan.planner import allowed_policies, check_job, find_model, make_plan
 from flexjax.plan.predict import Job
-from flexjax.plan.report import plan_to_json, plan_to_text
+from flexjax.plan.report import plan_to_json, plan_to_text, saved_s
 from flexjax.policy import to_json
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sizes import format_bytes, parse_bytes
 
 _CALIBRATE = "calibrate"
+_JOB = {"prompt_len": 512, "gen_len": 32, "num_prompts": 1000}  # where not given
 _EXAMPLE = """examples:
   python -m flexjax.plan calibrate
   python -m flexjax.plan facebook/opt-175b --prompt-len 512 --gen-len 32 \\
@@ -45,9 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="a published model, a folder, or a Hub id; "
         f"{_CALIBRATE}: measure this machine anew",
     )
-    parser.add_argument("--prompt-len", type=int, default=512, metavar="N")
-    parser.add_argument("--gen-len", type=int, default=32, metavar="N")
-    parser.add_argument("--num-prompts", type=int, default=1000, metavar="N")
+    for name, what in (
+        ("prompt_len", "tokens of a prompt"),
+        ("gen_len", "new tokens of each"),
+        ("num_prompts", "prompts"),
+    ):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            metavar="N",
+            help=f"{what} (default {_JOB[name]})",
+        )
     for flag, what in (
         ("--device-memory", "the device's memory"),
         ("--host-memory", "the host's memory"),
@@ -80,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-quantized",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="try weights and KV cache of 4 and 8 bits too, and where a processor "
         "multiplies such weights as they are, activations of 8",
     )
@@ -104,9 +114,8 @@ def main(args: argparse.Namespace) -> None:
             _write(args.json, hardware_to_json(hardware))
         print(_figures(hardware))
         return
-    job = Job(
-        prompt_len=args.prompt_len, gen_len=args.gen_len, num_prompts=args.num_prompts
-    )
+    given = {name: getattr(args, name) for name in _JOB}
+    job = Job(**_JOB | {name: n for name, n in given.items() if n is not None})
     # A described machine computes float16 as it is stored only if it has a device.
     hardware = None if args.hardware is None else read_hardware(args.hardware)
     is_cpu = hardware is None or hardware.device_is_host
@@ -114,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     check_job(job, found.config)
     hardware = _with_budgets(args, hardware or _measured(args, anew=False))
     allowed = allowed_policies(
-        quantized=args.allow_quantized,
+        quantized=bool(args.allow_quantized),
         host_attention=not hardware.device_is_host,
         rounded=hardware.rounded_product_flops_per_s is not None,
         base=found.template,
@@ -126,11 +135,12 @@ def main(args: argparse.Namespace) -> None:
         allowed,
         most_block_s=math.inf if args.block_latency is None else args.block_latency,
     )
+    saved = saved_s(plan, model, hardware)
     if args.json is not None:
-        _write(args.json, plan_to_json(plan, model, hardware))
+        _write(args.json, plan_to_json(plan, hardware, saved))
     if args.policy_json is not None:
         _write(args.policy_json, to_json(plan.policy))
-    print(plan_to_text(plan, model, hardware))
+    print(plan_to_text(plan, model, hardware, saved))
 
 
 def _write(name: str, values: object) -> None:
@@ -143,7 +153,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         flag
         for flag in (
             *("device_memory", "host_memory", "disk", "hardware", "policy_json"),
-            "block_latency",
+            *("block_latency", "allow_quantized", *_JOB),
         )
         if getattr(args, flag) is not None
     ]
@@ -190,7 +200,9 @@ def _with_budgets(args: argparse.Namespace, hardware: Hardware) -> Hardware:
             "--device-memory has no effect where the device is the host's processor: "
             "give --host-memory, which is the memory of both"
         )
-    sizes = {name: parse_bytes(text) for name, text in given.items() if text}
+    sizes = {
+        name: parse_bytes(text) for name, text in given.items() if text is not None
+    }
     return dataclasses.replace(hardware, **sizes)
 
 
@@ -220,7 +232,9 @@ def _figure(name: str, value: float) -> str:
         return f"{value / 1e9:.2f} GB/s"
     if name.endswith("_bytes"):
         return format_bytes(int(value))
-    if name.startswith("call_s"):
+    if name.endswith("_per_s"):
+        return f"{value / 1e6:.3g} million/s"
+    if name.endswith("_s"):
         return f"{value * 1e6:.0f} us"
     return str(value) if isinstance(value, bool) else f"{value:.2f}"
 

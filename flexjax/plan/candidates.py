@@ -80,7 +80,7 @@ def _solved(
         solved = solve(form, hardware, budgets)
         if solved is None:
             continue
-        blocks = max(1.0, job.num_prompts / policy.block_size)
+        blocks = job.num_blocks(policy)
         job_s = solved.block_s * blocks
         yield Candidate(job_s, policy, layers_ahead, form, solved)
         gained_s = (solved.worth_s.get(tier, 0.0) * budgets[tier] for tier in MEMORIES)

@@ -43,9 +43,10 @@ class Model:
     config: OPTConfig
     dtype: np.dtype
     tensors: Tensors
-    _layouts: dict[Any, WeightLayout] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
+
+    @functools.cached_property
+    def _layouts(self) -> dict[Any, WeightLayout]:
+        return {}
 
     def layout(self, policy: Policy, processor: Processor) -> WeightLayout:
         """How it lies under a policy."""

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 
+from flexjax.attention import prefill_attention_flops
 from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
 from flexjax.memory.layout import MATRIX, Moved, WeightLayout
 from flexjax.memory.placement import Rows
 from flexjax.models.config import layer_tensors
 from flexjax.plan.hardware import WHOLE_BITS, Hardware
 from flexjax.policy import Policy, Tier
+from flexjax.quant import cache_slot_bytes
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
 from flexjax.schedule.resources import Resource, Seconds, add_seconds
@@ -145,11 +147,11 @@ class RunCosts:
         seconds = {Resource.COMPUTE: 0.0, Resource.HOST_ATTENTION: 0.0}
         rows = cache_rows(self.policy, self.work, Cache(cell.layer, cell.batch))
         slots = self.work.cache_slots(cell.step - 1)
-        head_bytes = 2 * self.weights.config.hidden_size * self.weights.dtype.itemsize
+        slot_bytes = cache_slot_bytes(self.weights.config, self.weights.dtype, None)
         how = self.run.cache_as
         bits = WHOLE_BITS if how is None else how.bits
         for tier, count in zip(Tier, rows, strict=True):
-            wide_bytes = count * slots * head_bytes
+            wide_bytes = count * slots * slot_bytes
             on_host = self.run.routes[tier].on_host
             resource = Resource.HOST_ATTENTION if on_host else Resource.COMPUTE
             rates = (
@@ -171,7 +173,7 @@ class RunCosts:
         rows = prefill_rows(batch, seq)
         groups = batch // rows
         products_s = groups * self._layer_s(rows * seq)
-        flops = 4 * batch * seq * seq * self.weights.config.hidden_size
+        flops = prefill_attention_flops(batch, seq, self.weights.config.hidden_size)
         return products_s + flops / hardware.prefill_attention_flops_per_s
 
     def _layer_s(self, rows: int) -> float:

@@ -14,8 +14,8 @@ from checkpoints_tools.resolve import AUTO, HUB_ID, choose_dtype
 from flexjax.checkpoint import is_store, read_manifest
 from flexjax.models.config import (
     OPTConfig,
-    is_published,
     named_config,
+    published_name,
     read_config,
     read_dtype,
 )
@@ -86,7 +86,7 @@ def find_model(name: str, *, platform: str) -> Found:
     """
     folder = pathlib.Path(name)
     if not folder.is_dir():
-        if is_published(name) or not re.fullmatch(HUB_ID, name):
+        if published_name(name) or not re.fullmatch(HUB_ID, name):
             return Found(named_config(name), DTYPES["bfloat16"])
         return _on_hub(name, platform)
     if is_store(folder):

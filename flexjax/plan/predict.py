@@ -48,6 +48,10 @@ class Job:
     gen_len: int
     num_prompts: int
 
+    def num_blocks(self, policy: Policy) -> float:
+        """So many blocks of a policy; one that is not full takes about as long."""
+        return max(1.0, self.num_prompts / policy.block_size)
+
     def joined(self, other: "Job") -> "Job":
         """A job that asks for as much as either, of everything."""
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)

@@ -103,11 +103,6 @@ def _lines(
         )
 
     compute, disk = line(Resource.COMPUTE), line(*DISK)
-    slower = contention.compute_beside_disk
-    slower_disk = contention.disk_beside_compute
-    for found in (
-        *(line(resource) for resource in Resource),
-        disk + (1 - slower_disk) / slower * compute,
-        (1 - slower) / slower_disk * disk + compute,
-    ):
+    beside = [a * disk + b * compute for a, b in contention.lines()]
+    for found in (*(line(resource) for resource in Resource), *beside):
         yield found[0], found[1:].tolist()

@@ -1,22 +1,27 @@
 """A plan as text for people and as JSON for programs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
 from flexjax.plan.predict import Prediction, predict
-from flexjax.plan.program import STORE
-from flexjax.plan.search import Plan
+from flexjax.plan.program import STORE, memories
+from flexjax.plan.search import Plan, search
 from flexjax.policy import Kind, Tier, to_json
 from flexjax.schedule.footprint import by_tier
 from flexjax.schedule.resources import Resource
 from flexjax.sizes import format_bytes
 
+_GIB = 1 << 30
+_LEAST_GAIN = 1e-3  # of a job's time: what promises less is not searched for
 
-def plan_to_json(plan: Plan, model: Model, hardware: Hardware) -> dict[str, Any]:
-    """A plan as plain values, with their units in the names."""
+
+def plan_to_json(
+    plan: Plan, hardware: Hardware, saved: Mapping[str, float]
+) -> dict[str, Any]:
+    """A plan as plain values, with their units in the names; `saved` is `saved_s`'s."""
     return {
         "policy": to_json(plan.policy),
         "layers_ahead": plan.layers_ahead,
@@ -27,7 +32,7 @@ def plan_to_json(plan: Plan, model: Model, hardware: Hardware) -> dict[str, Any]
             for tier in Tier
         },
         "budget_bytes": {tier.value: size for tier, size in plan.budgets.items()},
-        "saved_s": saved_s(plan, model, hardware),
+        "saved_s": {**saved},
         "hardware": hardware_to_json(hardware),
     }
 
@@ -54,30 +59,49 @@ def prediction_to_json(prediction: Prediction) -> dict[str, Any]:
 def saved_s(plan: Plan, model: Model, hardware: Hardware) -> dict[str, float]:
     """Seconds of the job that more of something would save.
 
-    One more GiB of each memory by the linear program's own account, which holds for a
-    little more; a disk twice as fast by simulation of the same policy.
+    One more GiB of each memory by a search of its own, where the linear program says
+    that more would help at all; a disk twice as fast by simulation of the same policy.
     """
-    blocks = plan.job.num_prompts / plan.policy.block_size
-    saved = {
-        f"1 GiB more on {tier.value}": worth * blocks
-        for tier, worth in plan.worth_s.items()
-    }
+    saved: dict[str, float] = {}
+    for tiers in memories(device_is_host=hardware.device_is_host):
+        name = f"1 GiB more on {' and '.join(tier.value for tier in tiers)}"
+        saved[name] = 0.0
+        promised_s = plan.worth_s[tiers[0]] * plan.job.num_blocks(plan.policy)
+        if promised_s > _LEAST_GAIN * plan.prediction.total_s:
+            larger = _with_a_gib_more(hardware, tiers)
+            more = search(model, larger, plan.job, plan.policy)
+            gained_s = plan.prediction.total_s - more.prediction.total_s
+            saved[name] = max(0.0, gained_s)
     faster = dataclasses.replace(
         hardware,
         disk_read_bytes_per_s=2 * hardware.disk_read_bytes_per_s,
         disk_write_bytes_per_s=2 * hardware.disk_write_bytes_per_s,
     )
     then = predict(model, plan.policy, faster, plan.job, layers_ahead=plan.layers_ahead)
-    saved["disk twice as fast"] = plan.prediction.total_s - then.total_s
+    saved["disk twice as fast"] = max(0.0, plan.prediction.total_s - then.total_s)
     return saved
 
 
-def plan_to_text(plan: Plan, model: Model, hardware: Hardware) -> str:
-    """What `python -m flexjax.plan` prints."""
-    return "\n".join(_lines(plan, model, hardware))
+def _with_a_gib_more(hardware: Hardware, tiers: tuple[Tier, ...]) -> Hardware:
+    names = {
+        Tier.DEVICE: "device_memory_bytes",
+        Tier.HOST: "host_memory_bytes",
+        Tier.DISK: "disk_bytes",
+    }
+    more = {names[tier]: getattr(hardware, names[tier]) + _GIB for tier in tiers}
+    return dataclasses.replace(hardware, **more)
 
 
-def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
+def plan_to_text(
+    plan: Plan, model: Model, hardware: Hardware, saved: Mapping[str, float]
+) -> str:
+    """What `python -m flexjax.plan` prints; `saved` is `saved_s`'s."""
+    return "\n".join(_lines(plan, model, hardware, saved))
+
+
+def _lines(
+    plan: Plan, model: Model, hardware: Hardware, saved: Mapping[str, float]
+) -> Iterator[str]:
     prediction, job = plan.prediction, plan.job
     yield f"machine: {hardware.name}"
     yield (
@@ -124,8 +148,8 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
                 f"{prediction.idle_share(resource):8.0%}{mark}"
             )
     yield ""
-    for what, seconds in saved_s(plan, model, hardware).items():
-        yield f"{what} would save {format_seconds(max(0.0, seconds))}"
+    for what, seconds in saved.items():
+        yield f"{what} would save {format_seconds(seconds)}"
 
 
 def policy_in_words(plan: Plan) -> str:

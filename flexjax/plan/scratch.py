@@ -110,9 +110,7 @@ class Scratch:
         begun_s = time.perf_counter()
         with self._described():
             for part in self._parts:
-                with open(part.path, "rb") as file:
-                    os.fsync(file.fileno())
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                _leave_cache(part.path)
         return time.perf_counter() - begun_s
 
     @contextlib.contextmanager
@@ -128,6 +126,13 @@ class Scratch:
             f"the disk of {offload_dir} cannot be measured: {reason}; "
             "free some space or choose an offload_dir on another disk"
         )
+
+
+def _leave_cache(path: pathlib.Path) -> None:
+    """Brings a file to the disk, and out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -162,6 +167,13 @@ def store_read_rate(store: WeightStore) -> float:
     """
     names = sorted(store.tensors, key=lambda name: store.tensors[name].nbytes)
     large = names[-len(names) // 2 :]
+    if not store.direct_io:  # a store that was just made may be in memory
+        for name in large:
+            try:
+                for path in store.chunk_paths(name):
+                    _leave_cache(path)
+            except OSError as error:
+                raise store.failure(name, error) from error
     most = max(store.tensors[name].nbytes for name in large)
     ring = [page_aligned(most) for _ in range(STORE_TENSORS_AHEAD)]
     under_way: deque[Future[None]] = deque()

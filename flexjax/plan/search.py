@@ -39,8 +39,8 @@ class Plan:
         peak: bytes of the largest block, by tier and kind: as many or more.
         budgets: bytes that each memory could give; where the device is the host, the
             device's is that of both.
-        worth_s: seconds of a block that one more GiB of each memory would save, and a
-            hundredth of the seconds of traffic.
+        worth_s: seconds of a block that more of each memory would save, by the GiB, as
+            long as it is little; and a hundredth of the seconds of traffic.
         layers_ahead: layers whose weights are on their way while one computes.
     """
 

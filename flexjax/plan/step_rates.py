@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools.resolve import resolve_model
-from flexjax.attention import prefill_attention
+from flexjax.attention import prefill_attention, prefill_attention_flops
 from flexjax.blocks import Row
 from flexjax.cached_attention import attend_step
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
@@ -28,12 +28,19 @@ from flexjax.models.config import OPTConfig, decoder_layer_shapes, named_config
 from flexjax.models.opt import unflatten
 from flexjax.plan.hardware import WHOLE_BITS
 from flexjax.policy import BITS, Policy
-from flexjax.quant import Quantization, QuantizedArray, dequantize_into, quantize
+from flexjax.quant import (
+    Quantization,
+    QuantizedArray,
+    cache_slot_bytes,
+    dequantize_into,
+    quantize,
+)
 from flexjax.sampling import make_controls, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
 from flexjax.steps import decode_step, prefill_step
 from flexjax.stopping import StopChecker
 
+DTYPE = jnp.dtype("bfloat16")  # of what is computed
 LIMIT_S, MOST_REPEATS = 0.5, 100  # a step is repeated until one of them is reached
 LAYERS = (named_config("opt-1.3b"), named_config("opt-6.7b"))  # 0.1 and 0.4 GB each
 ROWS = (1, 16, 32, 64, 128, 256, 1024)
@@ -67,12 +74,11 @@ def median_s(
 
 
 def random_values(shape: Sequence[int], device: Device) -> jax.Array:
-    """Values of bfloat16 on the device, from memory such as the engine's."""
+    """Values of `DTYPE` on the device, from memory such as the engine's."""
     values = 0.02 * np.random.default_rng(0).standard_normal(1 << 16, np.float32)
-    dtype = jnp.dtype("bfloat16")
-    buffer = page_aligned(math.prod(shape) * dtype.itemsize)
-    array = typed(buffer, tuple(shape), dtype)
-    array[...] = np.resize(values.astype(dtype), shape)
+    buffer = page_aligned(math.prod(shape) * DTYPE.itemsize)
+    array = typed(buffer, tuple(shape), DTYPE)
+    array[...] = np.resize(values.astype(DTYPE), shape)
     return jax.device_put(array, device)
 
 
@@ -130,7 +136,8 @@ class Layers:
 
     def decode_s(self, rows: int, attention_bytes_per_s: float) -> float:
         """Seconds of a step without its attention."""
-        nbytes = rows * PAST_SLOTS * 2 * self._config.hidden_size * 2
+        slot_bytes = cache_slot_bytes(self._config, DTYPE, None)
+        nbytes = rows * PAST_SLOTS * slot_bytes
         seconds = median_s(self.decode(rows), self.hidden(rows, 1))
         return _without(seconds, nbytes / attention_bytes_per_s)
 
@@ -143,7 +150,7 @@ class Layers:
             params = next(self._turns)
             return prefill_step(params, hidden, start, config=self._config)[0]
 
-        flops = 4 * rows * PROMPT_LEN * self._config.hidden_size
+        flops = prefill_attention_flops(prompts, PROMPT_LEN, self._config.hidden_size)
         seconds = median_s(step, self.hidden(prompts, PROMPT_LEN))
         return _without(seconds, flops / attention_flops_per_s)
 
@@ -229,7 +236,7 @@ def _prefill_attention_rate(device: Device) -> float:
     start = np.zeros(batch, np.int32)
     attend = jax.jit(prefill_attention)
     seconds = median_s(lambda _: attend(*arrays, start), None)
-    return 4 * batch * heads * seq * seq * head_dim / seconds
+    return prefill_attention_flops(batch, seq, heads * head_dim) / seconds
 
 
 def _attention_rates(device: Device) -> dict[int, float]:

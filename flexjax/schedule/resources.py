@@ -35,11 +35,19 @@ class Contention:
 
     def seconds(self, disk_s: float, compute_s: float) -> float:
         """What both take that begin together, and have all to do at once."""
-        slower_disk, slower = self.disk_beside_compute, self.compute_beside_disk
         return max(
-            disk_s + compute_s * (1 - slower_disk) / slower,
-            compute_s + disk_s * (1 - slower) / slower_disk,
+            of_disk * disk_s + of_compute * compute_s
+            for of_disk, of_compute in self.lines()
         )
+
+    def lines(self) -> tuple[tuple[float, float], ...]:
+        """Factors of the disk's and of compute's seconds.
+
+        The larger sum is what both take: who ends last takes its own time, and what it
+        loses for as long as the other takes.
+        """
+        slower_disk, slower = self.disk_beside_compute, self.compute_beside_disk
+        return (1.0, (1 - slower_disk) / slower), ((1 - slower) / slower_disk, 1.0)
 
     def speeds(self, used: tuple[Resource, ...]) -> tuple[float, ...]:
         """How fast each of some tasks is, by what each uses; some may share that."""

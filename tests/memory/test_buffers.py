@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from flexjax.memory.buffers import BufferPool, page_aligned, typed
 from flexjax.memory.ledger import Ledger
 from flexjax.policy import Kind, Tier
+from tests.common import held_on
 
 PLACE = (Tier.HOST, Kind.KV_CACHE)
 
@@ -60,7 +61,7 @@ def test_a_pool_never_holds_more_than_was_lent_at_once(data):
     for buffer in lent.values():
         pool.give(buffer)
     pool.clear()
-    assert ledger.held_on(Tier.HOST) == 0
+    assert held_on(ledger, Tier.HOST) == 0
 
 
 def test_a_buffer_is_used_again():
@@ -102,10 +103,10 @@ def test_without_memory_nothing_is_counted(monkeypatch):
         patch.setattr(mmap, "mmap", refuse)
         with pytest.raises(MemoryError, match="no 5000 bytes of memory left: Cannot"):
             pool.take(5000)
-    assert ledger.held_on(Tier.HOST) == 0
+    assert held_on(ledger, Tier.HOST) == 0
     pool.give(pool.take(5000))
     pool.clear()
-    assert ledger.held_on(Tier.HOST) == 0
+    assert held_on(ledger, Tier.HOST) == 0
 
 
 def test_a_part_of_a_larger_buffer_saves_making_one():

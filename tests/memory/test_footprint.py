@@ -37,7 +37,7 @@ def weights(work, *, shared=False, home_bytes=1000, part_bytes=10):
         dtype=np.dtype(np.float16),
         device_is_host=shared,
         token_row_bytes=2 * CONFIG.hidden_size,
-        home_bytes=lambda: dict.fromkeys(Tier, home_bytes),
+        home_bytes=dict.fromkeys(Tier, home_bytes),
         staged_bytes=lambda layer, part: {
             (Tier.DEVICE, Kind.WEIGHTS): part_bytes * (1 + layer)
         },

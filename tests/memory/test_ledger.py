@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from flexjax.memory.ledger import Ledger
 from flexjax.policy import Kind, Tier
+from tests.common import held_on
 
 HOLDS = st.lists(
     st.tuples(st.sampled_from(Tier), st.sampled_from(Kind), st.integers(-50, 100))
@@ -26,7 +27,7 @@ def test_peaks_are_the_most_that_was_held_since_the_start(before, after):
         peak = dict(now)
         hold_all(holds)
         for tier in Tier:
-            assert ledger.held_on(tier) == now[tier]
+            assert held_on(ledger, tier) == now[tier]
             assert sum(ledger.held(tier, kind) for kind in Kind) == now[tier]
             assert ledger.peak(tier) == peak[tier]
 
@@ -63,6 +64,6 @@ def test_what_threads_count_at_the_same_time_is_all_counted():
         thread.start()
     for thread in threads:
         thread.join()
-    assert ledger.held_on(Tier.HOST) == 8000
+    assert held_on(ledger, Tier.HOST) == 8000
     assert ledger.moved() == {(Tier.DISK, Tier.HOST): 8000}
     assert 8000 <= ledger.peak(Tier.HOST) <= 8000 + 4 * 3

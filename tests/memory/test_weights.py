@@ -94,7 +94,7 @@ def test_staged_bytes_are_what_a_load_takes(stores, link_type, data):
                 for loan in loans.values():
                     loan.release()
                 placed.weights.clear()
-        assert placed.weights.layout.home_bytes() == {
+        assert placed.weights.layout.home_bytes == {
             tier: sum(
                 open_store(folder).tensors[tensor].nbytes
                 for tensor, where in tiers.items()

@@ -111,6 +111,8 @@ def test_an_unknown_model_is_refused_with_those_there_are():
         ValueError, match=r"^unknown model 'gpt2'; known are galactica-1.*, opt-6.7b"
     ):
         named_config("gpt2")
+    with pytest.raises(ValueError, match="unknown model 'someone/opt-1.3b'"):
+        named_config("someone/opt-1.3b")
 
 
 @given(config=configs())

@@ -40,6 +40,9 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
         ((*SMALL, "--num-prompts", 0), "num_prompts is 0"),
         ((*SMALL, "--device-memory", "1GiB"), "--device-memory has no effect"),
         (("calibrate", "--block-latency", 5), "--block-latency has no effect"),
+        (("calibrate", "--allow-quantized"), "--allow-quantized has no effect"),
+        (("calibrate", "--gen-len", 32), "--gen-len has no effect"),
+        ((*SMALL, "--host-memory", ""), "'' is not a size"),
         ((*SMALL, "--block-latency", 0), "--block-latency is 0, expected more than 0"),
         ((*SMALL, "--block-latency", 1e-6), "no block is done within 1e-06 s"),
         ((*SMALL, "--disk", "much"), "'much' is not a size"),
@@ -71,5 +74,5 @@ def test_calibrate_prints_every_figure(monkeypatch, capsys, tmp_path):
     assert run("opt-125m", *JOB) == 0
     out = capsys.readouterr().out
     assert asked == [True, False]
-    for figure in ("TFLOP/s", "GB/s", "GiB", "us"):
+    for figure in ("TFLOP/s", "GB/s", "GiB", " us", "million/s"):
         assert figure in out

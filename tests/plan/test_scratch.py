@@ -8,6 +8,7 @@ import pytest
 
 from flexjax import extents
 from flexjax.checkpoint import open_store
+from flexjax.extents import read_extent
 from flexjax.plan import scratch
 from flexjax.plan.scratch import scratch_file
 from tests.common import WatchedOs, files, flexjax_threads, in_time
@@ -54,6 +55,23 @@ def test_a_store_that_cannot_be_read_says_what_failed(golden, tmp_path):
     with pytest.raises(OSError, match=r"layers\.1\.fc1\.weight"):
         in_time(scratch.store_read_rate, store)
     assert not flexjax_threads()
+
+
+def test_a_store_that_memory_has_taken_is_read_from_the_disk(golden, monkeypatch):
+    store, left, read = open_store(golden("opt-pre-ln").store), set(), set()
+
+    def read_and_keep(extent):
+        read.add(extent.path)
+        read_extent(extent)
+
+    monkeypatch.setattr(scratch, "_leave_cache", left.add)
+    monkeypatch.setattr(scratch, "read_extent", read_and_keep)
+    store.direct_io = True
+    assert scratch.store_read_rate(store) > 0
+    assert not left
+    store.direct_io = False
+    assert scratch.store_read_rate(store) > 0
+    assert left == read
 
 
 def test_a_slow_disk_gets_a_smaller_file(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from flexjax.plan.planner import (
     make_plan,
 )
 from flexjax.plan.predict import Job, predict
-from flexjax.plan.report import plan_to_json, plan_to_text
+from flexjax.plan.report import plan_to_json, plan_to_text, saved_s
 from flexjax.plan.search import fits, frontier, memory_budgets, search
 from flexjax.policy import BITS, Kind, Placement, Policy, Tier, from_json, validate
 from flexjax.schedule.footprint import by_tier
@@ -72,9 +72,9 @@ def test_a_plan_fits_as_the_engine_counts_and_its_policy_is_valid(hardware):
     else:
         assert held[Tier.DEVICE] <= budgets[Tier.DEVICE]
         assert held[Tier.HOST] <= budgets[Tier.HOST]
-    stored = layout.home_bytes()[Tier.DISK]  # is there whatever happens
+    stored = layout.home_bytes[Tier.DISK]  # is there whatever happens
     assert held[Tier.DISK] - stored <= budgets[Tier.DISK]
-    values = plan_to_json(plan, MODEL, hardware)
+    values = plan_to_json(plan, hardware, saved_s(plan, MODEL, hardware))
     assert from_json(values["policy"]) == validate(plan.policy)
     assert values["total_s"] == pytest.approx(values["prefill_s"] + values["decode_s"])
     assert plan.policy.activations.disk == pytest.approx(0)
@@ -234,9 +234,29 @@ def test_one_model_s_predictions_tell_rounded_products_from_others():
 def test_a_plan_in_words_names_every_tier_and_the_bottleneck():
     hardware = machine(SHARED, 5000, 5000)
     plan = search(MODEL, hardware, JOB)
-    text = plan_to_text(plan, MODEL, hardware)
+    text = plan_to_text(plan, MODEL, hardware, saved_s(plan, MODEL, hardware))
     for word in (*(tier.value for tier in Tier), "<- bottleneck", "tokens/s", "save"):
         assert word in text
+
+
+def test_a_published_name_of_another_owner_is_another_model(golden, monkeypatch):
+    folder = golden("opt-pre-ln").folder
+    monkeypatch.setattr(
+        "checkpoints_tools.hub.snapshot_download", lambda *_, **__: str(folder)
+    )
+    found = find_model("someone/opt-1.3b", platform="cpu")
+    assert found.config == find_model(str(folder), platform="cpu").config
+
+
+@pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])
+def test_more_memory_saves_what_a_plan_with_it_saves(base):
+    plan = search(MODEL, machine(base, 4000, 4000), JOB)
+    whole_s = plan.prediction.total_s
+    saved = saved_s(plan, MODEL, machine(base, 4000, 4000))
+    on_device = next(s for what, s in saved.items() if "GiB more on device" in what)
+    roomy = search(MODEL, machine(base, 4000 + (1 << 20), 4000 + (1 << 20)), JOB)
+    assert 0 < on_device <= whole_s - 0.99 * roomy.prediction.total_s
+    assert all(0 <= seconds < whole_s for seconds in saved.values())
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_any_rows_are_verified(data, whole_store):
         ({"version": 2}, "format version 2.*convert the checkpoint again"),
         ({"format": "other"}, "not the manifest of a weight store"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"dtype": []}, r"dtype \[\], expected"),
         (
             {"quantization": {"bits": 4, "group_size": 8, "dtype": "float16"}},
             "its dtype is bfloat16, but it is quantized from float16",
