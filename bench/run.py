@@ -17,7 +17,12 @@ from bench.synthetic import published_config, weights_folder
 from flexjax.cli import run_command
 from flexjax.policy import validate
 from flexjax.policy_args import add_policy_arguments, policy_from_args
-from flexjax.safe_files import ensure_writable, make_folder, write_atomically
+from flexjax.safe_files import (
+    ensure_distinct,
+    ensure_writable,
+    make_folder,
+    write_atomically,
+)
 from flexjax.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -158,6 +163,7 @@ def _refuse_beside_a_case(args: argparse.Namespace) -> None:
 
 def _ensure_ready(case: Case, args: argparse.Namespace) -> None:
     """Refuses what would only fail after a long time."""
+    ensure_distinct({"--json": args.json, "--trace": args.trace})
     for name in ("json", "trace"):
         if (path := getattr(args, name)) is not None:
             ensure_writable(f"--{name}", pathlib.Path(path))

@@ -26,11 +26,13 @@ def _convert(args: argparse.Namespace) -> None:
     dtype = checkpoint.dtype if args.dtype is None else DTYPES[args.dtype]
     label = f"converting {source.resolve().name}"
     if args.to == "orbax":
-        if args.weight_bits is not None:
-            raise ValueError(
-                "--weight-bits quantizes a store, not an Orbax checkpoint; leave out "
-                "--to orbax or --weight-bits"
-            )
+        for flag in ("weight_bits", "group_size"):
+            if getattr(args, flag) is not None:
+                flag = f"--{flag.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} is of quantized stores, not of Orbax checkpoints; leave "
+                    f"out --to orbax or {flag}"
+                )
         write_orbax(checkpoint, out, dtype, label)
     else:
         convert_to_store(checkpoint, out, dtype, label, _quantization(args, dtype))

@@ -1,11 +1,25 @@
 """The one way in which every command line of the project starts and fails."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 BAD_INPUT = 2  # argparse's own status for a wrong command line
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+_BY_SIGNAL = 128  # what a shell adds to a signal's number
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class _Ended(BaseException):
+    """A signal asked the process to end; nothing but `run_command` takes it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 def run_command(
@@ -17,8 +31,11 @@ def run_command(
 
     What `main` raises about its input (ValueError) or the machine (OSError,
     MemoryError) becomes one line on stderr and status 2; `--debug`, added here, shows
-    the traceback instead. Options are taken by their whole names alone: argparse would
-    take `--policy FILE` for `--policy-json FILE`, and so write where it should read.
+    the traceback instead. SIGTERM and SIGHUP end it as Ctrl-C does: files are removed
+    that would else be left.
+
+    Options are taken by their whole names alone: argparse would take `--policy FILE`
+    for `--policy-json FILE`, and so write where it should read.
     """
     parser.allow_abbrev = False
     parser.add_argument(
@@ -26,7 +43,11 @@ def run_command(
     )
     args = parser.parse_args(argv)
     try:
-        main(args)
+        with _ended_by_signals():
+            main(args)
+    except _Ended as ended:
+        print(f"ended by {ended.signal.name}", file=sys.stderr)
+        return _BY_SIGNAL + ended.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -37,3 +58,25 @@ def run_command(
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return BAD_INPUT
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Lets signals that would kill the process raise, unless they are ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone may say what a signal does
+        return
+    taken = [one for one in _ENDING if signal.getsignal(one) is signal.SIG_DFL]
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        for one in taken:  # what cleans up is not to be cut short
+            signal.signal(one, signal.SIG_IGN)
+        raise _Ended(number)
+
+    for one in taken:
+        signal.signal(one, end)
+    try:
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)

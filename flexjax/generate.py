@@ -18,7 +18,7 @@ from flexjax.policy_args import (
     is_planned,
     policy_from_args,
 )
-from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.safe_files import ensure_distinct, ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
 from flexjax.sizes import format_bytes
 
@@ -128,6 +128,12 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     params, prompts = _params(args), _read_prompts(args)
+    ensure_distinct(
+        {
+            f"--{flag}": getattr(args, flag)
+            for flag in ("json", "trace", "prompts", "policy")
+        }
+    )
     policy = None if is_planned(args) else policy_from_args(args)
     for flag in ("json", "trace"):
         if (name := getattr(args, flag)) is not None:
@@ -147,22 +153,29 @@ def main(args: argparse.Namespace) -> None:
         trace=args.trace is not None,
     ) as llm:
         if prompts is None:
+            if args.prompt_len > llm.max_model_len:
+                raise ValueError(
+                    f"--prompt-len is {args.prompt_len}, but the model has positions "
+                    f"for {llm.max_model_len}; give at most that"
+                )
             vocab_size, count = llm.config.vocab_size, (policy or Policy()).block_size
             prompts = _random_prompts(vocab_size, count, args.prompt_len)
         outputs = llm.generate(prompts, params)
         metrics, placement, spans = llm.metrics, llm.placement, llm.trace
         policy, choice = llm.policy, llm.plan
     assert policy is not None  # it has run
-    if args.json is not None:  # first: a terminal may be closed, or know no Unicode
-        report = {
-            "outputs": [dataclasses.asdict(output) for output in outputs],
-            "metrics": metrics,
-            "placement": placement,
-            "policy": to_json(policy),
-        }
-        data = json.dumps(report, indent=1, ensure_ascii=False).encode()
-        write_atomically(pathlib.Path(args.json), data)
-    _print(outputs)
+    try:  # the file first, since a terminal may be closed; but a disk may be full
+        if args.json is not None:
+            report = {
+                "outputs": [dataclasses.asdict(output) for output in outputs],
+                "metrics": metrics,
+                "placement": placement,
+                "policy": to_json(policy),
+            }
+            data = json.dumps(report, indent=1, ensure_ascii=False).encode()
+            write_atomically(pathlib.Path(args.json), data)
+    finally:
+        _print(outputs)
     if choice is not None and choice.plan is None:  # else it was said before the run
         print(choice.reason, file=sys.stderr)
     print(_summary(metrics), file=sys.stderr)

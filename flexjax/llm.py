@@ -5,7 +5,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
 from flexjax.policy_args import AUTO
-from flexjax.prompts import Prompt, as_list, checked_ids, one_for_each
+from flexjax.prompts import Prompt, as_list, checked_ids, items, one_for_each
 from flexjax.sampling_params import SamplingParams, read_seed
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -188,8 +188,12 @@ class LLM:
             ValueError, OSError: as `generate`.
         """
         sequences = [
-            self._checked_ids(f"sequence {index}", list(sequence), 0)
-            for index, sequence in enumerate(as_list(token_ids))
+            self._checked_ids(
+                f"sequence {index}",
+                items(f"sequence {index} is", ids, "a list of token ids"),
+                0,
+            )
+            for index, ids in enumerate(as_list(token_ids))
         ]
         lengths = [len(sequence) for sequence in sequences]
         with (
@@ -205,12 +209,8 @@ class LLM:
             if not prompt:
                 raise ValueError(f"prompt {index} is empty; give it at least a word")
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-            raise ValueError(
-                f"prompt {index} is {prompt!r}, expected a text or a list of token ids"
-            )
         else:
-            ids = list(prompt)
+            ids = items(f"prompt {index} is", prompt, "a text or a list of token ids")
         ids = self._checked_ids(f"prompt {index}", ids, params.max_tokens)
         for token in params.stop_token_ids:
             if token >= self.config.vocab_size:

@@ -62,6 +62,7 @@ class PlannedEngine:
         self._seed, self._keeps_spans, self._loading = seed, keeps_spans, loading
         self._is_auto, self._planned_for = policy is None, NOTHING
         self._lock, self._is_closed = threading.Lock(), False
+        self._running_in: int | None = None  # the thread that holds the lock
         self._layers_ahead = MOST_LAYERS_AHEAD
         self.engine: Engine | None = None
         self.policy: Policy | None = None
@@ -81,12 +82,12 @@ class PlannedEngine:
             gen_len: tokens to generate for each, at most.
 
         Raises:
-            ValueError: nothing fits, or this is closed.
+            ValueError: nothing fits, or this is closed, or runs in this very thread.
             OSError: the disk failed.
             MemoryError: what was planned to fit does not; the message has the account.
         """
         job = _job(lengths, gen_len)
-        with self._lock:
+        with self._alone():
             if self._is_closed:
                 raise ValueError(CLOSED)
             wanted = self._planned_for.joined(job)
@@ -109,11 +110,31 @@ class PlannedEngine:
         return report
 
     def close(self) -> None:
-        """Lets go of all memory and removes what was spilled; may be called again."""
-        with self._lock:
+        """Lets go of all memory and removes what was spilled; may be called again.
+
+        Raises:
+            ValueError: this runs in this very thread.
+        """
+        with self._alone():
             self._is_closed = True
             if self.engine is not None:
                 self.engine.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits until no other thread runs this; one's own call would wait for ever."""
+        thread = threading.get_ident()
+        if self._running_in == thread:
+            raise ValueError(
+                "this model is running, and this call comes from inside of that run, "
+                "as from on_tokens; make it when that run has ended, or raise to end it"
+            )
+        with self._lock:
+            self._running_in = thread
+            try:
+                yield
+            finally:
+                self._running_in = None
 
     def _plan(self, job: Job) -> None:
         held = dict.fromkeys(Tier, 0)  # which is free for another policy

@@ -1,6 +1,6 @@
 """What users give as prompts: checked, and each with its parameters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,21 @@ def as_list(prompts: Any) -> list[Any]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise ValueError(
-            f"prompts are {prompts!r}, expected texts or lists of token ids"
-        )
-    prompts = list(prompts)
+    prompts = items("prompts are", prompts, "texts or lists of token ids")
     is_one = bool(prompts) and isinstance(prompts[0], (int, np.integer))
     return [prompts] if is_one else prompts
+
+
+def items(what: str, values: Any, expected: str) -> list[Any]:
+    """Values as a list.
+
+    Raises:
+        ValueError: they are no list of anything; the message says `what` they are, and
+            what is `expected`.
+    """
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{what} {values!r}, expected {expected}")
+    return list(values)
 
 
 def one_for_each(

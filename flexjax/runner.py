@@ -18,7 +18,7 @@ from flexjax.memory.link import HostLink, Lender
 from flexjax.memory.placed import PlacedArrays
 from flexjax.memory.placement import Rows as PlacedRows
 from flexjax.memory.routes import DIRECT, cache_routes
-from flexjax.memory.spill import SpillFolder
+from flexjax.memory.spill import SpillFolder, sweep
 from flexjax.memory.tier import GatherStore, TierStore
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
@@ -72,6 +72,7 @@ class BlockRunner:
         if on_host or transport.link.is_shared:
             DECODE_ATTENTION.is_there()  # or it would be compiled in the first step
         spills = max(policy.kv_cache.disk, policy.activations.disk) > 0
+        sweep(offload_dir)  # whether anything is spilled this time or not
         self._spill = SpillFolder(offload_dir) if spills else None
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}
         self._gathered: dict[Tier, GatherStore] = {}

@@ -4,7 +4,9 @@ import fcntl
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from flexjax.sizes import format_bytes
@@ -47,9 +49,34 @@ def ensure_writable(flag: str, path: pathlib.Path) -> None:
     """
     path = path.absolute()
     make_folder(path.parent)
-    is_other = path.exists() and not path.is_file()
-    if is_other or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{flag} {path} cannot be written; name a file that can")
+    refusal = f"{flag} {path} cannot be written; name a file that can"
+    if path.exists() and not path.is_file():
+        raise ValueError(refusal)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(refusal) from error
+
+
+def ensure_distinct(files: Mapping[str, str | None]) -> None:
+    """Refuses two arguments that name one file, of which one would be lost.
+
+    Args:
+        files: by the argument that names them; None is not given.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    seen: dict[pathlib.Path, str] = {}
+    for flag, name in files.items():
+        if name is None:
+            continue
+        other = seen.setdefault(pathlib.Path(name).resolve(), flag)
+        if other != flag:
+            raise ValueError(
+                f"{other} and {flag} both name {name}; give each a file of its own"
+            )
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ import tensorstore as ts
 import xxhash
 
 from flexjax.checkpoint import is_store, read_manifest
-from flexjax.models.config import OPTConfig
+from flexjax.models.config import CONFIG_FILE, OPTConfig
 from flexjax.quant import Quantization
 from flexjax.safe_files import (
     ensure_space,
@@ -54,7 +54,8 @@ class StoreWriter:
     `complete` says that the folder already is the finished store of the same source.
 
     Raises:
-        ValueError: the folder is in use, holds something else, or cannot be written.
+        ValueError: the folder is in use, holds something else, such as another
+            checkpoint, or cannot be written.
         OSError: not enough free disk space for what is still missing.
     """
 
@@ -79,6 +80,7 @@ class StoreWriter:
         self._done: dict[str, TensorEntry] = {}
         self._checked: set[str] = set()
         self._journal: int | None = None
+        self._is_new = not self.folder.exists()
         self._lock = lock_folder(self.folder)
         try:
             self.complete = self._is_complete()
@@ -102,6 +104,9 @@ class StoreWriter:
         if self._lock is not None:
             unlock_folder(self.folder, self._lock)
             self._lock = None
+            if self._is_new:
+                with contextlib.suppress(OSError):  # it was refused, or is not empty
+                    self.folder.rmdir()
 
     def has(self, name: str) -> bool:
         """Whether an earlier, interrupted conversion already wrote this tensor.
@@ -164,6 +169,11 @@ class StoreWriter:
     def _start(self) -> None:
         path = self.folder / JOURNAL
         tensors = self.folder / TENSORS
+        if (self.folder / CONFIG_FILE).exists():
+            raise ValueError(
+                f"{self.folder} already holds a checkpoint, with a {CONFIG_FILE}: a "
+                "store beside it would hide it; choose another folder"
+            )
         if tensors.exists() and not path.exists():
             raise ValueError(
                 f"{self.folder} holds a folder {TENSORS!r} that no conversion left "

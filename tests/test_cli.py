@@ -1,4 +1,7 @@
 import argparse
+import os
+import signal
+import threading
 
 import pytest
 
@@ -30,6 +33,48 @@ def test_an_error_is_one_line_and_a_status(error, status, message, capsys):
     captured = capsys.readouterr()
     assert captured.err.endswith(message)
     assert captured.err.count("\n") == bool(message)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_would_kill_lets_files_be_removed_first(number, capsys):
+    cleaned = []
+
+    def main(_args: argparse.Namespace) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(10)
+        finally:
+            os.kill(os.getpid(), number)  # as an impatient scheduler does
+            cleaned.append(True)
+
+    assert run_command(main, argparse.ArgumentParser(), []) == 128 + number
+    assert capsys.readouterr().err == f"ended by {number.name}\n"
+    assert cleaned
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    try:
+        status = run_command(
+            lambda _: os.kill(os.getpid(), signal.SIGHUP), argparse.ArgumentParser(), []
+        )
+        assert status == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_runs_in_any_thread():
+    statuses = []
+    thread = threading.Thread(
+        target=lambda: statuses.append(
+            run_command(command(None), argparse.ArgumentParser(), [])
+        )
+    )
+    thread.start()
+    thread.join()
+    assert statuses == [0]
 
 
 def test_debug_shows_the_traceback():

@@ -114,6 +114,10 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         (["--prompt", "a", "--path", "nowhere"], "--path nowhere is no folder"),
         (["--prompt", "a", "--max-tokens", "9999"], "positions for"),
         (["--prompt", "a", "--json", "/proc/x/y.json"], "/proc/x"),
+        (["--prompt", "a", "--json", "/proc/y.json"], "--json /proc/y.json cannot be"),
+        (["--prompt", "a", "--json", "x", "--trace", "./x"], "--json and --trace both"),
+        (["--prompts", __file__, "--json", __file__], "--json and --prompts both name"),
+        (["--prompt-len", "99999999999"], "positions for"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys):
@@ -122,6 +126,18 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys):
     assert re.search(message, error)
     assert error.startswith("error: ")
     assert "\n" not in error
+
+
+def test_outputs_are_printed_though_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    def write(path, data):
+        raise OSError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(generate, "write_atomically", write)
+    arguments = ("--prompt", "It is a truth", "--max-tokens", "4")
+    assert run(*arguments, "--json", str(tmp_path / "outputs.json")) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("It is a truth")
+    assert "No space left" in captured.err
 
 
 def test_debug_shows_the_traceback():

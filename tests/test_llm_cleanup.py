@@ -5,7 +5,8 @@ import subprocess
 import sys
 import textwrap
 
-from flexjax import LLM
+from flexjax import LLM, Policy
+from flexjax.memory.spill import PREFIX
 from tests.test_llm import GREEDY, SPILLS
 
 
@@ -43,3 +44,41 @@ def test_a_killed_run_leaves_nothing_after_the_next_start(golden, tmp_path):
         llm.generate([[5, 6]], GREEDY)
         assert len(list(spill.iterdir())) == 1
     assert not list(spill.iterdir())
+
+
+def test_what_a_killed_run_left_goes_though_the_next_one_spills_nothing(
+    golden, tmp_path
+):
+    left = tmp_path / f"{PREFIX}killed"
+    left.mkdir()
+    (left / "lock").touch()
+    with LLM(golden("opt-pre-ln").store, policy=Policy(), offload_dir=tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_terminated_command_leaves_nothing(golden, tmp_path):
+    words = ("--model", golden("opt-pre-ln").store, "--prompt-len", 4, "--gen-len", 150)
+    words += ("--kv-cache", "disk=1", "--offload-dir", tmp_path, "--ignore-eos")
+    code = f"""
+        import os, signal, sys
+        from flexjax import generate
+        from flexjax.cli import run_command
+        from flexjax.memory.disk import DiskStore
+        write, count = DiskStore._write, iter(range(100))
+        def end(self, *args):
+            write(self, *args)
+            if next(count) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+        DiskStore._write = end
+        argv = {[str(word) for word in words]!r}
+        sys.exit(run_command(generate.main, generate.build_parser(), argv))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 128 + signal.SIGTERM
+    assert run.stderr.endswith("ended by SIGTERM\n")
+    assert not list(tmp_path.iterdir())

@@ -19,8 +19,8 @@ class SpillFolder:
     """A folder of this process alone, below `parent`, that `close` removes.
 
     It also goes when the process ends without `close`. While it is open its lock file
-    is locked. What a killed process left behind is not, and goes when the next folder
-    is made below the same parent.
+    is locked. What a killed process left behind is not, and goes by a `sweep`, which
+    comes before each new folder, and each new engine.
     """
 
     def __init__(self, parent: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ from flexjax.plan.planner import allowed_policies, check_job, find_model, make_p
 from flexjax.plan.predict import Job
 from flexjax.plan.report import plan_to_json, plan_to_text, saved_s
 from flexjax.policy import to_json
-from flexjax.safe_files import ensure_writable, write_atomically
+from flexjax.safe_files import ensure_distinct, ensure_writable, write_atomically
 from flexjax.sizes import format_bytes, parse_bytes
 
 _CALIBRATE = "calibrate"
@@ -105,6 +105,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     _check_flags(args)
+    ensure_distinct({"--json": args.json, "--policy-json": args.policy_json})
     for flag in ("json", "policy_json"):
         if (name := getattr(args, flag)) is not None:
             ensure_writable(f"--{flag.replace('_', '-')}", pathlib.Path(name))

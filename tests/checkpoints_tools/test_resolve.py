@@ -141,7 +141,8 @@ def test_nothing_else_is_made_of_a_quantized_store(checkpoint, tmp_path, capsys)
             ["--weight-bits", "4"],
             "embed_tokens.weight' cannot be quantized: a group_size",
         ),
-        (["--weight-bits", "4", "--to", "orbax"], "quantizes a store, not an Orbax"),
+        (["--weight-bits", "4", "--to", "orbax"], "--weight-bits is of quantized stor"),
+        (["--group-size", "8", "--to", "orbax"], "--group-size is of quantized stores"),
     ],
 )
 def test_what_cannot_be_quantized_is_said_before_anything_is_written(

@@ -149,6 +149,22 @@ def test_a_strange_folder_is_left_alone(tmp_path):
     assert (tmp_path / "tensors" / "mine").exists()
 
 
+def test_another_checkpoint_is_not_hidden(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a checkpoint, with a config.json"):
+        writer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_refusal_leaves_no_folder_but_one_that_was_there(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(OSError, match="not enough space"):
+            writer(folder)
+    assert not any(tmp_path.iterdir())
+
+
 def test_one_conversion_a_folder(tmp_path):
     with (
         writer(tmp_path),
