@@ -27,6 +27,7 @@ def download(
 
     Raises:
         ValueError: no such model, not an OPT model, or not to be had.
+        OSError: the Hub failed.
     """
     check(read_config(_fetch(model, SMALL_FILES)))
     for kind in KINDS:
@@ -44,6 +45,7 @@ def download_config(model: str) -> pathlib.Path:
 
     Raises:
         ValueError: no such model, or not to be had.
+        OSError: the Hub failed.
     """
     return _fetch(model, SMALL_FILES[:1])
 

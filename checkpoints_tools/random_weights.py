@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 BLOCK_ELEMENTS = 1 << 21
-STD = 0.02  # of weights, as OPT models are initialised
+STD = 0.02  # of weights, `init_std` of Hugging Face's OPT configurations
 SMALL_STD = 0.002  # of biases, and of norms' weights around 1
 LEVELS = 1 << 16
 THREADS = 2

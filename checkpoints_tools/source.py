@@ -140,10 +140,12 @@ def row_blocks(
 def _cast(
     name: str, tensor: SourceTensor, block: np.ndarray, dtype: np.dtype
 ) -> np.ndarray:
-    """`block` in `dtype`, rounded to the nearest even number."""
+    """`block` in `dtype`, rounded to the nearest number, ties to even.
+
+    What has 64 bits is rounded to 32 first.
+    """
     if block.dtype == dtype:
         return block
-    # Exact for 16 bit floats; ml_dtypes and numpy then both round to nearest even.
     with np.errstate(over="ignore"):
         wide = block.astype(np.float32)
         cast = wide.astype(dtype)

@@ -17,14 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from flexjax.models.config import OPTConfig, tensor_shapes
-from flexjax.models.opt import (
-    DecoderLayer,
-    Embedding,
-    Final,
-    contract_last,
-    token_positions,
-    unflatten,
-)
+from flexjax.models.opt import forward, unflatten
 
 # Called with the number of steps done, the mean loss since the last call, the weights.
 Report = Callable[[int, float, Any], None]
@@ -91,8 +84,10 @@ def causal_attention(
     query: Float[Array, "batch heads seq head_dim"],
     key: Float[Array, "batch heads seq head_dim"],
     value: Float[Array, "batch heads seq head_dim"],
+    start: Int[Array, " batch"],
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Attention over rows without padding, all scores at once."""
+    """Attention over rows without padding (`start` is 0), all scores at once."""
+    del start
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     seq, head_dim = query.shape[2:]
     scores = product("bhqd,bhkd->bhqk", query, key) * head_dim**-0.5
@@ -108,18 +103,8 @@ def token_losses(
     """Minus the log-probability of every token of `rows` after the first of each."""
     params = jax.tree.map(lambda weight: weight.astype(dtype), params)
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    table, leaf = config.head_table.split(".")
-    embedded = jnp.take(params["embed_tokens"]["weight"], inputs, axis=0)
-    positions = token_positions(
-        jnp.arange(inputs.shape[1]), jnp.zeros(inputs.shape[0], jnp.int32)
-    )
-    hidden = Embedding(config).apply({"params": params}, embedded, positions)
-    for layer in range(config.num_hidden_layers):
-        hidden, _ = DecoderLayer(config).apply(
-            {"params": params["layers"][str(layer)]}, hidden, causal_attention
-        )
-    hidden = jnp.asarray(Final(config).apply({"params": params}, hidden))
-    logits = contract_last(hidden, params[table][leaf])
+    start = jnp.zeros(inputs.shape[0], jnp.int32)
+    logits = forward(params, inputs, start, config, attention=causal_attention)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 

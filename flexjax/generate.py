@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from flexjax.cli import run_command
 from flexjax.outputs import RequestOutput
@@ -21,6 +22,9 @@ from flexjax.policy_args import (
 from flexjax.safe_files import ensure_distinct, ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
 from flexjax.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from flexjax.llm import LLM
 
 _DUMMY = "_DUMMY_"  # FlexGen's word for random weights
 _EXAMPLE = """examples:
@@ -128,16 +132,8 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     params, prompts = _params(args), _read_prompts(args)
-    ensure_distinct(
-        {
-            f"--{flag}": getattr(args, flag)
-            for flag in ("json", "trace", "prompts", "policy")
-        }
-    )
     policy = None if is_planned(args) else policy_from_args(args)
-    for flag in ("json", "trace"):
-        if (name := getattr(args, flag)) is not None:
-            ensure_writable(f"--{flag}", pathlib.Path(name))
+    _ensure_files(args)
     model = _model(args)
 
     # Slow to load: after all that can be refused early.
@@ -153,13 +149,8 @@ def main(args: argparse.Namespace) -> None:
         trace=args.trace is not None,
     ) as llm:
         if prompts is None:
-            if args.prompt_len > llm.max_model_len:
-                raise ValueError(
-                    f"--prompt-len is {args.prompt_len}, but the model has positions "
-                    f"for {llm.max_model_len}; give at most that"
-                )
-            vocab_size, count = llm.config.vocab_size, (policy or Policy()).block_size
-            prompts = _random_prompts(vocab_size, count, args.prompt_len)
+            count = (policy or Policy()).block_size
+            prompts = _random_prompts(llm, count, args.prompt_len)
         outputs = llm.generate(prompts, params)
         metrics, placement, spans = llm.metrics, llm.placement, llm.trace
         policy, choice = llm.policy, llm.plan
@@ -181,6 +172,15 @@ def main(args: argparse.Namespace) -> None:
     print(_summary(metrics), file=sys.stderr)
     if args.trace is not None:
         write_trace(pathlib.Path(args.trace), spans)
+
+
+def _ensure_files(args: argparse.Namespace) -> None:
+    """Refuses files that would be lost, or could not be written after a long run."""
+    flags = ("json", "trace", "prompts", "policy")
+    ensure_distinct({f"--{flag}": getattr(args, flag) for flag in flags})
+    for flag in ("json", "trace"):
+        if (name := getattr(args, flag)) is not None:
+            ensure_writable(f"--{flag}", pathlib.Path(name))
 
 
 def _print(outputs: Sequence[RequestOutput]) -> None:
@@ -235,9 +235,15 @@ def _read_prompts(args: argparse.Namespace) -> list[str] | None:
     return prompts
 
 
-def _random_prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
+def _random_prompts(llm: "LLM", count: int, length: int) -> list[list[int]]:
     import numpy as np
 
+    if length > llm.max_model_len:
+        raise ValueError(
+            f"--prompt-len is {length}, but the model has positions for "
+            f"{llm.max_model_len}; give at most that"
+        )
+    vocab_size = llm.config.vocab_size
     return np.random.default_rng(0).integers(4, vocab_size, (count, length)).tolist()
 
 

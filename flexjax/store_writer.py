@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -271,7 +271,9 @@ def _write_array(
             writing[slot] = handle[first:last].write(chunk).commit
         rows.ensure_empty(name)
     finally:  # also after an error nothing may go on writing behind our back
-        _wait_all(writing, name, folder)
+        with contextlib.ExitStack() as waits:  # for each, whatever others raise
+            for future in writing:
+                waits.callback(_wait, future, name, folder)
     return checksum.hexdigest(), tuple(chunk_checksums)
 
 
@@ -282,15 +284,6 @@ def _wait(future: ts.Future | None, name: str, folder: pathlib.Path) -> Any:
     except ValueError as error:
         what = f"tensor {name!r} of {folder}"
         raise _failed(what, tensorstore_message(error)) from error
-
-
-def _wait_all(
-    futures: Sequence[ts.Future | None], name: str, folder: pathlib.Path
-) -> None:
-    """Waits for all, though some fail; raises as `_wait` does."""
-    with contextlib.ExitStack() as waits:
-        for future in futures:
-            waits.callback(_wait, future, name, folder)
 
 
 def tensorstore_message(error: BaseException) -> str:

@@ -10,8 +10,10 @@ import flexjax
 
 ROOT = pathlib.Path(flexjax.__file__).parent
 HOUSES = [ROOT, ROOT.parent / "checkpoints_tools", ROOT.parent / "bench"]
-# The modules of flexjax/, the lowest first: each may import only those before it. A new
-# module goes as early into the list as its imports let it.
+TOOLS = "checkpoints_tools"
+# The modules of flexjax/, and those of checkpoints_tools/ by their full names, the
+# lowest first: each may import only those before it. A new module goes as early into
+# the list as its imports let it.
 STAIRS = [
     # words
     "sizes",
@@ -42,9 +44,19 @@ STAIRS = [
     "stopping",
     "cached_attention",
     "models.opt",
+    "checkpoints_tools.training",
     # memory
     "extents",
     "store_format",
+    "checkpoints_tools.progress",
+    "checkpoints_tools.random_weights",
+    "checkpoints_tools.source",
+    "checkpoints_tools.safetensors_file",
+    "checkpoints_tools.safetensors_writer",
+    "checkpoints_tools.tensor_pickle",
+    "checkpoints_tools.torch_bin",
+    "checkpoints_tools.hugging_face",
+    "checkpoints_tools.hub",
     "checkpoint",
     "store_writer",
     "memory.ledger",
@@ -57,6 +69,10 @@ STAIRS = [
     "memory.pool",
     "memory.buffers",
     "memory.link",
+    "checkpoints_tools.store_conversion",
+    "checkpoints_tools.orbax_checkpoint",
+    "checkpoints_tools.open_source",
+    "checkpoints_tools.resolve",
     "memory.routes",
     "memory.widened",
     "memory.transport",
@@ -99,6 +115,9 @@ STAIRS = [
     "plan.auto",
     # doors
     "cli",
+    "checkpoints_tools.synthesize",
+    "checkpoints_tools.convert",
+    "checkpoints_tools.train_embedded",
     "tokenizer",
     "prompts",
     "placement_report",
@@ -137,13 +156,19 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{dots}{node.module or ''}.{a.name}" for a in node.names)
 
 
+def on_the_stairs() -> dict[str, ast.Module]:
+    """Every module that has a place in `STAIRS`, by its name there."""
+    tools = modules(ROOT.parent / TOOLS)
+    return modules(ROOT) | {f"{TOOLS}.{name}": tree for name, tree in tools.items()}
+
+
 def offences(name: str, tree: ast.Module, stairs: list[str]) -> list[str]:
-    """What module `name` of the house imports against the rules."""
+    """What module `name` of the stairs imports against the rules."""
     found = []
     for full in imported(tree):
         if full.startswith("."):
             found.append(f"{name}: relative import of {full}")
-        if full.split(".")[0] != "flexjax":
+        if full.split(".")[0] not in ("flexjax", TOOLS):
             continue
         inside = full.removeprefix("flexjax").lstrip(".")
         used = next(
@@ -173,14 +198,14 @@ def num_arguments(function: Function) -> int:
 
 
 def test_every_module_has_a_stair():
-    found = set(modules(ROOT))
+    found = set(on_the_stairs())
     assert len(STAIRS) == len(set(STAIRS))
     assert not found - set(STAIRS), "these modules have no place in STAIRS"
     assert not set(STAIRS) - found, "STAIRS names modules that do not exist"
 
 
 def test_imports_go_down():
-    trees = modules(ROOT)
+    trees = on_the_stairs()
     stairs = [m for m in STAIRS if m in trees]
     found = [
         offence
@@ -205,10 +230,14 @@ def test_imports_go_down():
         ("from . import b", "relative import"),
         ("from .b import thing", "relative import"),
         ("from flexjax.a import itself", "imports a"),
+        ("from checkpoints_tools.t import thing", "imports checkpoints_tools.t"),
+        ("from checkpoints_tools import thing", "is in no module"),
     ],
 )
 def test_an_import_upwards_is_seen(source, message):
-    (first, *_) = offences("a", ast.parse(source), ["z", "a", "b", "p.c"])
+    (first, *_) = offences(
+        "a", ast.parse(source), ["z", "a", "b", "p.c", "checkpoints_tools.t"]
+    )
     assert message in first
 
 

@@ -13,10 +13,13 @@ def test_the_paper_s_throughputs_are_predicted_within_a_quarter(published):
     assert found == pytest.approx(published.tokens_per_s, rel=0.25)
 
 
-@pytest.mark.parametrize("published", PAPER, ids=lambda row: row.model)
-def test_a_barrier_makes_nothing_much_faster(published):
-    free, waiting = (predicted(published, barrier=barrier) for barrier in (False, True))
-    assert waiting.total_s >= 0.97 * free.total_s
+def test_a_barrier_slows_down_what_overlaps_and_makes_nothing_much_faster():
+    ratios = [
+        predicted(row, barrier=True).total_s / predicted(row, barrier=False).total_s
+        for row in PAPER
+    ]
+    assert min(ratios) >= 0.97
+    assert max(ratios) > 1
 
 
 @pytest.mark.parametrize("published", PAPER, ids=lambda row: row.model)
