@@ -1,12 +1,12 @@
 """The disk tier: one file an array in a spill folder, with a tail in host memory.
 
-A file is a row of segments; a segment holds some slots of all rows, `[rows, groups,
-slots, width]`, and is written once, whole. The slots of a prefill are one segment. New
+A file is a row of stripes; a stripe holds some slots of all rows, `[rows, groups,
+slots, width]`, and is written once, whole. The slots of a prefill are one stripe. New
 ones, which come one by one, wait in the tail until it is full: so a new token costs a
 copy into host memory, and nothing on disk is ever read to be written again.
 
-The first segment is loaded as it is. What follows is put together in memory, and passes
-through a few small buffers on its way, since the slots of a segment lie apart there.
+The first stripe is loaded as it is. What follows is put together in memory, and passes
+through a few small buffers on its way, since the slots of a stripe lie apart there.
 """
 
 import collections
@@ -25,7 +25,7 @@ from flexjax.memory.buffers import BufferPool, typed
 from flexjax.memory.disk_queue import DiskQueue, Urgency
 from flexjax.memory.ledger import Ledger
 from flexjax.memory.link import DeviceLink, Lender, Loan
-from flexjax.memory.spilled import Piece, Segment, SpilledArray
+from flexjax.memory.spilled import Passage, SpilledArray, Stripe
 from flexjax.memory.tier import Pieces
 from flexjax.policy import Kind, Tier
 
@@ -33,7 +33,7 @@ from flexjax.policy import Kind, Tier
 # a request at the disk's full speed, and no more, since every layer and batch has two.
 MIN_TAIL_SLOTS, MAX_TAIL_SLOTS = 4, 32
 TAIL_BYTES = 2 << 20
-# What passes through a buffer on its way: rows of one segment, of about this size.
+# What passes through a buffer on its way: rows of one stripe, of about this size.
 PASSING_BYTES = 4 << 20
 MOST_PASSING = 4  # such buffers, in each direction
 
@@ -46,16 +46,16 @@ def tail_slots(slot_bytes: int) -> int:
     return slots
 
 
-def passing_bytes(rows: int, row_bytes: int, *, segments: int) -> int:
+def passing_bytes(rows: int, row_bytes: int, *, stripes: int) -> int:
     """Bytes of the buffers through which an array of `rows` rows passes, at most.
 
     Args:
         rows: of the array.
-        row_bytes: of a row of the longest segment.
-        segments: that the array has at most; pieces of several may be under way.
+        row_bytes: of a row of the longest stripe.
+        stripes: that the array has at most; passages of several may be under way.
     """
-    whole, piece = rows * row_bytes, max(PASSING_BYTES, row_bytes)
-    return min(segments * whole, MOST_PASSING * piece)
+    whole, passage = rows * row_bytes, max(PASSING_BYTES, row_bytes)
+    return min(stripes * whole, MOST_PASSING * passage)
 
 
 class DiskStore:
@@ -100,7 +100,7 @@ class DiskStore:
     def load(self, key: Hashable) -> Callable[[], Pieces]:
         with self._lock:
             entry = self._entries[key]
-        first = entry.segments[0].slots
+        first = entry.stripes[0].slots
         sizes = [first, entry.shape[2] - first] if entry.shape[2] > first else [first]
         buffers: list[np.ndarray] = []
         try:
@@ -108,7 +108,7 @@ class DiskStore:
                 self._stage.take(entry.slot_bytes * slots) for slots in sizes
             )
             # It needs no way through small buffers: it lies in memory as on disk.
-            whole = Extent(entry.path, entry.segments[0].offset, buffers[0])
+            whole = Extent(entry.path, entry.stripes[0].offset, buffers[0])
             done = self._submit(read_extent, "read", key, whole)
         except BaseException:
             self._give(buffers)
@@ -165,7 +165,7 @@ class DiskStore:
 
     def _empty(self, entry: SpilledArray) -> None:
         self._ledger.hold(Tier.DISK, self._kind, -entry.flushed * entry.slot_bytes)
-        entry.segments.clear()
+        entry.stripes.clear()
         entry.used = 0
         if entry.tail is not None:
             self._tails.give(as_bytes(entry.tail))
@@ -186,15 +186,15 @@ class DiskStore:
             self._write(key, entry, entry.tail)
 
     def _write(self, key: Hashable, entry: SpilledArray, part: np.ndarray) -> None:
-        """Writes `[rows, groups, slots, width]` as the next segment."""
-        segment = entry.next_segment(part.shape[2])
+        """Writes `[rows, groups, slots, width]` as the next stripe."""
+        stripe = entry.next_stripe(part.shape[2])
 
-        def start(piece: Piece) -> Future[None]:
-            entry.view(piece)[:] = part[piece.rows]
-            return self._move(write_extent, "written", key, entry, piece)
+        def start(passage: Passage) -> Future[None]:
+            entry.view(passage)[:] = part[passage.rows]
+            return self._move(write_extent, "written", key, entry, passage)
 
-        self._pass_through(entry, [segment], start, lambda piece: None)
-        entry.segments.append(segment)
+        self._pass_through(entry, [stripe], start, lambda passage: None)
+        entry.stripes.append(stripe)
         self._ledger.hold(Tier.DISK, self._kind, part.nbytes)
         self._ledger.move(Tier.HOST, Tier.DISK, part.nbytes)
 
@@ -205,11 +205,11 @@ class DiskStore:
         buffers: list[np.ndarray],
         first: Future[None],
     ) -> None:
-        """Waits for the first segment, and reads what follows into another buffer."""
+        """Waits for the first stripe, and reads what follows into another buffer."""
         try:
             if len(buffers) > 1:
                 rows, groups, slots, width = entry.shape
-                shape = (rows, groups, slots - entry.segments[0].slots, width)
+                shape = (rows, groups, slots - entry.stripes[0].slots, width)
                 self._fill_rest(key, entry, typed(buffers[1], shape, entry.dtype))
         except BaseException:
             first.exception()  # the disk may still be busy with the buffer
@@ -219,22 +219,22 @@ class DiskStore:
         self._ledger.move(Tier.DISK, self._lender.stage_tier, nbytes)
 
     def _fill_rest(self, key: Hashable, entry: SpilledArray, array: np.ndarray) -> None:
-        """Reads the slots behind the first segment; those not in use become zero."""
-        begin = entry.segments[0].slots
+        """Reads the slots behind the first stripe; those not in use become zero."""
+        begin = entry.stripes[0].slots
 
-        def start(piece: Piece) -> Future[None]:
-            return self._move(read_extent, "read", key, entry, piece)
+        def start(passage: Passage) -> Future[None]:
+            return self._move(read_extent, "read", key, entry, passage)
 
-        def finish(piece: Piece) -> None:
-            first, slots, _ = piece.segment
-            into = array[piece.rows, :, first - begin : first - begin + slots]
-            into[:] = entry.view(piece)
+        def finish(passage: Passage) -> None:
+            first, slots, _ = passage.stripe
+            into = array[passage.rows, :, first - begin : first - begin + slots]
+            into[:] = entry.view(passage)
 
         flushed, used = entry.flushed - begin, entry.used - begin
         if entry.tail is not None:
             array[:, :, flushed:used] = entry.tail[:, :, : used - flushed]
         array[:, :, used:] = 0
-        self._pass_through(entry, entry.segments[1:], start, finish)
+        self._pass_through(entry, entry.stripes[1:], start, finish)
 
     def _lend(
         self, entry: SpilledArray, sizes: list[int], buffers: list[np.ndarray]
@@ -257,38 +257,38 @@ class DiskStore:
     def _pass_through(
         self,
         entry: SpilledArray,
-        segments: Iterable[Segment],
-        start: Callable[[Piece], Future[None]],
-        finish: Callable[[Piece], None],
+        stripes: Iterable[Stripe],
+        start: Callable[[Passage], Future[None]],
+        finish: Callable[[Passage], None],
     ) -> None:
-        """Moves segments in pieces, a few of which are under way at the same time."""
-        under_way: collections.deque[tuple[Piece, Future[None]]] = collections.deque()
+        """Moves stripes in passages, a few of which are under way at the same time."""
+        under_way: collections.deque[tuple[Passage, Future[None]]] = collections.deque()
 
         def finish_first() -> None:
-            piece, done = under_way[0]
+            passage, done = under_way[0]
             self._disk.wait(done)
-            finish(piece)
-            self._passing.give(piece.buffer)
+            finish(passage)
+            self._passing.give(passage.buffer)
             under_way.popleft()
 
         try:
-            for segment in segments:
-                for rows, nbytes in entry.cut(segment, PASSING_BYTES):
+            for stripe in stripes:
+                for rows, nbytes in entry.cut(stripe, PASSING_BYTES):
                     if len(under_way) == MOST_PASSING:
                         finish_first()
                     buffer = self._passing.take(nbytes)
-                    piece = Piece(segment, rows, buffer)
+                    passage = Passage(stripe, rows, buffer)
                     try:
-                        under_way.append((piece, start(piece)))
+                        under_way.append((passage, start(passage)))
                     except BaseException:
                         self._passing.give(buffer)
                         raise
             while under_way:
                 finish_first()
         finally:
-            for piece, done in under_way:
+            for passage, done in under_way:
                 done.exception()  # the disk may still be busy with the buffer
-                self._passing.give(piece.buffer)
+                self._passing.give(passage.buffer)
 
     def _move(
         self,
@@ -296,11 +296,11 @@ class DiskStore:
         verb: str,
         key: Hashable,
         entry: SpilledArray,
-        piece: Piece,
+        passage: Passage,
     ) -> Future[None]:
-        """Starts to read or write a piece."""
-        segment, rows, buffer = piece
-        offset = segment.offset + rows.start * entry.row_bytes(segment.slots)
+        """Starts to read or write a passage."""
+        stripe, rows, buffer = passage
+        offset = stripe.offset + rows.start * entry.row_bytes(stripe.slots)
         return self._submit(move, verb, key, Extent(entry.path, offset, buffer))
 
     def _submit(

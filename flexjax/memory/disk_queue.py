@@ -34,7 +34,7 @@ class Urgency(enum.IntEnum):
 
 
 class _Request:
-    """Pieces that belong together; resolved once none of them is under way any more."""
+    """Transfers that belong together; resolved once none is under way any more."""
 
     def __init__(
         self, count: int, name: str, describe: Callable[[OSError], Exception]
@@ -50,7 +50,7 @@ class _Request:
     def has_failed(self) -> bool:
         return self._error is not None
 
-    def end_piece(self, error: BaseException | None) -> None:
+    def end_transfer(self, error: BaseException | None) -> None:
         with self._lock:
             self._left -= 1
             self._error = self._error or error
@@ -69,9 +69,9 @@ class _Request:
         self.done.set_exception(raised)
 
 
-class _Piece(NamedTuple):
+class _Transfer(NamedTuple):
     urgency: Urgency
-    number: int  # of the piece, in the order of issue; no two pieces share one
+    number: int  # of the transfer, in the order of issue; no two transfers share one
     move: Callable[[Extent], None]
     extent: Extent
     request: _Request
@@ -92,7 +92,7 @@ class DiskQueue:
 
     def __init__(self, timeline: Timeline, depth: int = DEPTH) -> None:
         self._timeline = timeline
-        self._waiting: queue.PriorityQueue[_Piece | _End] = queue.PriorityQueue()
+        self._waiting: queue.PriorityQueue[_Transfer | _End] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._lock, self._is_closed = threading.Lock(), False
         self._under_way, self._changed_s = 0, 0.0
@@ -126,16 +126,16 @@ class DiskQueue:
         Raises:
             RuntimeError: the queue is closed.
         """
-        pieces = cut(extents, REQUEST_BYTES)
-        request = _Request(len(pieces), name, describe)
-        if not pieces:
+        smaller = cut(extents, REQUEST_BYTES)
+        request = _Request(len(smaller), name, describe)
+        if not smaller:
             request.done.set_result(None)
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the disk's queue is closed")
-            for piece in pieces:
+            for extent in smaller:
                 number = next(self._numbers)
-                self._waiting.put(_Piece(urgency, number, move, piece, request))
+                self._waiting.put(_Transfer(urgency, number, move, extent, request))
         return request.done
 
     def wait(self, done: Future[None]) -> None:
@@ -158,19 +158,19 @@ class DiskQueue:
             thread.join()
 
     def _work(self) -> None:
-        while isinstance(piece := self._waiting.get(), _Piece):
-            request, error = piece.request, None
+        while isinstance(transfer := self._waiting.get(), _Transfer):
+            request, error = transfer.request, None
             if not request.has_failed:
                 begin_s = self._count(1)
                 try:
-                    piece.move(piece.extent)
+                    transfer.move(transfer.extent)
                 except BaseException as raised:  # noqa: BLE001  (the future raises it)
                     error = raised
-                size = piece.extent.memory.nbytes
+                size = transfer.extent.memory.nbytes
                 span = Span(Lane.DISK, request.name, begin_s, self._count(-1), size)
                 self._timeline.add(span)
-            request.end_piece(error)
-            del piece, request, error  # an idle thread must not keep a buffer alive
+            request.end_transfer(error)
+            del transfer, request, error  # an idle thread must not keep a buffer alive
 
     def _count(self, added: int) -> float:
         """Counts the time since the last change, if anything was under way; now."""

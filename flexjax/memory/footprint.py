@@ -105,14 +105,14 @@ class RunFootprint:
         if policy.kv_cache.disk > 0:
             slot_bytes = self.cache_slot_bytes // 2  # keys and values are two arrays
             row_bytes = max(work.prompt_len, MAX_TAIL_SLOTS) * slot_bytes
-            # As many segments as can be under way: their number grows with the tokens.
-            nbytes = passing_bytes(rows, row_bytes, segments=MOST_PASSING)
+            # As many stripes as can be under way: their number grows with the tokens.
+            nbytes = passing_bytes(rows, row_bytes, stripes=MOST_PASSING)
             # What is loaded passes too once a tail was written behind the prompt.
             is_short = work.gen_len <= tail_slots(rows * slot_bytes)
             yield Kind.KV_CACHE, nbytes if is_short else 2 * nbytes
         if policy.activations.disk > 0:
             row_bytes = work.prompt_len * self.hidden_bytes
-            yield Kind.ACTIVATIONS, passing_bytes(rows, row_bytes, segments=1)
+            yield Kind.ACTIVATIONS, passing_bytes(rows, row_bytes, stripes=1)
 
     def loaded(self, buffer: Buffer, step: int) -> Bytes:
         work = self.work

@@ -1,4 +1,4 @@
-"""One array of the disk tier: its file, the segments in it, and the tail."""
+"""One array of the disk tier: its file, the stripes in it, and the tail."""
 
 import dataclasses
 import pathlib
@@ -11,7 +11,7 @@ from flexjax.extents import BLOCK_BYTES
 from flexjax.memory.buffers import typed
 
 
-class Segment(NamedTuple):
+class Stripe(NamedTuple):
     """Slots `first` to `first + slots - 1`, at `offset` of the file."""
 
     first: int
@@ -19,10 +19,10 @@ class Segment(NamedTuple):
     offset: int
 
 
-class Piece(NamedTuple):
-    """Some rows of a segment, and the buffer through which they pass."""
+class Passage(NamedTuple):
+    """Some rows of a stripe, and the buffer through which they pass."""
 
-    segment: Segment
+    stripe: Stripe
     rows: slice
     buffer: np.ndarray
 
@@ -34,7 +34,7 @@ class SpilledArray:
     path: pathlib.Path
     shape: tuple[int, int, int, int]
     dtype: np.dtype
-    segments: list[Segment] = dataclasses.field(default_factory=list)
+    stripes: list[Stripe] = dataclasses.field(default_factory=list)
     used: int = 0  # slots in all
     tail: np.ndarray | None = None  # [rows, groups, tail slots, width]
 
@@ -46,29 +46,29 @@ class SpilledArray:
     @property
     def flushed(self) -> int:
         """Slots on disk."""
-        return sum(segment.slots for segment in self.segments)
+        return sum(stripe.slots for stripe in self.stripes)
 
-    def next_segment(self, slots: int) -> Segment:
-        """A segment behind the last one; it begins at a block, for direct I/O."""
-        last = self.segments[-1] if self.segments else Segment(0, 0, 0)
+    def next_stripe(self, slots: int) -> Stripe:
+        """A stripe behind the last one; it begins at a block, for direct I/O."""
+        last = self.stripes[-1] if self.stripes else Stripe(0, 0, 0)
         end = last.offset + last.slots * self.slot_bytes
         offset = -(-end // BLOCK_BYTES) * BLOCK_BYTES
-        return Segment(last.first + last.slots, slots, offset)
+        return Stripe(last.first + last.slots, slots, offset)
 
     def row_bytes(self, slots: int) -> int:
-        """Bytes of one row of a segment."""
+        """Bytes of one row of a stripe."""
         return self.slot_bytes // self.shape[0] * slots
 
-    def cut(self, segment: Segment, most_bytes: int) -> Iterator[tuple[slice, int]]:
+    def cut(self, stripe: Stripe, most_bytes: int) -> Iterator[tuple[slice, int]]:
         """Rows of `most_bytes` or, where one is larger, of one row; and their bytes."""
-        row_bytes = self.row_bytes(segment.slots)
+        row_bytes = self.row_bytes(stripe.slots)
         step = max(1, most_bytes // row_bytes)
         for first in range(0, self.shape[0], step):
             rows = slice(first, min(first + step, self.shape[0]))
             yield rows, (rows.stop - rows.start) * row_bytes
 
-    def view(self, piece: Piece) -> np.ndarray:
-        """The buffer of a piece as `[rows, groups, slots, width]`."""
-        rows, groups, width = piece.rows, self.shape[1], self.shape[3]
-        shape = (rows.stop - rows.start, groups, piece.segment.slots, width)
-        return typed(piece.buffer, shape, self.dtype)
+    def view(self, passage: Passage) -> np.ndarray:
+        """The buffer of a passage as `[rows, groups, slots, width]`."""
+        rows, groups, width = passage.rows, self.shape[1], self.shape[3]
+        shape = (rows.stop - rows.start, groups, passage.stripe.slots, width)
+        return typed(passage.buffer, shape, self.dtype)

@@ -172,7 +172,7 @@ def test_what_is_on_disk_passes_through_host_memory(work, policy, shared):
     ways = {Kind.KV_CACHE: 1 + (work.gen_len > tail), Kind.ACTIVATIONS: 1}
     for kind, (row_bytes, segments) in longest.items():
         is_spilled = policy.placement(kind).disk > 0
-        passing = passing_bytes(work.batch_size, row_bytes, segments=segments)
+        passing = passing_bytes(work.batch_size, row_bytes, stripes=segments)
         more = Counter(with_disk)[Tier.HOST, kind] - Counter(without)[Tier.HOST, kind]
         assert more == (ways[kind] * passing if is_spilled else 0)
 

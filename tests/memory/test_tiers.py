@@ -200,7 +200,7 @@ def written(monkeypatch):
     return found
 
 
-def test_a_segment_on_disk_is_written_once(queue, tmp_path, written):
+def test_a_stripe_on_disk_is_written_once(queue, tmp_path, written):
     """Nothing is written again, and a token costs disk only when the tail is full."""
     store, ledger = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
     model = Model(store, FLOAT32, slice(0, BATCH))
@@ -224,7 +224,7 @@ def test_a_segment_on_disk_is_written_once(queue, tmp_path, written):
     model.check(Load(0))
 
 
-def test_a_prefill_is_one_segment_in_pieces_of_whole_rows(queue, tmp_path, written):
+def test_a_prefill_is_one_stripe_in_passages_of_whole_rows(queue, tmp_path, written):
     store, _ = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
     model = Model(store, FLOAT32, slice(0, BATCH))
     model.begin(Begin(0, groups=1, seq=20, spare=0, whole=False))
@@ -235,7 +235,7 @@ def test_a_prefill_is_one_segment_in_pieces_of_whole_rows(queue, tmp_path, writt
     assert [extent.offset // row_bytes for extent in in_order] == [0, 2, 4]
 
 
-def test_every_segment_begins_at_a_block(queue, tmp_path, written):
+def test_every_stripe_begins_at_a_block(queue, tmp_path, written):
     """So that direct I/O can move it."""
     store, _ = make_store(Tier.DISK, LINKS[0], queue, tmp_path)
     model = Model(store, FLOAT32, slice(0, BATCH))
@@ -271,7 +271,7 @@ def test_what_passes_through_buffers_is_never_more_than_was_said(
         tail = tail_slots(rows * row_slot_bytes) * rows * row_slot_bytes
         longest = max(seq, disk.MAX_TAIL_SLOTS) * row_slot_bytes
         most = disk.MOST_PASSING if appended else 1
-        passing = passing_bytes(rows, longest, segments=most)
+        passing = passing_bytes(rows, longest, stripes=most)
         assert ledger.peak(Tier.HOST) <= passing + (tail if appended else 0)
         store.free(0)
         store.clear()
