@@ -8,7 +8,7 @@ not be read, while all keys are: FlexGen's sparse attention (arXiv 2303.06865, s
 What is left out counts as the mean of its values, which a running sum of all values
 gives without reading them, after SparQ (arXiv 2312.04985), which takes the mean of all.
 With a tenth of the past, after a prompt of 128 tokens, the embedded model's perplexity
-grows by 0.17 % (`bench.quality`). After one of 64, in fewer windows, it grew by 0.10 %;
+grows by 0.16 % (`bench.quality`). After one of 64, in fewer windows, it grew by 0.10 %;
 by 1.8 % where the rest counts as zero, as in FlexGen, and by 6 % where the weights that
 are kept are scaled to a sum of 1.
 """
