@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from bench.machine import describe_machine
 from bench.memory_cap import ensure_can_cap, run_capped
@@ -40,6 +39,7 @@ from flexjax.plan.closed_form import Model
 from flexjax.plan.predict import Job
 from flexjax.plan.search import fits, memory_budgets
 from flexjax.policy import Placement, Policy, Tier, to_json
+from flexjax.prompts import random_prompts
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
 from flexjax.sizes import parse_bytes
@@ -106,12 +106,12 @@ def _run(store: WeightStore, policy: Policy, folder: pathlib.Path) -> float:
     Infinity if it is refused: a process keeps some of what earlier runs freed.
     """
     _give_back()
-    shape = (JOB.num_prompts, JOB.prompt_len)
-    prompts = np.random.default_rng(0).integers(4, store.config.vocab_size, shape)
+    vocab_size = store.config.vocab_size
+    prompts = random_prompts(vocab_size, JOB.num_prompts, JOB.prompt_len)
     params = SamplingParams(max_tokens=JOB.gen_len, temperature=0.0, ignore_eos=True)
     try:
         with LLM(store.folder, policy=policy, offload_dir=folder) as llm:
-            llm.generate(prompts.tolist(), params)
+            llm.generate(prompts, params)
             spent_s = llm.metrics["seconds"]
     except ValueError as error:
         print(f"left out: {error}", file=sys.stderr)

@@ -5,12 +5,17 @@ import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 import flexjax
+from flexjax.host_facts import (
+    cpu_flags,
+    cpu_model,
+    num_cores,
+    physical_memory_bytes,
+)
 from flexjax.kernels.compiled import AVX2, AVX512
 from flexjax.memory.link import Device
 
@@ -28,7 +33,7 @@ def describe_machine(disk_folder: pathlib.Path | None = None) -> dict[str, Any]:
     device: Device = jax.devices()[0]
     return {
         "cpu": _describe_cpu(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": physical_memory_bytes(),
         "disk": _describe_disk(disk_folder or pathlib.Path()),
         "accelerator": _describe_accelerator(device),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -37,24 +42,11 @@ def describe_machine(disk_folder: pathlib.Path | None = None) -> dict[str, Any]:
 
 
 def _describe_cpu() -> dict[str, Any]:
-    facts = dict(_cpu_lines())
-    flags = facts.get("flags", "").split()
     return {
-        "model": facts.get("model name", platform.processor() or platform.machine()),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in _FLAGS if flag in flags],
+        "model": cpu_model(),
+        "cores": num_cores(),
+        "flags": [flag for flag in _FLAGS if flag in cpu_flags()],
     }
-
-
-def _cpu_lines() -> Iterator[tuple[str, str]]:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return  # not Linux
-    for line in text.splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            yield name.strip(), value.strip()
 
 
 def _describe_disk(folder: pathlib.Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from bench.bounds import fraction, phase_report
 from bench.cases import Case, case_from_json, case_to_json
@@ -42,12 +41,12 @@ from flexjax.cli import run_command
 from flexjax.llm import EMBEDDED_MODEL, LLM
 from flexjax.memory.link import Device
 from flexjax.policy import to_json
+from flexjax.prompts import random_prompts
 from flexjax.safe_files import make_folder
 from flexjax.sampling_params import SamplingParams
 from flexjax.trace import write_trace
 from flexjax.workload import Workload
 
-_FIRST_TOKEN = 4  # those before it have a meaning of their own
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _CLEAR_PEAK = "5"
@@ -173,7 +172,8 @@ def _run(
         offload_dir=offload_dir,
         trace=job.trace is not None,
     ) as llm:
-        prompts = random_prompts(case, llm.config.vocab_size)
+        rows, vocab_size = case.policy.block_size, llm.config.vocab_size
+        prompts = random_prompts(vocab_size, rows, case.prompt_len)
         state = "warm"
         if case.cold:
             state = drop_page_cache(store_files(store, list(store.tensors)))
@@ -187,13 +187,6 @@ def _run(
             peak_rss_bytes=_peak_rss_bytes() or llm.metrics["peak_rss_bytes"],
             in_pauses=pauses.rates,
         )
-
-
-def random_prompts(case: Case, vocab_size: int) -> list[list[int]]:
-    """A block of prompts, each different, the same in every run."""
-    shape = (case.policy.block_size, case.prompt_len)
-    random = np.random.default_rng(0)
-    return random.integers(_FIRST_TOKEN, vocab_size, shape).tolist()
 
 
 def _peak_rss_bytes() -> int | None:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from bench.command import typed
 from bench.machine import describe_machine
@@ -39,6 +38,7 @@ from flexjax.plan.predict import Job, predict, predict_peak
 from flexjax.plan.report import prediction_to_json
 from flexjax.plan.scratch import store_read_rate
 from flexjax.policy import Placement, Policy, Tier, to_json
+from flexjax.prompts import random_prompts
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
@@ -106,12 +106,11 @@ def compare(
     job = Job(prompt_len=prompt_len, gen_len=gen_len, num_prompts=policy.block_size)
     predicted = predict(model, policy, hardware, job)
     peak = predict_peak(model, policy, job, hardware.processor)
-    shape = (job.num_prompts, job.prompt_len)
-    prompts = np.random.default_rng(0).integers(4, store.config.vocab_size, shape)
+    prompts = random_prompts(store.config.vocab_size, job.num_prompts, prompt_len)
     params = SamplingParams(max_tokens=gen_len, temperature=0.0, ignore_eos=True)
     with LLM(store.folder, policy=policy, offload_dir=folder) as llm:
         for _ in range(2):
-            llm.generate(prompts.tolist(), params)
+            llm.generate(prompts, params)
         metrics = llm.metrics
     layout = model.layout(policy, hardware.processor)
     work = layout.workload(

@@ -38,7 +38,7 @@ def resolve_model(
     *,
     platform: str = "cpu",
     weight_bits: int | None = None,
-    group_size: int = 64,
+    group_size: int = Policy.group_size,
     check: Callable[[OPTConfig, Mapping[str, TensorEntry]], object] = lambda *_: None,
 ) -> pathlib.Path:
     """The folder of a weight store of `model` in `dtype`, converted if need be.

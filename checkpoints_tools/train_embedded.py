@@ -22,6 +22,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from checkpoints_tools.safetensors_writer import hugging_face_name
 from checkpoints_tools.training import (
     Recipe,
     Stream,
@@ -31,19 +32,13 @@ from checkpoints_tools.training import (
 )
 from flexjax.cli import run_command
 from flexjax.models.config import OPTConfig, tensor_shapes, to_hugging_face
+from flexjax.tokenizer import OPT_SPECIAL_TOKENS
 
 CORPUS = pathlib.Path(__file__).parent / "corpus" / "austen.txt.xz"
 EMBEDDED = pathlib.Path(__file__).parents[1] / "flexjax" / "embedded_model"
 HELD_OUT = EMBEDDED / "heldout.txt"
-WEIGHT_PREFIX = "model.decoder."  # Hugging Face's
 STORED_DTYPE = "bfloat16"
 SPECIAL_TOKENS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}  # OPT's ids
-SPECIAL_ROLES = {
-    "bos_token": "</s>",
-    "eos_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "</s>",
-}
 MODEL = OPTConfig(
     vocab_size=2048,
     hidden_size=256,
@@ -99,7 +94,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> tokenizers.Tokeniz
             show_progress=False,
         ),
     )
-    bos = SPECIAL_ROLES["bos_token"]
+    bos = OPT_SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, SPECIAL_TOKENS[bos])]
     )
@@ -142,7 +137,7 @@ def write_checkpoint(
     flat = flatten(params)
     dtype = ml_dtypes.bfloat16
     tensors = {
-        WEIGHT_PREFIX + name: np.asarray(flat[name]).astype(dtype)
+        hugging_face_name(name): np.asarray(flat[name]).astype(dtype)
         for name in tensor_shapes(config)
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -156,8 +151,8 @@ def write_checkpoint(
     files = {
         "config.json": to_hugging_face(config, STORED_DTYPE),
         "generation_config.json": token_ids,
-        "special_tokens_map.json": SPECIAL_ROLES,
-        "tokenizer_config.json": SPECIAL_ROLES
+        "special_tokens_map.json": OPT_SPECIAL_TOKENS,
+        "tokenizer_config.json": OPT_SPECIAL_TOKENS
         | {
             "add_bos_token": True,
             "add_prefix_space": False,

@@ -236,15 +236,14 @@ def _read_prompts(args: argparse.Namespace) -> list[str] | None:
 
 
 def _random_prompts(llm: "LLM", count: int, length: int) -> list[list[int]]:
-    import numpy as np
+    from flexjax.prompts import random_prompts
 
     if length > llm.max_model_len:
         raise ValueError(
             f"--prompt-len is {length}, but the model has positions for "
             f"{llm.max_model_len}; give at most that"
         )
-    vocab_size = llm.config.vocab_size
-    return np.random.default_rng(0).integers(4, vocab_size, (count, length)).tolist()
+    return random_prompts(llm.config.vocab_size, count, length)
 
 
 def _model(args: argparse.Namespace) -> str | os.PathLike[str] | None:

@@ -8,6 +8,7 @@ import numpy as np
 from flexjax.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
+FIRST_ORDINARY_ID = 4  # OPT's; those before it have a meaning of their own
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -33,6 +34,12 @@ def items(what: str, values: Any, expected: str) -> list[Any]:
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{what} {values!r}, expected {expected}")
     return list(values)
+
+
+def random_prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
+    """Prompts for benchmarks: each different, the same in every run."""
+    random = np.random.default_rng(0)
+    return random.integers(FIRST_ORDINARY_ID, vocab_size, (count, length)).tolist()
 
 
 def one_for_each(

@@ -19,6 +19,7 @@ STAIRS = [
     "sizes",
     "cache_folder",
     "safe_files",
+    "host_facts",
     "policy",
     "policy_args",
     "workload",

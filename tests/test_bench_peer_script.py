@@ -7,10 +7,8 @@ from unittest import mock
 
 import pytest
 
-from bench.cases import Case
-from bench.measure import random_prompts
 from bench.peers.accelerate_system import SCRIPT, Accelerate
-from flexjax.policy import Policy
+from flexjax.prompts import random_prompts
 from tests.test_bench_sweep import JOB
 
 
@@ -34,10 +32,7 @@ def test_the_script_takes_the_command_that_runs_it(script):
 
 def test_the_script_makes_the_prompts_that_flexjax_makes(script):
     prompts = script["random_prompts"](50272, 3, 5)
-    case = Case(
-        name="", model=None, policy=Policy(batch_size=3), prompt_len=5, gen_len=1
-    )
-    assert prompts.tolist() == random_prompts(case, 50272)
+    assert prompts.tolist() == random_prompts(50272, 3, 5)
 
 
 def test_the_script_knows_prompts_from_tokens(script):

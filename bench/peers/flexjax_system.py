@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import os
 import pathlib
 import shlex
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 from bench.peers.system import Job, Measured, Setting
 from bench.peers.weights import STORE
+from flexjax.host_facts import physical_memory_bytes
 from flexjax.policy_args import add_policy_arguments, policy_from_args
 
 BLOCKS = ((64, 1), (64, 2), (64, 4))  # batch_size, num_batches
@@ -81,11 +81,6 @@ def default_ladders(job: Job) -> list[list[Setting]]:
         [setting(size, count, host_share(size * count)) for size, count in BLOCKS],
         [setting(size, count, 0.0) for size, count in BLOCKS],
     ]
-
-
-def physical_memory_bytes() -> int:
-    """What the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def parse_setting(text: str) -> Setting:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import jax
 
 from flexjax.cache_folder import default_cache
+from flexjax.host_facts import cpu_flags
 from flexjax.safe_files import make_folder, sync_tree
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-w")
@@ -47,7 +48,7 @@ class Instructions:
 
     def lacking(self) -> list[str]:
         """What of it this processor does not have."""
-        return [name for name in self.names if name not in _processor_flags()]
+        return [name for name in self.names if name not in cpu_flags()]
 
 
 AVX512 = Instructions(
@@ -96,7 +97,7 @@ class Kernel:
         if self.instructions() is None:
             least = self.compiled_for[-1]
             return f"this processor has no {', '.join(least.lacking())}"
-        if self.better in _processor_flags():
+        if self.better in cpu_flags():
             return f"XLA does as well by itself on this processor, by {self.better}"
         return None
 
@@ -140,17 +141,6 @@ def _is_there(kernel: Kernel) -> bool:
     if reason is not None and kernel.why_unwanted() is None:
         logger.warning("%s: %s", kernel.without, reason)
     return reason is None
-
-
-@functools.cache
-def _processor_flags() -> frozenset[str]:
-    """What Linux says that the processor can do; nothing where it is not Linux."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
-    return frozenset(next(flags, "").split())
 
 
 @functools.cache

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from flexjax.host_facts import cpu_model, num_cores, physical_memory_bytes
 from flexjax.kernels.compiled import Kernel
 from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
@@ -25,9 +24,9 @@ def machine_id(offload_dir: pathlib.Path, device: Device) -> str:
     folder = offload_dir.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     facts = [
-        _cpu_model(),
-        _num_cores(),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cpu_model(),
+        num_cores(),
+        physical_memory_bytes(),
         _device_kind(device),
         _compiled_for(PRODUCTS) if is_shared(device) else None,
         _compiled_for(DECODE_ATTENTION),  # on a GPU's host, too
@@ -52,22 +51,9 @@ def budgets(offload_dir: pathlib.Path, device: Device) -> dict[str, Any]:
 
 def machine_name(device: Device) -> str:
     """What people call it."""
-    host = f"{_cpu_model()}, {_num_cores()} cores"
+    host = f"{cpu_model()}, {num_cores()} cores"
     return host if is_shared(device) else f"{_device_kind(device)}, {host}"
 
 
 def _device_kind(device: Device) -> str:
     return getattr(device, "device_kind", device.platform)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _cpu_model() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []  # not Linux
-    named = (line.partition(":")[2] for line in lines if line.startswith("model name"))
-    return next(named, platform.machine()).strip()

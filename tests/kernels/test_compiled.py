@@ -145,7 +145,7 @@ def test_a_kernel_is_compiled_for_each_set_of_instructions(
 def test_the_kernels_are_for_processors_that_have_nothing_better(
     flags, multiplies, attends, monkeypatch
 ):
-    monkeypatch.setattr(compiled, "_processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(compiled, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
     for kernel, expected in ((PRODUCTS, multiplies), (DECODE_ATTENTION, attends)):
         assert (kernel.why_unwanted() or kernel.instructions()) == expected
