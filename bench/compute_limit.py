@@ -43,7 +43,7 @@ from flexjax.steps import (
     prefill_step,
 )
 from flexjax.store_format import BYTES
-from flexjax.workload import Workload
+from flexjax.workload import Workload, bucket
 
 # Each step for twice as long as in a calibration: a run is judged by these.
 median_s = functools.partial(step_rates.median_s, limit_s=1.0)
@@ -56,7 +56,7 @@ class ComputeLimit:
     Attributes:
         prefill_layer_s: of a decoder layer on whole prompts.
         prefill_ends_s: of the embedding and the final norm on whole prompts.
-        decode_layer_s: of a decoder layer on one token, by the slots of its cache.
+        decode_layer_s: of a decoder layer on one token, by the slots that it reads.
         decode_ends_s: of the embedding and the final norm on one token.
         head_s: of all logits, and of choosing a token.
         widen_s: of making all quantized weights wide, which serves all batches.
@@ -106,8 +106,8 @@ def mean_limit(limits: Sequence[ComputeLimit]) -> ComputeLimit:
 
 
 def read_slots(work: Workload, step: int) -> int:
-    """Slots of the cache that `step` reads: what the step before has stored."""
-    return work.cache_slots(step - 1)
+    """Slots of the cache that `step` reads, rounded up so that few sizes occur."""
+    return bucket(work.attended_slots(step))
 
 
 def measure_compute(

@@ -33,6 +33,9 @@ class Workload:
         batch_size: rows of a batch.
         prompt_len: slots of a padded prompt.
         gen_len: tokens that are generated for every row; 1 also scores a prompt.
+        reserves: whether a cache has room for the whole run from the start, where
+            attention reads what is in use alone. Else it grows, so as not to be read
+            far beyond that: by a copy, and with another shape to compile for.
     """
 
     num_decoder_layers: int
@@ -44,6 +47,7 @@ class Workload:
     batch_size: int = 1
     prompt_len: int = 1
     gen_len: int = 1
+    reserves: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -92,7 +96,13 @@ class Workload:
     def cache_slots(self, step: int) -> int:
         """Slots that the cache has room for after `step` has stored its own."""
         whole = bucket(self.prompt_len + self.gen_len - 1)
+        if self.reserves:
+            return whole
         return min(whole, bucket(self.prompt_len + step + 1))
+
+    def attended_slots(self, step: int) -> int:
+        """Slots of the cache that attention reads in `step`, which is no prefill."""
+        return self.past_len(step) if self.reserves else self.cache_slots(step - 1)
 
 
 def bucket(length: int) -> int:

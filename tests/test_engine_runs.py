@@ -10,13 +10,15 @@ import pytest
 
 from flexjax import steps, trace
 from flexjax.checkpoint import open_store
+from flexjax.kernels.decode_attention import DECODE_ATTENTION
+from flexjax.memory.device import DeviceStore
 from flexjax.memory.lanes import Lane
 from flexjax.policy import Kind, Schedule, Tier
 from flexjax.runner import BlockRunner
 from flexjax.schedule.footprint import by_tier
 from flexjax.schedule.ops import Cache, Hidden
 from flexjax.stopping import StopChecker
-from flexjax.workload import Workload
+from flexjax.workload import Workload, bucket
 from tests.test_engine import GREEDY, PLACEMENTS, make_engine, make_rows, policy_of
 
 
@@ -35,6 +37,29 @@ def test_compilations_do_not_grow_with_layers_tokens_or_prompts(golden, tmp_path
         counts.append(compiled())
     engine.close()
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_cache_that_a_kernel_attends_to_never_grows(golden, tmp_path, monkeypatch):
+    if not DECODE_ATTENTION.is_there():
+        pytest.skip("no kernel for this processor, or no compiler")
+    rooms = []
+    store = DeviceStore.store
+
+    def seen(self, key, value, rows, *, at, slots):
+        buffer, _ = key
+        if isinstance(buffer, Cache):
+            rooms.append((at, slots))
+        store(self, key, value, rows, at=at, slots=slots)
+
+    monkeypatch.setattr(DeviceStore, "store", seen)
+    policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (2, 1))
+    engine = make_engine(open_store(golden("opt-bf16").store), policy, tmp_path)
+    params = dataclasses.replace(GREEDY, max_tokens=80)
+    engine.generate(make_rows(golden("opt-bf16").prompts[:2], params))
+    engine.close()
+    ends = [at for at, _ in rooms]
+    assert max(ends) > min(ends) + 64
+    assert {slots for _, slots in rooms} == {bucket(max(ends) + 1)}
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

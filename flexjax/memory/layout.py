@@ -18,6 +18,7 @@ from flexjax.memory.processor import (
     Tensors,
     check_rounding,
     is_multiplied_narrow,
+    reserves_cache,
 )
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
@@ -241,6 +242,7 @@ class WeightLayout:
             batch_size=batch_size,
             prompt_len=bucket(prompt_len),
             gen_len=gen_len,
+            reserves=reserves_cache(policy, self.config, self.dtype, self.processor),
         )
 
 

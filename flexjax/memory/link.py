@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from flexjax.kernels.decode_attention import DECODE_ATTENTION
 from flexjax.kernels.products import PRODUCTS
 from flexjax.memory import buffers
 from flexjax.memory.lanes import Lane, Timeline
@@ -66,6 +67,7 @@ def processor_of(device: Device, *, is_quantized: bool) -> Processor:
     return Processor(
         is_host=is_host,
         multiplies_quantized=is_quantized and is_host and PRODUCTS.is_there(),
+        has_attention_kernel=is_host and DECODE_ATTENTION.is_there(),
     )
 
 

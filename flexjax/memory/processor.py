@@ -3,8 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
+from flexjax.kernels.decode_attention import is_attended
 from flexjax.kernels.products import fitting_groups, is_multiplied
+from flexjax.models.config import OPTConfig
 from flexjax.policy import Policy
+from flexjax.quant import cache_quantization
 from flexjax.store_format import TensorEntry
 
 Tensors = Mapping[str, TensorEntry]
@@ -18,10 +23,13 @@ class Processor:
         is_host: whether it computes in the host's memory.
         multiplies_quantized: whether it multiplies with quantized weights as they are;
             else they are made wide first.
+        has_attention_kernel: whether a kernel attends to caches that `is_attended`;
+            else XLA does.
     """
 
     is_host: bool
     multiplies_quantized: bool = False
+    has_attention_kernel: bool = False
 
 
 def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
@@ -31,6 +39,23 @@ def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
         how is not None
         and processor.multiplies_quantized
         and is_multiplied(how, entry.used_shape[-1])
+    )
+
+
+def reserves_cache(
+    policy: Policy, config: OPTConfig, dtype: np.dtype, processor: Processor
+) -> bool:
+    """Whether all of a cache is attended to by the kernel, and where it lies.
+
+    Then it may be as large as it will ever be from the start: only what is in use is
+    read, while from disk all of it would be loaded.
+    """
+    cache_as = cache_quantization(policy, config, dtype)
+    return (
+        processor.has_attention_kernel
+        and policy.kv_cache.disk == 0
+        and policy.attention_sparsity == 1
+        and is_attended(dtype, config.head_dim, cache_as)
     )
 
 

@@ -113,6 +113,7 @@ class Hardware:
         return Processor(
             is_host=self.device_is_host,
             multiplies_quantized=self.quantized_product_flops_per_s is not None,
+            has_attention_kernel=self.device_is_host,  # as most processors have
         )
 
     def layer_s(

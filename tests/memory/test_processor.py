@@ -89,6 +89,7 @@ def kernel(why_missing):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(link, "PRODUCTS", kernel(None))
+    monkeypatch.setattr(link, "DECODE_ATTENTION", kernel(None))
     yield tmp_path
     assert not list(tmp_path.iterdir())
 
