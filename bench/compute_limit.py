@@ -107,7 +107,7 @@ def mean_limit(limits: Sequence[ComputeLimit]) -> ComputeLimit:
 
 def read_slots(work: Workload, step: int) -> int:
     """Slots of the cache that `step` reads, rounded up so that few sizes occur."""
-    return bucket(work.attended_slots(step))
+    return bucket(work.past_len(step))
 
 
 def measure_compute(

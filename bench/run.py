@@ -163,7 +163,8 @@ def _refuse_beside_a_case(args: argparse.Namespace) -> None:
 
 def _ensure_ready(case: Case, args: argparse.Namespace) -> None:
     """Refuses what would only fail after a long time."""
-    ensure_distinct({"--json": args.json, "--trace": args.trace})
+    flags = ("json", "trace", "policy")
+    ensure_distinct({f"--{flag}": getattr(args, flag) for flag in flags})
     for name in ("json", "trace"):
         if (path := getattr(args, name)) is not None:
             ensure_writable(f"--{name}", pathlib.Path(path))

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
@@ -12,6 +14,7 @@ BAD_INPUT = 2  # argparse's own status for a wrong command line
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 _BY_SIGNAL = 128  # what a shell adds to a signal's number
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
+_CLEANS_UP_WITHIN_S = 10.0
 
 
 class _Ended(BaseException):
@@ -67,11 +70,16 @@ def _ended_by_signals() -> Iterator[None]:
         yield  # which alone may say what a signal does
         return
     taken = [one for one in _ENDING if signal.getsignal(one) is signal.SIG_DFL]
+    heard_s = -math.inf
 
     def end(number: int, _frame: FrameType | None) -> None:
-        for one in taken:  # what cleans up is not to be cut short
-            signal.signal(one, signal.SIG_IGN)
-        raise _Ended(number)
+        nonlocal heard_s
+        now_s = time.monotonic()
+        # What cleans up is not to be cut short; but an exception may have been lost, in
+        # a place where Python ignores them.
+        if now_s - heard_s > _CLEANS_UP_WITHIN_S:
+            heard_s = now_s
+            raise _Ended(number)
 
     for one in taken:
         signal.signal(one, end)

@@ -130,8 +130,8 @@ class PlannedEngine:
                 "as from on_tokens; make it when that run has ended, or raise to end it"
             )
         with self._lock:
-            self._running_in = thread
             try:
+                self._running_in = thread
                 yield
             finally:
                 self._running_in = None

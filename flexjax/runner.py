@@ -53,7 +53,8 @@ class BlockRunner:
     Args of the constructor:
         policy: that places the cache and the hidden states.
         transport: what everything goes through.
-        offload_dir: where to make the spill folder, if anything is on disk.
+        offload_dir: where to make the spill folder, if anything is on disk; what killed
+            processes left there is removed.
 
     Raises:
         ValueError: attention on the host needs a processor that is not to be had.

@@ -84,7 +84,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
     Of several writers the last one wins.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "xb") as file:
             file.write(data)
@@ -93,8 +93,9 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         partial.rename(path)
         _sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_tree(folder: pathlib.Path) -> None:
@@ -130,6 +131,9 @@ def lock_folder(folder: pathlib.Path) -> int:
     while True:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # who was refused before us has removed it
+            make_folder(folder)
+            continue
         except OSError as error:
             raise unwritable(folder, error) from error
         try:

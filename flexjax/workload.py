@@ -100,10 +100,6 @@ class Workload:
             return whole
         return min(whole, bucket(self.prompt_len + step + 1))
 
-    def attended_slots(self, step: int) -> int:
-        """Slots of the cache that attention reads in `step`, which is no prefill."""
-        return self.past_len(step) if self.reserves else self.cache_slots(step - 1)
-
 
 def bucket(length: int) -> int:
     """`length` rounded up so that few shapes occur: multiples of 32, then of an eighth.

@@ -1,10 +1,12 @@
 import argparse
+import contextlib
 import os
 import signal
 import threading
 
 import pytest
 
+from flexjax import cli
 from flexjax.cli import run_command
 
 
@@ -51,6 +53,19 @@ def test_a_signal_that_would_kill_lets_files_be_removed_first(number, capsys):
     assert capsys.readouterr().err == f"ended by {number.name}\n"
     assert cleaned
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_was_lost_may_be_sent_again(monkeypatch):
+    monkeypatch.setattr(cli, "_CLEANS_UP_WITHIN_S", -1.0)
+
+    def main(_args: argparse.Namespace) -> None:
+        with contextlib.suppress(BaseException):  # as a destructor does
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(10)
+
+    assert run_command(main, argparse.ArgumentParser(), []) == 128 + signal.SIGTERM
 
 
 def test_a_signal_that_is_ignored_stays_so():

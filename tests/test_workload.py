@@ -58,11 +58,11 @@ def test_the_cache_has_room_for_what_is_stored_and_never_shrinks(work):
         assert room >= work.past_len(step) + work.seq_len(step)
         assert room == bucket(room)
     assert slots[-1] <= bucket(work.prompt_len + work.gen_len - 1)
-    whole = dataclasses.replace(work, reserves=True)
-    assert {whole.cache_slots(step) for step in range(work.gen_len)} == {slots[-1]}
-    for step in range(1, work.gen_len):
-        assert whole.attended_slots(step) == work.past_len(step)
-        assert work.past_len(step) <= work.attended_slots(step) == slots[step - 1]
+    if work.reserves:
+        assert len(set(slots)) == 1
+    else:
+        whole = dataclasses.replace(work, reserves=True)
+        assert {whole.cache_slots(step) for step in range(work.gen_len)} == {slots[-1]}
 
 
 @given(work=works())

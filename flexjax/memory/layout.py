@@ -17,8 +17,8 @@ from flexjax.memory.processor import (
     Processor,
     Tensors,
     check_rounding,
+    is_attended_by_kernel,
     is_multiplied_narrow,
-    reserves_cache,
 )
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
@@ -242,8 +242,13 @@ class WeightLayout:
             batch_size=batch_size,
             prompt_len=bucket(prompt_len),
             gen_len=gen_len,
-            reserves=reserves_cache(policy, self.config, self.dtype, self.processor),
+            # What is on disk is loaded whole.
+            reserves=self.attends_by_kernel(policy) and policy.kv_cache.disk == 0,
         )
+
+    def attends_by_kernel(self, policy: Policy) -> bool:
+        """Whether attention reads no more of a cache than what is in use."""
+        return is_attended_by_kernel(policy, self.config, self.dtype, self.processor)
 
 
 def _takes_block(buffer_bytes: int, block_bytes: int) -> bool:

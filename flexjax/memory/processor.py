@@ -42,18 +42,13 @@ def is_multiplied_narrow(entry: TensorEntry, processor: Processor) -> bool:
     )
 
 
-def reserves_cache(
+def is_attended_by_kernel(
     policy: Policy, config: OPTConfig, dtype: np.dtype, processor: Processor
 ) -> bool:
-    """Whether all of a cache is attended to by the kernel, and where it lies.
-
-    Then it may be as large as it will ever be from the start: only what is in use is
-    read, while from disk all of it would be loaded.
-    """
+    """Whether new tokens attend to a cache by the kernel: to what is in use alone."""
     cache_as = cache_quantization(policy, config, dtype)
     return (
         processor.has_attention_kernel
-        and policy.kv_cache.disk == 0
         and policy.attention_sparsity == 1
         and is_attended(dtype, config.head_dim, cache_as)
     )

@@ -75,8 +75,8 @@ def sweep(parent: pathlib.Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its process lives
+        except OSError:
+            pass  # its process lives, or nobody can tell
         finally:
             os.close(lock)
 

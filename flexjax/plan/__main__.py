@@ -105,7 +105,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     _check_flags(args)
-    ensure_distinct({"--json": args.json, "--policy-json": args.policy_json})
+    flags = ("json", "policy_json", "hardware")
+    ensure_distinct({f"--{f.replace('_', '-')}": getattr(args, f) for f in flags})
     for flag in ("json", "policy_json"):
         if (name := getattr(args, flag)) is not None:
             ensure_writable(f"--{flag.replace('_', '-')}", pathlib.Path(name))
@@ -129,14 +130,9 @@ def main(args: argparse.Namespace) -> None:
         rounded=hardware.rounded_product_flops_per_s is not None,
         base=found.template,
     )
-    plan, model = make_plan(
-        found,
-        hardware,
-        job,
-        allowed,
-        most_block_s=math.inf if args.block_latency is None else args.block_latency,
-    )
-    saved = saved_s(plan, model, hardware)
+    most_block_s = math.inf if args.block_latency is None else args.block_latency
+    plan, model = make_plan(found, hardware, job, allowed, most_block_s=most_block_s)
+    saved = saved_s(plan, model, hardware, most_block_s=most_block_s)
     if args.json is not None:
         _write(args.json, plan_to_json(plan, hardware, saved))
     if args.policy_json is not None:

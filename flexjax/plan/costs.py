@@ -146,7 +146,9 @@ class RunCosts:
         hardware = self.hardware
         seconds = {Resource.COMPUTE: 0.0, Resource.HOST_ATTENTION: 0.0}
         rows = cache_rows(self.policy, self.work, Cache(cell.layer, cell.batch))
-        slots = self.work.attended_slots(cell.step)
+        slots = self.work.cache_slots(cell.step - 1)
+        if self.weights.attends_by_kernel(self.policy):
+            slots = self.work.past_len(cell.step)
         slot_bytes = cache_slot_bytes(self.weights.config, self.weights.dtype, None)
         how = self.run.cache_as
         bits = WHOLE_BITS if how is None else how.bits

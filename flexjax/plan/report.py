@@ -1,6 +1,7 @@
 """A plan as text for people and as JSON for programs."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,7 +57,9 @@ def prediction_to_json(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def saved_s(plan: Plan, model: Model, hardware: Hardware) -> dict[str, float]:
+def saved_s(
+    plan: Plan, model: Model, hardware: Hardware, *, most_block_s: float = math.inf
+) -> dict[str, float]:
     """Seconds of the job that more of something would save.
 
     One more GiB of each memory by a search of its own, where the linear program says
@@ -69,7 +72,9 @@ def saved_s(plan: Plan, model: Model, hardware: Hardware) -> dict[str, float]:
         promised_s = plan.worth_s[tiers[0]] * plan.job.num_blocks(plan.policy)
         if promised_s > _LEAST_GAIN * plan.prediction.total_s:
             larger = _with_a_gib_more(hardware, tiers)
-            more = search(model, larger, plan.job, plan.policy)
+            more = search(
+                model, larger, plan.job, plan.policy, most_block_s=most_block_s
+            )
             gained_s = plan.prediction.total_s - more.prediction.total_s
             saved[name] = max(0.0, gained_s)
     faster = dataclasses.replace(

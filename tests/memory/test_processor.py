@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from checkpoints_tools.resolve import resolve_for
-from flexjax import Policy
+from flexjax import Placement, Policy
 from flexjax.kernels.products import fitting_groups, is_multiplied
 from flexjax.memory import link
 from flexjax.memory.layout import lay_out
 from flexjax.memory.processor import Processor
-from flexjax.models.config import OPTConfig
+from flexjax.models.config import OPTConfig, named_config
+from flexjax.plan.planner import Found
 from flexjax.quant import Quantization
 from flexjax.store_format import planned_entries
+from flexjax.workload import bucket
 
 NO_COMPILER = "CXX is 'icc', and there is no such program"
 HERE = Processor(is_host=True, multiplies_quantized=True)
@@ -77,6 +79,31 @@ def test_what_is_recommended_is_taken():
         ]
         taken = all(is_multiplied(how, inputs) for how, inputs in ways)
         assert (size in fitting_groups(ways)) == taken
+
+
+@pytest.mark.parametrize(
+    ("changes", "attends", "reserves"),
+    [
+        ({}, True, True),
+        ({"kv_cache": Placement(device=0.5, host=0.5)}, True, True),
+        ({"kv_cache": Placement(device=0.99)}, True, False),
+        ({"kv_cache_bits": 4}, True, True),
+        ({"kv_cache_bits": 4, "group_size": 8}, False, False),
+        ({"attention_sparsity": 0.5}, False, False),
+    ],
+)
+def test_a_cache_has_room_at_once_where_the_kernel_attends_to_all_of_it(
+    changes, attends, reserves
+):
+    policy = Policy(**changes)
+    model = Found(named_config("opt-1.3b"), np.dtype("bfloat16")).model(Policy())
+    for has_kernel in (True, False):
+        processor = Processor(is_host=True, has_attention_kernel=has_kernel)
+        layout = model.layout(policy, processor)
+        work = layout.workload(policy, prompt_len=100, gen_len=100, num_rows=8)
+        assert layout.attends_by_kernel(policy) == (attends and has_kernel)
+        assert work.reserves == (reserves and has_kernel)
+        assert work.cache_slots(0) == (bucket(227) if work.reserves else bucket(129))
 
 
 def kernel(why_missing):

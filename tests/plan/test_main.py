@@ -42,6 +42,11 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
         (("calibrate", "--block-latency", 5), "--block-latency has no effect"),
         (("calibrate", "--allow-quantized"), "--allow-quantized has no effect"),
         (("calibrate", "--gen-len", 32), "--gen-len has no effect"),
+        (
+            (*SMALL, "--json", "x", "--policy-json", "x"),
+            "--json and --policy-json both",
+        ),
+        ((*SMALL, "--json", "epyc-2-cores"), "--json and --hardware both name"),
         ((*SMALL, "--host-memory", ""), "'' is not a size"),
         ((*SMALL, "--block-latency", 0), "--block-latency is 0, expected more than 0"),
         ((*SMALL, "--block-latency", 1e-6), "no block is done within 1e-06 s"),

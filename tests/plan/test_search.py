@@ -259,6 +259,20 @@ def test_more_memory_saves_what_a_plan_with_it_saves(base):
     assert all(0 <= seconds < whole_s for seconds in saved.values())
 
 
+def test_what_more_memory_saves_keeps_to_the_time_of_a_block():
+    hardware = machine(APART, 4600, 4600)
+    fast = search(MODEL, hardware, JOB).prediction.block_s
+    most_s = 0.3 * fast
+    plan = search(MODEL, hardware, JOB, most_block_s=most_s)
+    bounded = saved_s(plan, MODEL, hardware, most_block_s=most_s)
+    free = saved_s(plan, MODEL, hardware)
+    more = "1 GiB more on device"
+    assert bounded[more] <= free[more]
+    larger = machine(APART, 4600 + (1 << 20), 4600)
+    best = search(MODEL, larger, JOB, most_block_s=most_s).prediction.total_s
+    assert bounded[more] in (0.0, pytest.approx(plan.prediction.total_s - best))
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [
