@@ -10,6 +10,18 @@ from flexjax import cli
 from flexjax.cli import run_command
 
 
+@pytest.fixture(autouse=True)
+def signals_kill():
+    """Whatever the tests' own start made of them, as nohup does."""
+    before = {
+        one: signal.signal(one, signal.SIG_DFL)
+        for one in (signal.SIGTERM, signal.SIGHUP)
+    }
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 def command(error: BaseException | None):
     def main(_args: argparse.Namespace) -> None:
         if error is not None:
@@ -69,15 +81,12 @@ def test_a_signal_that_was_lost_may_be_sent_again(monkeypatch):
 
 
 def test_a_signal_that_is_ignored_stays_so():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
-    try:
-        status = run_command(
-            lambda _: os.kill(os.getpid(), signal.SIGHUP), argparse.ArgumentParser(), []
-        )
-        assert status == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    status = run_command(
+        lambda _: os.kill(os.getpid(), signal.SIGHUP), argparse.ArgumentParser(), []
+    )
+    assert status == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_command_runs_in_any_thread():
