@@ -79,3 +79,9 @@ def golden(tmp_path_factory):
     """Loads a golden checkpoint by its name, once a session."""
     folder = tmp_path_factory.mktemp("golden")
     return functools.cache(lambda name: load_golden(name, folder / name))
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path / "cache"))

@@ -8,10 +8,7 @@ import pytest
 from flexjax import generate
 from flexjax.cli import run_command
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def run(*arguments: str) -> int:

@@ -9,10 +9,7 @@ from flexjax.steps import head_step
 from tests.common import in_time
 from tests.test_llm import GREEDY, SPILLS
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FLEXJAX_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ class RunCosts:
         seconds = {Resource.COMPUTE: 0.0, Resource.HOST_ATTENTION: 0.0}
         rows = cache_rows(self.policy, self.work, Cache(cell.layer, cell.batch))
         slots = self.work.cache_slots(cell.step - 1)
-        if self.weights.attends_by_kernel(self.policy):
+        if self._attends_by_kernel:
             slots = self.work.past_len(cell.step)
         slot_bytes = cache_slot_bytes(self.weights.config, self.weights.dtype, None)
         how = self.run.cache_as
@@ -166,6 +166,10 @@ class RunCosts:
             if on_host and count:
                 seconds[resource] += hardware.round_trip_s
         return seconds
+
+    @functools.cached_property
+    def _attends_by_kernel(self) -> bool:
+        return self.weights.attends_by_kernel(self.policy)
 
     @functools.cached_property
     def _prefill_s(self) -> float:

@@ -16,7 +16,6 @@ from flexjax.schedule.resources import Resource
 from flexjax.sizes import format_bytes
 
 _GIB = 1 << 30
-_LEAST_GAIN = 1e-3  # of a job's time: what promises less is not searched for
 
 
 def plan_to_json(
@@ -62,21 +61,18 @@ def saved_s(
 ) -> dict[str, float]:
     """Seconds of the job that more of something would save.
 
-    One more GiB of each memory by a search of its own, where the linear program says
-    that more would help at all; a disk twice as fast by simulation of the same policy.
+    One more GiB of each memory by a search of its own, since another size of blocks may
+    be best then; a disk twice as fast by simulation of the same policy.
     """
     saved: dict[str, float] = {}
     for tiers in memories(device_is_host=hardware.device_is_host):
+        if tiers == (Tier.DISK,):
+            continue
+        larger = _with_a_gib_more(hardware, tiers)
+        more = search(model, larger, plan.job, plan.policy, most_block_s=most_block_s)
+        gained_s = plan.prediction.total_s - more.prediction.total_s
         name = f"1 GiB more on {' and '.join(tier.value for tier in tiers)}"
-        saved[name] = 0.0
-        promised_s = plan.worth_s[tiers[0]] * plan.job.num_blocks(plan.policy)
-        if promised_s > _LEAST_GAIN * plan.prediction.total_s:
-            larger = _with_a_gib_more(hardware, tiers)
-            more = search(
-                model, larger, plan.job, plan.policy, most_block_s=most_block_s
-            )
-            gained_s = plan.prediction.total_s - more.prediction.total_s
-            saved[name] = max(0.0, gained_s)
+        saved[name] = max(0.0, gained_s)
     faster = dataclasses.replace(
         hardware,
         disk_read_bytes_per_s=2 * hardware.disk_read_bytes_per_s,
@@ -88,11 +84,7 @@ def saved_s(
 
 
 def _with_a_gib_more(hardware: Hardware, tiers: tuple[Tier, ...]) -> Hardware:
-    names = {
-        Tier.DEVICE: "device_memory_bytes",
-        Tier.HOST: "host_memory_bytes",
-        Tier.DISK: "disk_bytes",
-    }
+    names = {Tier.DEVICE: "device_memory_bytes", Tier.HOST: "host_memory_bytes"}
     more = {names[tier]: getattr(hardware, names[tier]) + _GIB for tier in tiers}
     return dataclasses.replace(hardware, **more)
 

@@ -39,8 +39,6 @@ class Plan:
         peak: bytes of the largest block, by tier and kind: as many or more.
         budgets: bytes that each memory could give; where the device is the host, the
             device's is that of both.
-        worth_s: seconds of a block that more of each memory would save, by the GiB, as
-            long as it is little; and a hundredth of the seconds of traffic.
         layers_ahead: layers whose weights are on their way while one computes.
     """
 
@@ -49,7 +47,6 @@ class Plan:
     prediction: Prediction
     peak: Mapping[tuple[Tier, Kind], int]
     budgets: Mapping[Tier, int]
-    worth_s: Mapping[Tier, float]
     layers_ahead: int
 
 
@@ -207,7 +204,6 @@ def _rounded(
                 prediction=predict(model, policy, hardware, job, layers_ahead=ahead),
                 peak=peak,
                 budgets=budgets,
-                worth_s={tier: n * 2**30 for tier, n in solved.worth_s.items()},
                 layers_ahead=ahead,
             )
         tight = {tier: tight[tier] - over.get(tier, 0) for tier in Tier}
