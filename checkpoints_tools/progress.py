@@ -4,18 +4,22 @@ import sys
 
 from tqdm import tqdm
 
-SILENT_S = 30.0  # how long a log file waits for the first line of a long job
+BRIEF_S = 0.5  # what takes less shows no bar
+SILENT_S = 30.0  # between the lines in a log file, and before the first
 
 
-def progress_bar(total_bytes: int, label: str) -> tqdm:
-    """A bar on stderr in bytes; in a log file, a line now and then if it takes long."""
+def progress_bar(
+    total: int, label: str, unit: str = "B", *, is_shown: bool = True
+) -> tqdm:
+    """A bar on stderr; in a log file, a line now and then if it takes long."""
     live = sys.stderr.isatty()
     return tqdm(
-        total=total_bytes,
+        total=total,
         desc=label,
-        unit="B",
+        unit=unit,
         unit_scale=True,
         mininterval=0.1 if live else SILENT_S,
-        delay=0.0 if live else SILENT_S,
+        delay=BRIEF_S if live else SILENT_S,
+        disable=not is_shown,
         file=sys.stderr,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,13 @@ from flexjax.stopping import StopChecker
 from flexjax.workload import Workload, bucket
 
 
+class RowSize(NamedTuple):
+    """What a row is given room for, in tokens."""
+
+    prompt_len: int
+    max_tokens: int
+
+
 @dataclasses.dataclass
 class Row:
     """One prompt on its way: its tokens, and where it will end."""
@@ -37,6 +44,10 @@ class Row:
     params: SamplingParams
     checker: StopChecker
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
+
+    @property
+    def size(self) -> RowSize:
+        return RowSize(len(self.prompt), self.params.max_tokens)
 
     @property
     def has_ended(self) -> bool:

@@ -1,5 +1,6 @@
 """Reading the weight store on disk, into the caller's buffers."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import numpy as np
 import xxhash
 
 from flexjax.extents import Extent, as_bytes, read_extent, reads_direct
-from flexjax.models.config import OPTConfig
+from flexjax.models.config import OPTConfig, to_hugging_face
 from flexjax.quant import Quantization
 from flexjax.store_format import (
     MANIFEST,
@@ -90,6 +91,14 @@ class WeightStore:
         self.direct_io = reads_direct(chunk_path(folder, name, entry, 0))
         # Made once: a decode asks for all of them in every step.
         self._paths: dict[str, list[pathlib.Path]] = {}
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """xxh3_128 of configuration and tensors, wherever they came from."""
+        config = to_hugging_face(self.config, self.dtype.name)
+        tensors = {name: entry.checksum for name, entry in self.tensors.items()}
+        content = json.dumps([config, tensors], sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     def read(self, name: str, out: np.ndarray) -> None:
         """Fills `out` with a tensor.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from flexjax.blocks import GenerateRows, Row, ScoreRows
+from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, shortage
 from flexjax.memory.footprint import run_peak_bytes
@@ -93,18 +93,43 @@ class Engine:
     ) -> None:
         """Runs every row to its end; the rows keep their tokens.
 
+        Raises: as `generate_blocks`.
+        """
+        self.generate_blocks(
+            [row.size for row in rows],
+            lambda places: [rows[place] for place in places],
+            on_tokens=on_tokens,
+        )
+
+    def generate_blocks(
+        self,
+        sizes: Sequence[RowSize],
+        make_rows: Callable[[Sequence[int]], Sequence[Row]],
+        *,
+        on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Runs rows that are there for the time of their block alone.
+
         Rows are sorted by length, so that those of about the same length share a block.
+
+        Args:
+            sizes: of all rows.
+            make_rows: makes the rows of a block, given their places in `sizes`.
+            on_rows: called with the rows of a block when all have ended.
+            on_tokens: called whenever a batch has tokens, with their number.
 
         Raises:
             ValueError: the policy does not fit.
             OSError: a transfer failed; the message names what and where.
         """
-        order = sorted(rows, key=lambda row: len(row.prompt), reverse=True)
+        lengths = [size.prompt_len for size in sizes]
+        order = sorted(range(len(sizes)), key=lengths.__getitem__, reverse=True)
         blocks = _blocks(order, self.policy)
         works = [
             self._workload(
-                max(len(row.prompt) for row in block),
-                max(row.params.max_tokens for row in block),
+                max(sizes[place].prompt_len for place in block),
+                max(sizes[place].max_tokens for place in block),
                 len(block),
             )
             for block in blocks
@@ -116,8 +141,9 @@ class Engine:
 
         with self._call(works, scores=False) as works:
             for block, work in zip(blocks, works, strict=True):
+                rows = make_rows(block)
                 sampler = GenerateRows(
-                    block,
+                    rows,
                     work,
                     self.config,
                     head=self.weights.layout.head,
@@ -126,6 +152,7 @@ class Engine:
                     on_tokens=count,
                 )
                 self._runner.run(work, sampler, self.weights, self.times)
+                on_rows(rows)
 
     def score(
         self,
@@ -145,7 +172,7 @@ class Engine:
                 "with attention_sparsity=1.0"
             )
         lengths = [len(sequence) for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lambda i: lengths[i], reverse=True)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         blocks = _blocks(order, self.policy)
         works = [
             self._workload(max(lengths[i] for i in block), 1, len(block))

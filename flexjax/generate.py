@@ -8,9 +8,10 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from flexjax.answer_file import partial_path, refuse_finished
 from flexjax.cli import run_command
 from flexjax.outputs import RequestOutput
 from flexjax.policy import Policy, to_json
@@ -19,7 +20,10 @@ from flexjax.policy_args import (
     is_planned,
     policy_from_args,
 )
+from flexjax.prompt_file import PromptFile
+from flexjax.prompts import Prompt, random_prompts
 from flexjax.safe_files import ensure_distinct, ensure_writable, write_atomically
+from flexjax.sampling_args import add_sampling_arguments, params_from_args
 from flexjax.sampling_params import SamplingParams
 from flexjax.sizes import format_bytes
 
@@ -31,6 +35,8 @@ _EXAMPLE = """examples:
   python -m flexjax.generate --prompt "It is a truth"
   python -m flexjax.generate --model facebook/opt-6.7b --weights disk=1 \\
       --kv-cache host=1 --batch-size 16 --prompts prompts.txt --json outputs.json
+  python -m flexjax.generate --model facebook/opt-6.7b --prompts rows.jsonl \\
+      --output answers.jsonl
 """
 
 
@@ -48,18 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a folder with a checkpoint or a weight store, or a Hub id; the small "
         "model that comes with flexjax, if not given",
     )
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="a text file with one prompt a line; blank lines are left out",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write outputs and metrics here")
-    parser.add_argument(
-        "--trace",
-        metavar="FILE",
-        help="write what every lane did when, for ui.perfetto.dev",
-    )
+    _add_file_arguments(parser)
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -67,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="bfloat16, float16, float32 or auto, the checkpoint's own (default)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    _add_sampling_arguments(parser)
+    add_sampling_arguments(parser)
     add_policy_arguments(parser, can_plan=True)
     parser.add_argument(
         "--prompt-len",
@@ -83,60 +78,50 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--max-tokens",
-        "--gen-len",
-        type=int,
-        default=32,
-        metavar="N",
-        help="tokens to generate for each prompt (default 32)",
+def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a file with one prompt a line, blank lines left out: texts; or in a "
+        '.jsonl file JSON texts, lists of token ids, or objects with a "prompt"',
     )
-    for name, default, help_text in (
-        ("temperature", 0.0, "divides the logits; 0 takes the most likely token"),
-        ("top-k", 0, "draw from the K most likely tokens; 0: from all"),
-        ("top-p", 1.0, "draw from the likeliest tokens that sum to this probability"),
-        ("min-p", 0.0, "draw from tokens this likely, relative to the likeliest"),
-        ("repetition-penalty", 1.0, "above 1: tokens seen before become less likely"),
-    ):
-        group.add_argument(
-            f"--{name}",
-            type=type(default),
-            default=default,
-            metavar="X",
-            help=f"{help_text} (default {default})",
-        )
-    group.add_argument(
-        "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end a row"
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write an answer to each line of --prompts here, as JSON lines, and print "
+        "none; the same command goes on where a run of it was stopped",
     )
-    group.add_argument(
-        "--stop-token-ids",
-        nargs="+",
-        type=int,
-        default=(),
-        metavar="ID",
-        help="token ids that end a row",
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write outputs and metrics here; with --output, metrics alone",
     )
-    group.add_argument(
-        "--ignore-eos", action="store_true", help="go on past the end of a text"
-    )
-    group.add_argument(
-        "--logprobs",
-        type=int,
-        metavar="N",
-        help="report log-probabilities, of the N best tokens too",
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what every lane did when, for ui.perfetto.dev",
     )
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
-    params, prompts = _params(args), _read_prompts(args)
+    params = params_from_args(args)
     policy = None if is_planned(args) else policy_from_args(args)
     _ensure_files(args)
-    model = _model(args)
+    with _read_prompts(args) as prompts:
+        _run(args, prompts, params, policy)
 
+
+def _run(
+    args: argparse.Namespace,
+    prompts: Sequence[Prompt] | None,
+    params: SamplingParams,
+    policy: Policy | None,
+) -> None:
+    model = _model(args)
     # Slow to load: after all that can be refused early.
+    from flexjax.file_job import answer_file_of_prompts
     from flexjax.llm import LLM
     from flexjax.trace import write_trace
 
@@ -146,39 +131,66 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         offload_dir=args.offload_dir,
         seed=args.seed,
+        progress=None if args.output is None else True,
         trace=args.trace is not None,
     ) as llm:
-        if prompts is None:
-            count = (policy or Policy()).block_size
-            prompts = _random_prompts(llm, count, args.prompt_len)
-        outputs = llm.generate(prompts, params)
-        metrics, placement, spans = llm.metrics, llm.placement, llm.trace
-        policy, choice = llm.policy, llm.plan
-    assert policy is not None  # it has run
+        outputs: list[RequestOutput] = []
+        if isinstance(prompts, PromptFile) and args.output is not None:
+            path = pathlib.Path(args.output)
+            answer_file_of_prompts(llm, prompts, path, params, notice=_say)
+            _say(f"{len(prompts):,} answers in {path}")
+        else:
+            if prompts is None:
+                count = (policy or Policy()).block_size
+                prompts = _random_prompts(llm, count, args.prompt_len)
+            outputs = llm.generate(prompts, params)
     try:  # the file first, since a terminal may be closed; but a disk may be full
         if args.json is not None:
-            report = {
-                "outputs": [dataclasses.asdict(output) for output in outputs],
-                "metrics": metrics,
-                "placement": placement,
-                "policy": to_json(policy),
-            }
-            data = json.dumps(report, indent=1, ensure_ascii=False).encode()
-            write_atomically(pathlib.Path(args.json), data)
+            _write_report(args, llm, outputs)
     finally:
         _print(outputs)
-    if choice is not None and choice.plan is None:  # else it was said before the run
-        print(choice.reason, file=sys.stderr)
-    print(_summary(metrics), file=sys.stderr)
+    if llm.plan is not None and llm.plan.plan is None:  # else it was said before
+        _say(llm.plan.reason)
+    if llm.metrics:  # else all was there
+        _say(_summary(llm.metrics))
     if args.trace is not None:
-        write_trace(pathlib.Path(args.trace), spans)
+        write_trace(pathlib.Path(args.trace), llm.trace)
+
+
+def _write_report(
+    args: argparse.Namespace, llm: "LLM", outputs: Sequence[RequestOutput]
+) -> None:
+    report = {
+        "metrics": llm.metrics,
+        "placement": llm.placement,
+        "policy": None if llm.policy is None else to_json(llm.policy),
+    }
+    if args.output is None:
+        report = {"outputs": [dataclasses.asdict(one) for one in outputs], **report}
+    data = json.dumps(report, indent=1, ensure_ascii=False).encode()
+    write_atomically(pathlib.Path(args.json), data)
+
+
+def _say(text: str) -> None:
+    """Tells the user; answers alone go to stdout."""
+    print(text, file=sys.stderr)
 
 
 def _ensure_files(args: argparse.Namespace) -> None:
     """Refuses files that would be lost, or could not be written after a long run."""
-    flags = ("json", "trace", "prompts", "policy")
-    ensure_distinct({f"--{flag}": getattr(args, flag) for flag in flags})
-    for flag in ("json", "trace"):
+    flags = ("json", "trace", "output", "prompts", "policy")
+    files = {f"--{flag}": getattr(args, flag) for flag in flags}
+    if args.output is not None:
+        if args.prompts is None:
+            raise ValueError(
+                "--output is for answers to --prompts FILE; --json FILE has those to "
+                "other prompts"
+            )
+        output = pathlib.Path(args.output)
+        refuse_finished(output)
+        files["the partial file of --output"] = str(partial_path(output))
+    ensure_distinct(files)
+    for flag in ("json", "trace", "output"):
         if (name := getattr(args, flag)) is not None:
             ensure_writable(f"--{flag}", pathlib.Path(name))
 
@@ -194,18 +206,8 @@ def _print(outputs: Sequence[RequestOutput]) -> None:
         sys.stdout.flush()
 
 
-def _params(args: argparse.Namespace) -> SamplingParams:
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
-    return SamplingParams(
-        **{
-            name: value
-            for name, value in vars(args).items()
-            if name in names - {"seed"}
-        }
-    )
-
-
-def _read_prompts(args: argparse.Namespace) -> list[str] | None:
+@contextlib.contextmanager
+def _read_prompts(args: argparse.Namespace) -> Iterator[Sequence[Prompt] | None]:
     """The prompts that were given; None asks for random ones."""
     given = [
         name
@@ -220,24 +222,15 @@ def _read_prompts(args: argparse.Namespace) -> list[str] | None:
     if args.prompt_len is not None:
         if args.prompt_len < 1:
             raise ValueError(f"--prompt-len is {args.prompt_len}, expected at least 1")
-        return None
-    if args.prompt is not None:
-        return args.prompt
-    try:
-        text = pathlib.Path(args.prompts).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts {args.prompts} cannot be read: {error}") from error
-    # Not `splitlines`, which also ends a line at characters that texts contain.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts {args.prompts} is empty; write one prompt a line")
-    return prompts
+        yield None
+    elif args.prompt is not None:
+        yield args.prompt
+    else:
+        with PromptFile(pathlib.Path(args.prompts)) as prompts:
+            yield prompts
 
 
 def _random_prompts(llm: "LLM", count: int, length: int) -> list[list[int]]:
-    from flexjax.prompts import random_prompts
-
     if length > llm.max_model_len:
         raise ValueError(
             f"--prompt-len is {length}, but the model has positions for "

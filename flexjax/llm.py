@@ -12,21 +12,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_tools.progress import progress_bar
 from checkpoints_tools.resolve import resolve_for
 from flexjax.blocks import Row
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
-from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexjax.outputs import RequestOutput
 from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
 from flexjax.policy_args import AUTO
-from flexjax.prompts import Prompt, as_list, checked_ids, items, one_for_each
+from flexjax.prompts import Prompt, as_list, items
+from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
-from flexjax.stopping import StopChecker
-from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from flexjax.tokenizer import Tokenizer
 
 
 class LLM:
@@ -46,8 +47,16 @@ class LLM:
             that goes when this is closed; the cache folder's, if not given.
         max_model_len: positions to use at most; the model's own, if not given.
         seed: of prompts whose parameters name none.
-        progress: whether to show progress bars; only on a terminal, if not given.
+        progress: whether to show progress bars, which in a log file are a line now and
+            then; only on a terminal, if not given.
         trace: whether to keep, in `trace`, what every lane did; costs memory.
+
+    Attributes:
+        config: of the model.
+        checksum: of its configuration and weights, in hexadecimal.
+        max_model_len: positions that are used at most.
+        seed: of prompts whose parameters name none.
+        metrics: of the last run; empty before there is one.
 
     Raises:
         ValueError: the model or the policy cannot be used; the message says why.
@@ -66,23 +75,22 @@ class LLM:
         progress: bool | None = None,
         trace: bool = False,
     ) -> None:
-        seed, given = read_seed("seed", seed), _read_policy(policy)
+        self.seed, given = read_seed("seed", seed), _read_policy(policy)
         self._progress = sys.stderr.isatty() if progress is None else progress
         device = jax.devices()[0]
         named = EMBEDDED_MODEL if model is None else model
         folder = resolve_for(given or Policy(), named, dtype, device=device)
         store = open_store(folder)
-        self.config = store.config
+        self.config, self.checksum = store.config, store.checksum
         self.max_model_len = _max_model_len(max_model_len, store)
-        self._folder = folder
-        self._tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+        self._rows = RowMaker(store.config, folder, self.max_model_len)
         spill = default_cache() if offload_dir is None else pathlib.Path(offload_dir)
         self._planned = PlannedEngine(
             store,
             given,
             device=device,
             offload_dir=spill,
-            seed=seed,
+            seed=self.seed,
             keeps_spans=trace,
             loading=functools.partial(_loading, self._progress),
         )
@@ -129,9 +137,7 @@ class LLM:
         Raises:
             ValueError: it came with none.
         """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._folder)
-        return self._tokenizer
+        return self._rows.tokenizer
 
     def generate(
         self,
@@ -152,27 +158,64 @@ class LLM:
             ValueError: a prompt cannot be used; the message counts prompts from 0.
             OSError: a transfer failed; nothing of this call can be used.
         """
+        outputs: dict[int, RequestOutput] = {}
         requests = as_list(prompts)
-        params = one_for_each(sampling_params, len(requests))
-        rows = [
-            self._row(index, prompt, row_params)
-            for index, (prompt, row_params) in enumerate(
-                zip(requests, params, strict=True)
-            )
-        ]
-        asked = [row.params.max_tokens for row in rows]
+        self.generate_each(
+            requests, sampling_params, on_outputs=outputs.update, on_tokens=on_tokens
+        )
+        return [outputs[index] for index in range(len(requests))]
+
+    def generate_each(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_outputs: Callable[[dict[int, RequestOutput]], object],
+        indices: Sequence[int] | None = None,
+        on_tokens: Callable[[int], object] | None = None,
+    ) -> None:
+        """Continues prompts and gives the outputs of each block away when it ends.
+
+        For more prompts than memory holds: `prompts` are looked up, all of them once
+        before the first block, so that whatever cannot be used is refused then, and
+        each again with its block.
+
+        Args:
+            prompts: as of `generate`; may read them from a file.
+            sampling_params: for all prompts, or one for each.
+            on_outputs: called in this thread with the outputs of a block, by the
+                index of their prompt; what it raises ends the call. Longer prompts come
+                first.
+            indices: of the prompts that are to be continued; all, if not given. What
+                comes of a prompt is not changed by which others are.
+            on_tokens: as of `generate`.
+
+        Raises:
+            ValueError, OSError: as `generate`; what was given away can be used.
+        """
+        requests = Requests(self._rows, prompts, sampling_params, indices)
+        with self._bar(len(requests), "reading", "prompt") as bar:
+            sizes = requests.sizes(bar.update)
+        lengths = [size.prompt_len for size in sizes]
+        asked = [size.max_tokens for size in sizes]
         max_tokens = max(asked, default=1)
-        lengths = [len(row.prompt) for row in rows]
         with (
             self._planned.running(lengths, max_tokens) as engine,
-            self._bar(sum(asked), "generating", "token") as bar,
+            self._bar(sum(asked), "generating") as bar,
         ):
-            engine.generate(rows, _updates(bar, engine, on_tokens))
+
+            def give(rows: Sequence[Row]) -> None:
+                for row in rows:  # what ended early is no longer to come
+                    bar.total -= row.params.max_tokens - len(row.checker.token_ids)
+                on_outputs(requests.outputs(rows))
+
+            engine.generate_blocks(
+                sizes,
+                requests.rows,
+                on_rows=give,
+                on_tokens=_updates(bar, engine, on_tokens),
+            )
             self.metrics = self._planned.report(engine, lengths, max_tokens)
-        return [
-            self._output(row, prompt)
-            for row, prompt in zip(rows, requests, strict=True)
-        ]
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of every token but the first, given those before it.
@@ -188,7 +231,7 @@ class LLM:
             ValueError, OSError: as `generate`.
         """
         sequences = [
-            self._checked_ids(
+            self._rows.checked(
                 f"sequence {index}",
                 items(f"sequence {index} is", ids, "a list of token ids"),
                 0,
@@ -198,96 +241,20 @@ class LLM:
         lengths = [len(sequence) for sequence in sequences]
         with (
             self._planned.running(lengths, 1) as engine,
-            self._bar(sum(lengths), "scoring", "token") as bar,
+            self._bar(sum(lengths), "scoring") as bar,
         ):
             scores = engine.score(sequences, _updates(bar, engine))
             self.metrics = self._planned.report(engine, lengths, 1)
         return scores
 
-    def _row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty; give it at least a word")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = items(f"prompt {index} is", prompt, "a text or a list of token ids")
-        ids = self._checked_ids(f"prompt {index}", ids, params.max_tokens)
-        for token in params.stop_token_ids:
-            if token >= self.config.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids of prompt {index} has {token}, but the vocabulary "
-                    f"ends at {self.config.vocab_size - 1}"
-                )
-        decode = self._tokenizer and self._tokenizer.decode
-        eos = self.config.eos_token_id
-        return Row(
-            index, ids, params, StopChecker(params, eos_token_id=eos, decode=decode)
-        )
-
-    def _checked_ids(self, name: str, ids: list[Any], max_tokens: int) -> list[int]:
-        ids = checked_ids(name, ids, self.config.vocab_size)
-        if len(ids) + max_tokens > self.max_model_len:
-            wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
-            raise ValueError(
-                f"{name} has {len(ids)} tokens{wanted}, but the model has positions "
-                f"for {self.max_model_len}; shorten the prompt or ask for fewer tokens"
-            )
-        return ids
-
-    def _output(self, row: Row, prompt: Prompt) -> RequestOutput:
-        finish = row.checker.finish
-        assert finish is not None
-        wants_logprobs = row.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=row.checker.text,
-            token_ids=row.checker.token_ids,
-            logprobs=self._decoded(row.logprobs) if wants_logprobs else None,
-            cumulative_logprob=_cumulative(row) if wants_logprobs else None,
-            finish_reason=finish.finish_reason,
-            stop_reason=finish.stop_reason,
-        )
-        return RequestOutput(
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=list(row.prompt),
-            outputs=[completion],
-        )
-
-    def _decoded(self, tables: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
-        if self._tokenizer is None:
-            return tables
-        decode = self._tokenizer.decode
-        return [
-            {
-                token: Logprob(
-                    logprob=entry.logprob,
-                    rank=entry.rank,
-                    decoded_token=decode([token]),
-                )
-                for token, entry in table.items()
-            }
-            for table in tables
-        ]
-
-    def _bar(self, total: int, label: str, unit: str) -> tqdm:
-        return _progress_bar(self._progress, total, label, unit)
-
-
-def _progress_bar(is_shown: bool, total: int, label: str, unit: str) -> tqdm:
-    return tqdm(
-        total=total,
-        desc=label,
-        unit=unit,
-        unit_scale=True,
-        disable=not is_shown,
-        file=sys.stderr,
-    )
+    def _bar(self, total: int, label: str, unit: str = "token") -> tqdm:
+        return progress_bar(total, label, unit, is_shown=self._progress)
 
 
 @contextlib.contextmanager
 def _loading(is_shown: bool, nbytes: int) -> Iterator[Callable[[int], object]]:
     """What is told of weights that are loaded; no method, so that no cycle is made."""
-    with _progress_bar(is_shown, nbytes, "loading", "B") as bar:
+    with progress_bar(nbytes, "loading", is_shown=is_shown) as bar:
         yield bar.update
 
 
@@ -323,8 +290,3 @@ def _max_model_len(wanted: int | None, store: WeightStore) -> int:
             "the model has"
         )
     return wanted
-
-
-def _cumulative(row: Row) -> float:
-    pairs = zip(row.logprobs, row.checker.token_ids, strict=True)
-    return sum(table[token].logprob for table, token in pairs)

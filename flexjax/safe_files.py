@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from flexjax.sizes import format_bytes
@@ -83,15 +83,23 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Writes a file that is either all there or not there, even after a power cut.
 
     Of several writers the last one wins.
+
+    Raises:
+        OSError: it could not be written; the message names it.
     """
+    write_pieces_atomically(path, (data,))
+
+
+def write_pieces_atomically(path: pathlib.Path, pieces: Iterable[bytes]) -> None:
+    """`write_atomically` of data that need not be in memory all at once."""
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "xb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
-        _sync(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
@@ -104,11 +112,12 @@ def sync_tree(folder: pathlib.Path) -> None:
     for parent, folders, files in os.walk(folder):
         paths += [pathlib.Path(parent, name) for name in folders + files]
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(_sync, paths):
+        for _ in pool.map(sync_path, paths):
             pass
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync_path(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a folder, have reached the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -24,6 +24,7 @@ STAIRS = [
     "policy_args",
     "workload",
     "sampling_params",
+    "sampling_args",
     "outputs",
     "models.config",
     # paper
@@ -121,9 +122,13 @@ STAIRS = [
     "tokenizer",
     "checkpoints_tools.train_embedded",
     "prompts",
+    "prompt_file",
+    "row_maker",
     "placement_report",
     "planned_engine",
     "llm",
+    "answer_file",
+    "file_job",
     "generate",
     "plan.__main__",
 ]

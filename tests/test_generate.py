@@ -88,7 +88,7 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
     [
         ([], "give the prompts in one way"),
         (["--prompt", "a", "--prompt-len", "3"], "give the prompts in one way"),
-        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--prompt-len", "0"], "--prompt-len is 0"),
         (["--prompt", "a", "--model", "nowhere"], "'nowhere' is neither a folder"),
         (["--prompt", "a", "--weights", "device=2"], "--weights: .* 2.0"),
@@ -115,6 +115,13 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         (["--prompt", "a", "--json", "x", "--trace", "./x"], "--json and --trace both"),
         (["--prompts", __file__, "--json", __file__], "--json and --prompts both name"),
         (["--prompt-len", "99999999999"], "positions for"),
+        (["--prompt", "a", "--output", "x.jsonl"], "--output is for answers to --pr"),
+        (["--prompts", __file__, "--output", __file__], "py is there already; name"),
+        (["--prompts", "a", "--output", "/proc/y"], "--output /proc/y cannot be writ"),
+        (
+            ["--prompts", "y.partial", "--output", "y"],
+            "--prompts and the partial file of --output both name y.partial",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys):

@@ -210,6 +210,38 @@ def test_tokens_are_told_as_they_come_and_the_caller_may_end_the_call(llm, golde
     assert [o.outputs for o in again] == [o.outputs for o in outputs]
 
 
+def test_outputs_of_each_block_are_given_away_when_it_ends(llm, golden):
+    prompts = golden("opt-pre-ln").prompts * 2
+    whole = llm.generate(prompts, GREEDY)
+    seen, given = [], []
+
+    class Prompts(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    llm.generate_each(
+        Prompts(prompts),
+        GREEDY,
+        indices=[7, 1, 4, 8, 5],
+        on_outputs=lambda outputs: given.append((outputs, len(seen))),
+    )
+    assert [len(outputs) for outputs, _ in given] == [4, 1]
+    found = given[0][0] | given[1][0]
+    assert sorted(found) == [1, 4, 5, 7, 8]
+    assert all(found[index] == whole[index] for index in found)
+    assert [count for _, count in given] == [5 + 2 * 4, 5 + 2 * 4 + 2]
+
+
+def test_what_takes_outputs_may_end_the_call(llm):
+    def refuse(outputs):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        llm.generate_each([[5], [6]], GREEDY, on_outputs=refuse)
+    assert len(llm.generate([[5]], GREEDY)) == 1
+
+
 def test_an_empty_list_of_prompts_gives_an_empty_list(llm):
     assert llm.generate([]) == []
     assert llm.score([]) == []

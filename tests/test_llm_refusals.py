@@ -60,6 +60,25 @@ def test_bad_sequences_are_refused_by_number(llm, sequences, message):
         llm.score(sequences)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("a text", {}, "prompts are 'a text', expected a sequence of texts"),
+        (3, {}, "prompts are 3, expected a sequence of texts"),
+        ([[5], [6]], {"indices": [0, 2]}, "indices has 2, but the 2 prompts"),
+        ([[5], [6]], {"indices": [-1]}, "indices has -1, but the 2 prompts"),
+        ([[5], [600]], {}, "prompt 1 has token id 600"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_before_the_first(
+    llm, prompts, options, message
+):
+    given = []
+    with pytest.raises(ValueError, match=message):
+        llm.generate_each(prompts, GREEDY, on_outputs=given.append, **options)
+    assert not given
+
+
 @pytest.mark.parametrize("call", ["generate", "score", "close"])
 def test_a_call_from_inside_of_a_run_is_refused(llm, call):
     calls = {

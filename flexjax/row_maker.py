@@ -1,0 +1,196 @@
+"""Prompts become the rows of an engine, and rows that have ended become outputs."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flexjax.blocks import Row, RowSize
+from flexjax.models.config import OPTConfig
+from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexjax.prompts import Prompt, checked_ids, items, one_for_each
+from flexjax.sampling_params import SamplingParams
+from flexjax.stopping import StopChecker
+from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+
+class RowMaker:
+    """What a model, its tokenizer and its number of positions make of prompts.
+
+    Args of the constructor:
+        config: the model's.
+        folder: where its tokenizer is, if it has one.
+        max_model_len: positions to use at most.
+    """
+
+    def __init__(
+        self, config: OPTConfig, folder: pathlib.Path, max_model_len: int
+    ) -> None:
+        self._config, self._folder = config, folder
+        self._max_model_len = max_model_len
+        self._tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            ValueError: it came with none.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._folder)
+        return self._tokenizer
+
+    def row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
+        """The row of a prompt.
+
+        Raises:
+            ValueError: it cannot be used; the message has its index.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty; give it at least a word")
+            ids = self._encoded(index, prompt)
+        else:
+            ids = items(f"prompt {index} is", prompt, "a text or a list of token ids")
+        ids = self.checked(f"prompt {index}", ids, params.max_tokens)
+        for token in params.stop_token_ids:
+            if token >= self._config.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids of prompt {index} has {token}, but the vocabulary "
+                    f"ends at {self._config.vocab_size - 1}"
+                )
+        decode = self._tokenizer and self._tokenizer.decode
+        eos = self._config.eos_token_id
+        return Row(
+            index, ids, params, StopChecker(params, eos_token_id=eos, decode=decode)
+        )
+
+    def checked(self, name: str, ids: list[Any], max_tokens: int) -> list[int]:
+        """Token ids that the model has, no more than it has positions for.
+
+        Raises:
+            ValueError: they are not; the message begins with `name`.
+        """
+        ids = checked_ids(name, ids, self._config.vocab_size)
+        if len(ids) + max_tokens > self._max_model_len:
+            wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
+            raise ValueError(
+                f"{name} has {len(ids)} tokens{wanted}, but the model has positions "
+                f"for {self._max_model_len}; shorten the prompt or ask for fewer tokens"
+            )
+        return ids
+
+    def output(self, row: Row, prompt: Prompt) -> RequestOutput:
+        """What has come of a prompt, whose row has ended."""
+        finish = row.checker.finish
+        assert finish is not None
+        wants_logprobs = row.params.logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text=row.checker.text,
+            token_ids=row.checker.token_ids,
+            logprobs=self._decoded(row.logprobs) if wants_logprobs else None,
+            cumulative_logprob=_cumulative(row) if wants_logprobs else None,
+            finish_reason=finish.finish_reason,
+            stop_reason=finish.stop_reason,
+        )
+        return RequestOutput(
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=list(row.prompt),
+            outputs=[completion],
+        )
+
+    def _encoded(self, index: int, text: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(text)
+        except ValueError as error:
+            raise ValueError(f"prompt {index} cannot be used: {error}") from error
+
+    def _decoded(self, tables: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
+        if self._tokenizer is None:
+            return tables
+        decode = self._tokenizer.decode
+        return [
+            {
+                token: Logprob(
+                    logprob=entry.logprob,
+                    rank=entry.rank,
+                    decoded_token=decode([token]),
+                )
+                for token, entry in table.items()
+            }
+            for table in tables
+        ]
+
+
+class Requests:
+    """Prompts and their parameters; rows are made of them when a block begins.
+
+    Args of the constructor:
+        maker: of their rows.
+        prompts: are looked up when they are asked for, and not kept.
+        params: for all prompts, or one for each.
+        indices: of those that are wanted; None is all.
+
+    Raises:
+        ValueError: they are no sequence, or `indices` has one that is none of theirs.
+    """
+
+    def __init__(
+        self,
+        maker: RowMaker,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        indices: Sequence[int] | None,
+    ) -> None:
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise ValueError(
+                f"prompts are {prompts!r}, expected a sequence of texts or of lists of "
+                "token ids"
+            )
+        self._maker, self._prompts = maker, prompts
+        self._params = one_for_each(params, len(prompts))
+        self._indices = range(len(prompts)) if indices is None else indices
+        for index in self._indices:
+            if not 0 <= index < len(prompts):
+                raise ValueError(
+                    f"indices has {index}, but the {len(prompts)} prompts count from 0"
+                )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def sizes(self, on_prompts: Callable[[int], object]) -> list[RowSize]:
+        """The sizes of all rows, in the order of `indices`.
+
+        Args:
+            on_prompts: called whenever prompts have been looked up, with their number.
+
+        Raises:
+            ValueError: one cannot be used; the message counts prompts from 0.
+        """
+        share = functools.cache(RowSize)  # a few values, for millions of prompts
+        sizes = []
+        for index in self._indices:
+            sizes.append(share(*self._row(index).size))
+            on_prompts(1)
+        return sizes
+
+    def rows(self, places: Sequence[int]) -> list[Row]:
+        """New rows, given their places in `indices`."""
+        return [self._row(self._indices[place]) for place in places]
+
+    def outputs(self, rows: Sequence[Row]) -> dict[int, RequestOutput]:
+        """What has come of rows that have ended, by the index of their prompt."""
+        return {
+            row.index: self._maker.output(row, self._prompts[row.index]) for row in rows
+        }
+
+    def _row(self, index: int) -> Row:
+        return self._maker.row(index, self._prompts[index], self._params[index])
+
+
+def _cumulative(row: Row) -> float:
+    pairs = zip(row.logprobs, row.checker.token_ids, strict=True)
+    return sum(table[token].logprob for table, token in pairs)

@@ -1,0 +1,85 @@
+"""Prompts from files: every form of a line, and every line that is none."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexjax.prompt_file import PromptFile
+
+TEXTS = st.text(min_size=1).filter(lambda text: text.strip())
+# What a line of a text file may be: nothing of it looks like its end.
+LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]))
+IDS = st.lists(st.integers(0, 1 << 40), min_size=1)
+
+
+def written(folder, name, data):
+    path = folder / name
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+@given(lines=st.lists(LINES.filter(str.strip), min_size=1), end=st.sampled_from("\r "))
+def test_a_text_file_has_a_prompt_a_line(tmp_path_factory, lines, end):
+    folder = tmp_path_factory.mktemp("texts")
+    ends = end.strip(" ") + "\n"
+    path = written(folder, "p.txt", "\ufeff" + f"{ends}{ends} {ends}".join(lines))
+    with PromptFile(path) as prompts:
+        assert list(prompts) == lines
+        assert prompts.line(-1) == prompts[-1] == lines[-1]
+
+
+@given(values=st.lists(TEXTS | IDS, min_size=1), other=st.integers())
+def test_a_jsonl_file_has_json_on_each_line(tmp_path_factory, values, other):
+    objects = [{"id": other, "prompt": value} for value in values]
+    data = "\n\n".join(json.dumps(value) for value in [*values, *objects])
+    with PromptFile(written(tmp_path_factory.mktemp("json"), "p.jsonl", data)) as found:
+        assert list(found) == [*values, *values]
+        assert found[: len(values)] == values
+        assert [found.line(len(values) + i) for i in range(len(values))] == objects
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", "", "p.txt is empty; write one prompt a line"),
+        ("p.txt", " \n\u00a0\n", "p.txt is empty"),
+        ("p.txt", b"a\n\nb\xff\n", "line 3 of .*p.txt: 'utf-8' codec"),
+        ("p.jsonl", '"a"\nb\n', "line 2 of .*p.jsonl: Expecting value"),
+        ("p.jsonl", '\n{"text": "a"}\n', "line 2 of .*p.jsonl is no prompt; expected"),
+        ("p.jsonl", '{"prompt": 3}', "line 1 of .*p.jsonl is no prompt; expected"),
+        ("p.jsonl", "null", "line 1 of .*p.jsonl is no prompt; expected"),
+        ("p.jsonl", "[" * 100_000, "line 1 of .*p.jsonl"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_its_line(tmp_path, name, data, message):
+    with pytest.raises(ValueError, match=message):
+        PromptFile(written(tmp_path, name, data))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.txt cannot be read: No such file"):
+        PromptFile(tmp_path / "nowhere.txt")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        PromptFile(tmp_path)
+
+
+def test_a_line_that_changes_is_refused_and_another_file_is_not_read(tmp_path):
+    path = written(tmp_path, "p.txt", "one\ntwo\nsix\n")
+    with PromptFile(path) as prompts:
+        path.write_text("one\nten\nsix\n")
+        assert prompts[0] == "one"
+        with pytest.raises(ValueError, match="line 2 of .* has changed"):
+            prompts[1]
+    with PromptFile(path) as prompts:
+        written(tmp_path, "other", "two\none\nsix\n").rename(path)
+        assert list(prompts) == ["one", "ten", "six"]
+
+
+def test_the_checksum_is_of_the_whole_file(tmp_path):
+    sums = set()
+    for data in ("one\ntwo\n", "one\ntwo\n\n", "one\ntow\n"):
+        with PromptFile(written(tmp_path, "p.txt", data)) as prompts:
+            sums.add(prompts.checksum)
+    assert len(sums) == 3
