@@ -8,11 +8,8 @@ best then, and the plan, run again, and the quicker run counts.
 """
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import datetime
-import gc
 import itertools
 import json
 import math
@@ -31,9 +28,9 @@ from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
 from flexjax.cli import run_command
 from flexjax.llm import LLM
-from flexjax.memory.capacity import free_bytes
+from flexjax.memory.capacity import free_bytes, give_back_freed
 from flexjax.memory.link import processor_of
-from flexjax.plan.auto import choose_policy
+from flexjax.plan.auto import choose_policies
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.predict import Job
@@ -74,9 +71,10 @@ def run_here(store: WeightStore, folder: pathlib.Path) -> dict[str, Any]:
     processor = processor_of(device, is_quantized=store.quantization is not None)
     budgets = memory_budgets(free, device_is_host=processor.is_host)
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
-    chosen = choose_policy(
+    (chosen,) = choose_policies(
         store,
-        JOB,
+        [JOB.prompt_len] * JOB.num_prompts,
+        JOB.gen_len,
         device=device,
         offload_dir=folder,
         held=dict.fromkeys(Tier, 0),
@@ -105,7 +103,7 @@ def _run(store: WeightStore, policy: Policy, folder: pathlib.Path) -> float:
 
     Infinity if it is refused: a process keeps some of what earlier runs freed.
     """
-    _give_back()
+    give_back_freed()
     vocab_size = store.config.vocab_size
     prompts = random_prompts(vocab_size, JOB.num_prompts, JOB.prompt_len)
     params = SamplingParams(max_tokens=JOB.gen_len, temperature=0.0, ignore_eos=True)
@@ -118,13 +116,6 @@ def _run(store: WeightStore, policy: Policy, folder: pathlib.Path) -> float:
         return math.inf
     print(f"{spent_s:7.2f} s {_in_short(to_json(policy))}", file=sys.stderr)
     return spent_s
-
-
-def _give_back() -> None:
-    """Returns to the system what the C library keeps of memory that was freed."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # another library's
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def with_ratio(result: dict[str, Any]) -> dict[str, Any]:

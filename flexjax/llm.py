@@ -127,8 +127,7 @@ class LLM:
 
         Empty unless the model was made with `trace=True`.
         """
-        engine = self._planned.engine
-        return [] if engine is None else engine.timeline.spans
+        return self._planned.spans
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -198,24 +197,23 @@ class LLM:
             sizes = requests.sizes(bar.update)
         lengths = [size.prompt_len for size in sizes]
         asked = [size.max_tokens for size in sizes]
-        max_tokens = max(asked, default=1)
-        with (
-            self._planned.running(lengths, max_tokens) as engine,
-            self._bar(sum(asked), "generating") as bar,
-        ):
+        with self._bar(sum(asked), "generating") as bar:
 
             def give(rows: Sequence[Row]) -> None:
                 for row in rows:  # what ended early is no longer to come
                     bar.total -= row.params.max_tokens - len(row.checker.token_ids)
                 on_outputs(requests.outputs(rows))
 
-            engine.generate_blocks(
-                sizes,
-                requests.rows,
-                on_rows=give,
-                on_tokens=_updates(bar, engine, on_tokens),
-            )
-            self.metrics = self._planned.report(engine, lengths, max_tokens)
+            def run(engine: Engine, places: Sequence[int]) -> None:
+                engine.generate_blocks(
+                    [sizes[place] for place in places],
+                    lambda chosen: requests.rows([places[one] for one in chosen]),
+                    on_rows=give,
+                    on_tokens=_updates(bar, engine, on_tokens),
+                )
+
+            max_tokens = max(asked, default=1)
+            self.metrics = self._planned.run(lengths, max_tokens, run)
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of every token but the first, given those before it.
@@ -238,13 +236,17 @@ class LLM:
             )
             for index, ids in enumerate(as_list(token_ids))
         ]
+        scores = [np.empty(0, np.float32)] * len(sequences)
         lengths = [len(sequence) for sequence in sequences]
-        with (
-            self._planned.running(lengths, 1) as engine,
-            self._bar(sum(lengths), "scoring") as bar,
-        ):
-            scores = engine.score(sequences, _updates(bar, engine))
-            self.metrics = self._planned.report(engine, lengths, 1)
+        with self._bar(sum(lengths), "scoring") as bar:
+
+            def run(engine: Engine, places: Sequence[int]) -> None:
+                chosen = [sequences[place] for place in places]
+                found = engine.score(chosen, _updates(bar, engine))
+                for place, values in zip(places, found, strict=True):
+                    scores[place] = values
+
+            self.metrics = self._planned.run(lengths, 1, run)
         return scores
 
     def _bar(self, total: int, label: str, unit: str = "token") -> tqdm:

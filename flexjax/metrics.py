@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flexjax.memory.lanes import Lane, Timeline
@@ -122,6 +122,49 @@ def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
         },
         "peak_rss_bytes": _peak_rss_bytes(),
     }
+
+
+def joined_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of runs that followed one another, as of one."""
+    if len(reports) == 1:
+        return dict(reports[0])
+    phases = {
+        phase: {
+            "seconds": sum(report[phase]["seconds"] for report in reports),
+            **{
+                counts: dict(_added(report[phase][counts] for report in reports))
+                for counts in ("bytes_moved", "busy_s")
+            },
+        }
+        for phase in ("prefill", "decode")
+    }
+    seconds = sum(report["seconds"] for report in reports)
+    num_tokens = sum(report["num_tokens"] for report in reports)
+    busy_s = _added(phase["busy_s"] for phase in phases.values())
+    return {
+        "seconds": seconds,
+        "num_tokens": num_tokens,
+        "tokens_per_s": num_tokens / seconds if seconds else 0.0,
+        "slowest": max(Lane, key=lambda lane: busy_s[lane.value]).value,
+        "bytes_moved": dict(_added(report["bytes_moved"] for report in reports)),
+        **phases,
+        "step_s": [step_s for report in reports for step_s in report["step_s"]],
+        **{
+            peaks: {
+                tier.value: max(report[peaks][tier.value] for report in reports)
+                for tier in Tier
+            }
+            for peaks in ("peak_bytes", "predicted_peak_bytes")
+        },
+        "peak_rss_bytes": max(report["peak_rss_bytes"] for report in reports),
+    }
+
+
+def _added(counts: Iterable[Mapping[str, float]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return total
 
 
 def _phase_report(phase: Phase) -> dict[str, Any]:

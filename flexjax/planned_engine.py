@@ -1,6 +1,7 @@
 """An engine whose policy was given, or is planned for the first job that it gets."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import pathlib
@@ -12,17 +13,18 @@ import jax
 
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import CLOSED, Engine
+from flexjax.memory.capacity import give_back_freed
+from flexjax.memory.lanes import Span
 from flexjax.memory.layout import MOST_LAYERS_AHEAD
 from flexjax.memory.link import Device
-from flexjax.metrics import metrics_report
+from flexjax.metrics import joined_reports, metrics_report
 from flexjax.placement_report import placement_report
-from flexjax.plan.auto import Choice, choose_policy
-from flexjax.plan.predict import NOTHING, Job
-from flexjax.plan.report import prediction_to_json
-from flexjax.policy import Kind, Policy, Tier
+from flexjax.plan.auto import Choice, choose_policies, job_of
+from flexjax.plan.predict import NOTHING, Prediction, combined
+from flexjax.plan.report import format_seconds, prediction_to_json
+from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sizes import format_bytes
 from flexjax.store_format import TensorEntry
-from flexjax.workload import bucket
 
 logger = logging.getLogger(__name__)
 # Opens what is told of the bytes that are loaded, given how many there will be.
@@ -34,7 +36,7 @@ class PlannedEngine:
 
     Args of the constructor:
         store: the model's weights.
-        policy: validated; None plans one for each job that asks for more than the last.
+        policy: validated; None plans for each job that asks for more than the last.
         device: that computes.
         offload_dir: where to make the spill folder.
         seed: of rows that have none of their own.
@@ -44,6 +46,7 @@ class PlannedEngine:
     Attributes:
         policy: of the engine; None before there is one.
         choice: how it was planned, if it was.
+        spans: what every lane did in the last run; empty unless they are kept.
         placement: see `placement_report`; empty before there is an engine.
     """
 
@@ -63,6 +66,8 @@ class PlannedEngine:
         self._is_auto, self._planned_for = policy is None, NOTHING
         self._lock, self._is_closed = threading.Lock(), False
         self._running_in: int | None = None  # the thread that holds the lock
+        self._chosen_for: list[int] = []  # lengths of prompts, the longest first
+        self.spans: list[Span] = []
         self._layers_ahead = MOST_LAYERS_AHEAD
         self.engine: Engine | None = None
         self.policy: Policy | None = None
@@ -71,43 +76,83 @@ class PlannedEngine:
         if policy is not None:
             self._start(policy)
 
-    @contextlib.contextmanager
-    def running(self, lengths: Sequence[int], gen_len: int) -> Iterator[Engine]:
-        """The engine, under a policy that was given, or planned for as much as this.
+    def run(
+        self,
+        lengths: Sequence[int],
+        gen_len: int,
+        run: Callable[[Engine, Sequence[int]], object],
+    ) -> dict[str, Any]:
+        """Runs prompts under the policy that was given, or under what is planned.
 
-        One block runs at a time, since a plan may replace the engine.
+        One call runs at a time, since a plan may replace the engine.
 
         Args:
             lengths: tokens of each prompt.
             gen_len: tokens to generate for each, at most.
+            run: called with the engine and the places in `lengths` of what it is to
+                run: once, or once for each plan, the longest prompts first.
+
+        Returns:
+            The metrics, and what was predicted if just these prompts were planned for.
 
         Raises:
             ValueError: nothing fits, or this is closed, or runs in this very thread.
             OSError: the disk failed.
             MemoryError: what was planned to fit does not; the message has the account.
         """
-        job = _job(lengths, gen_len)
+        reports: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
+        predictions: list[tuple[float, Prediction]] = []
         with self._alone():
             if self._is_closed:
                 raise ValueError(CLOSED)
-            wanted = self._planned_for.joined(job)
-            if self._is_auto and wanted != self._planned_for:
-                self._plan(wanted)
-            assert self.engine is not None
-            try:
-                yield self.engine
-            except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                if self._is_auto and _is_shortage(error):
-                    raise MemoryError(_account(self.engine)) from error
-                raise
-
-    def report(self, engine: Engine, lengths: Sequence[int], gen_len: int) -> dict:
-        """The metrics of its last call, beside what was predicted of just that job."""
-        report = metrics_report(engine.times, engine.ledger)
-        plan = None if self.choice is None else self.choice.plan
-        if plan is not None and plan.job == _job(lengths, gen_len):
-            report["predicted"] = prediction_to_json(plan.prediction)
+            self.spans = []
+            for places in self._parts(lengths, gen_len):
+                assert self.engine is not None
+                assert self.policy is not None
+                self._run_part(functools.partial(run, self.engine, places), self.engine)
+                reports.append(metrics_report(self.engine.times, self.engine.ledger))
+                what = {"num_prompts": len(places), "policy": to_json(self.policy)}
+                parts.append(what | reports[-1])
+                plan = None if self.choice is None else self.choice.plan
+                ran = sorted((lengths[place] for place in places), reverse=True)
+                if plan is not None and ran == self._chosen_for:
+                    predictions.append((1.0, plan.prediction))
+        report = joined_reports(reports)
+        if len(parts) > 1:
+            report["parts"] = parts
+        if len(predictions) == len(reports):
+            report["predicted"] = prediction_to_json(combined(predictions))
         return report
+
+    def _run_part(self, run: Callable[[], object], engine: Engine) -> None:
+        try:
+            run()
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if self._is_auto and _is_shortage(error):
+                raise MemoryError(_account(engine)) from error
+            raise
+        finally:
+            self.spans += engine.timeline.spans
+
+    def _parts(self, lengths: Sequence[int], gen_len: int) -> Iterator[Sequence[int]]:
+        """Places of what runs under one policy, each when the engine has it."""
+        job = job_of(lengths, gen_len)
+        wanted = self._planned_for.joined(job)
+        if not self._is_auto or wanted == self._planned_for:
+            yield range(len(lengths))
+        elif wanted != job:  # what was asked for before may be again
+            several = [wanted.prompt_len] * wanted.num_prompts
+            (choice,) = self._choose(several, wanted.gen_len)
+            self._take(choice, for_lengths=several)
+            yield range(len(lengths))
+        else:
+            order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+            rest = iter(order)
+            for choice in self._choose([lengths[place] for place in order], gen_len):
+                places = list(itertools.islice(rest, choice.job.num_prompts))
+                self._take(choice, for_lengths=[lengths[place] for place in places])
+                yield places
 
     def close(self) -> None:
         """Lets go of all memory and removes what was spilled; may be called again.
@@ -136,19 +181,33 @@ class PlannedEngine:
             finally:
                 self._running_in = None
 
-    def _plan(self, job: Job) -> None:
+    def _choose(self, lengths: Sequence[int], gen_len: int) -> list[Choice]:
+        """Policies for prompts, the longest of which come first."""
         held = dict.fromkeys(Tier, 0)  # which is free for another policy
         if self.engine is not None:
             for tier, kind in itertools.product((Tier.DEVICE, Tier.HOST), Kind):
                 held[tier] += self.engine.ledger.held(tier, kind)
-        choice = choose_policy(
+        choices = choose_policies(
             self._store,
-            job,
+            lengths,
+            gen_len,
             device=self._device,
             offload_dir=self._offload_dir,
             held=held,
             progress=logger.warning,
         )
+        if len(choices) > 1:
+            predictions = [choice.plan.prediction for choice in choices if choice.plan]
+            logger.warning(
+                "prompts of so different lengths are taken in %d parts, each with a "
+                "policy of its own; expect %s in all",
+                len(choices),
+                format_seconds(sum(part.total_s for part in predictions)),
+            )
+        return choices
+
+    def _take(self, choice: Choice, *, for_lengths: list[int]) -> None:
+        """Makes the engine run under what was chosen."""
         # What was searched takes long, or is far from what a user would expect.
         level = logging.INFO if choice.plan is None else logging.WARNING
         logger.log(level, "%s", choice.reason)
@@ -156,12 +215,14 @@ class PlannedEngine:
         if (choice.policy, ahead) != (self.policy, self._layers_ahead):
             self._stop()
             self._start(choice.policy, ahead)
-        self.choice, self._planned_for = choice, job
+        self.choice, self._planned_for = choice, choice.job
+        self._chosen_for = for_lengths
 
     def _stop(self) -> None:
         if self.engine is not None:
             self.engine.close()
         self.engine, self.policy, self.choice = None, None, None
+        give_back_freed()  # what comes next may need all of it
         self.placement, self._planned_for = {}, NOTHING
 
     def _start(self, policy: Policy, layers_ahead: int = MOST_LAYERS_AHEAD) -> None:
@@ -201,14 +262,6 @@ def _account(engine: Engine) -> str:
     return (
         "out of memory under a policy that was planned, which is a mistake of the plan "
         f"({'; '.join(tiers)}); give a policy with smaller batches, and report this"
-    )
-
-
-def _job(lengths: Sequence[int], gen_len: int) -> Job:
-    return Job(
-        prompt_len=bucket(max(lengths, default=1)),
-        gen_len=gen_len,
-        num_prompts=max(1, len(lengths)),
     )
 
 

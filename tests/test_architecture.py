@@ -113,6 +113,7 @@ STAIRS = [
     "plan.candidates",
     "plan.search",
     "plan.planner",
+    "plan.parts",
     "plan.report",
     "plan.auto",
     # doors

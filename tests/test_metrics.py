@@ -1,5 +1,6 @@
 """What a run took, by phase: times of a clock that the tests turn."""
 
+import itertools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from flexjax import metrics
 from flexjax.memory.lanes import Lane, Timeline
 from flexjax.memory.ledger import Ledger
-from flexjax.metrics import RunTimes, metrics_report
+from flexjax.metrics import RunTimes, joined_reports, metrics_report
 from flexjax.policy import Kind, Tier
 
 LINKS = [(Tier.DISK, Tier.HOST), (Tier.HOST, Tier.DEVICE)]
@@ -75,6 +76,28 @@ def test_phases_add_up_over_blocks(blocks):
     total.update(report["decode"]["bytes_moved"])
     assert Counter(report["bytes_moved"]) == total
     assert report["seconds"] == sum(first) + sum(later)
+
+
+@given(runs=st.lists(st.lists(STEPS, min_size=1, max_size=2), min_size=1, max_size=3))
+def test_runs_that_follow_one_another_add_up_to_one(runs):
+    reports = []
+    with pytest.MonkeyPatch.context() as patch:
+        for blocks in runs:
+            run = Clockwork(patch)
+            run.times.num_tokens = len(blocks)
+            for block in blocks:
+                run.block(block)
+            run.ledger.hold(Tier.HOST, Kind.WEIGHTS, len(blocks))
+            reports.append(metrics_report(run.times, run.ledger))
+        whole = Clockwork(patch)
+        for block in itertools.chain.from_iterable(runs):
+            whole.block(block)
+        whole.times.num_tokens = sum(map(len, runs))
+        whole.ledger.hold(Tier.HOST, Kind.WEIGHTS, max(map(len, runs)))
+    expected = metrics_report(whole.times, whole.ledger)
+    assert joined_reports(reports) == expected | {
+        "peak_rss_bytes": max(report["peak_rss_bytes"] for report in reports)
+    }
 
 
 def test_without_a_decode_step_there_is_no_decode(monkeypatch):

@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from flexjax.llm import LLM
-from flexjax.plan import auto, search
+from flexjax.plan import auto, parts, search
 from flexjax.plan.hardware import read_hardware
-from flexjax.policy import Kind, Policy, Tier
+from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -96,6 +97,38 @@ def test_a_smaller_job_keeps_the_plan_and_a_larger_one_is_planned_anew(
         llm.generate(checkpoint.prompts[:3], GREEDY)
         assert llm.policy is not None
         assert llm.policy.batch_size == 3
+
+
+def test_prompts_of_very_different_lengths_are_planned_apart(
+    golden, small_machine, tmp_path, monkeypatch
+):
+    checkpoint = golden("opt-pre-ln")
+    prompts = [[5 + i, 9] for i in range(30)]
+    prompts[4:4] = [[7 + i] * 150 for i in range(3)]
+    with LLM(checkpoint.store, policy=Policy(batch_size=33)) as whole:
+        expected = token_ids(whole.generate(prompts, GREEDY))
+        scores = whole.score(prompts)
+        needed = whole.metrics["predicted_peak_bytes"]["device"]
+    small_machine(needed // 3)
+    monkeypatch.setattr(parts, "SEARCH_S", 1e-9)
+    with LLM(checkpoint.store, offload_dir=tmp_path, trace=True) as llm:
+        assert token_ids(llm.generate(prompts, GREEDY)) == expected
+        metrics = llm.metrics
+        long, short = metrics["parts"]
+        assert (long["num_prompts"], short["num_prompts"]) == (3, 30)
+        assert long["policy"] != short["policy"] == to_json(llm.policy)
+        assert metrics["num_tokens"] == 33 * 4
+        assert metrics["seconds"] == long["seconds"] + short["seconds"]
+        assert metrics["predicted"]["total_s"] > llm.plan.plan.prediction.total_s
+        prefills = [span.name for span in llm.trace if span.name.startswith("step 0,")]
+        assert len(prefills) > len(set(prefills)), "the trace has both parts"
+        # The last policy is kept for what asks for no more.
+        assert token_ids(llm.generate(prompts[:3], GREEDY)) == expected[:3]
+        assert "parts" not in llm.metrics
+        # And what asks for more is planned anew.
+        found = llm.score(prompts)
+        for one, other in zip(found, scores, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4)
 
 
 def test_a_job_that_does_not_fit_leaves_what_ran_before(golden, small_machine):

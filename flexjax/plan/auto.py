@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from flexjax.checkpoint import WeightStore
@@ -11,7 +11,8 @@ from flexjax.memory.link import Device, processor_of
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.planner import allowed_policies, best_plan, template_of
+from flexjax.plan.parts import plan_parts
+from flexjax.plan.planner import allowed_policies, template_of
 from flexjax.plan.predict import Job
 from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words
@@ -19,36 +20,51 @@ from flexjax.plan.scratch import store_read_rate
 from flexjax.plan.search import Plan, fits, memory_budgets
 from flexjax.policy import Policy, Tier
 from flexjax.sizes import format_bytes
+from flexjax.workload import bucket
 
 # Rows of a batch that leave nothing to be gained by more, and the most that are tried.
 ENOUGH_ROWS, MOST_ROWS = 64, 256
 
 
 class Choice(NamedTuple):
-    """A policy, why it was chosen in two lines, and its plan where one was made."""
+    """A policy, for which job and why, in two lines; its plan where one was made."""
 
     policy: Policy
+    job: Job
     reason: str
     plan: Plan | None = None
 
 
-def choose_policy(
+def job_of(lengths: Sequence[int], gen_len: int) -> Job:
+    """The job of prompts that are taken as long as the longest of them."""
+    return Job(
+        prompt_len=bucket(max(lengths, default=1)),
+        gen_len=gen_len,
+        num_prompts=max(1, len(lengths)),
+    )
+
+
+def choose_policies(
     store: WeightStore,
-    job: Job,
+    lengths: Sequence[int],
+    gen_len: int,
     *,
     device: Device,
     offload_dir: pathlib.Path,
     held: Mapping[Tier, int],
     progress: Callable[[str], object],
-) -> Choice:
-    """The best policy for a job with a model that is there.
+) -> list[Choice]:
+    """The best policies for prompts and a model that is there, one after the other.
 
     Where all of it fits on the device there is nothing to plan. Otherwise the machine
-    is measured, if it never was before, and a policy is searched.
+    is measured, if it never was before, and policies are searched: one, or more where
+    prompts are of so different lengths that each wants its own.
 
     Args:
         store: the model's weights.
-        job: what is to be generated.
+        lengths: tokens of each prompt, the longest first; each choice is for as many of
+            them as its job says.
+        gen_len: tokens to generate for each.
         device: that computes.
         offload_dir: where a run would spill to.
         held: bytes of each tier that are not free, but would be for this run.
@@ -58,6 +74,7 @@ def choose_policy(
         ValueError: not even one prompt fits.
         OSError: the disk failed while it was measured.
     """
+    job = job_of(lengths, gen_len)
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     template = template_of(store.quantization)
     processor = processor_of(device, is_quantized=store.quantization is not None)
@@ -70,7 +87,7 @@ def choose_policy(
     for batch_size in _device_sizes(job.num_prompts):
         policy = dataclasses.replace(template, batch_size=batch_size)
         if fits(model, policy, budgets, job, processor):
-            return Choice(policy, _all_on_device(policy, job))
+            return [Choice(policy, job, _all_on_device(policy, job))]
     hardware = dataclasses.replace(
         calibrated(offload_dir, device, progress),
         device_memory_bytes=free[Tier.DEVICE],
@@ -81,8 +98,13 @@ def choose_policy(
     allowed = allowed_policies(
         quantized=False, host_attention=not shared, base=template
     )
-    plan = best_plan([(model, policy) for policy in allowed], hardware, job)[0]
-    return Choice(plan.policy, _as_planned(plan, hardware), plan)
+    plans = plan_parts(
+        [(model, policy) for policy in allowed], hardware, lengths or [1], gen_len
+    )
+    return [
+        Choice(plan.policy, plan.job, _as_planned(plan, hardware), plan)
+        for plan in plans
+    ]
 
 
 def _device_sizes(num_prompts: int) -> list[int]:
@@ -108,7 +130,8 @@ def _as_planned(plan: Plan, hardware: Hardware) -> str:
     )
     return (
         f"policy: {policy_in_words(plan)}\n"
-        f"because {format_bytes(memory)} of the device are free; expect "
-        f"{format_seconds(prediction.total_s)} ({prediction.tokens_per_s:.3g} tokens/s)"
-        f", bounded by {prediction.bottleneck.value}"
+        f"because {format_bytes(memory)} of the device are free for "
+        f"{plan.job.num_prompts:,} prompts of up to {plan.job.prompt_len} tokens; "
+        f"expect {format_seconds(prediction.total_s)} ({prediction.tokens_per_s:.3g} "
+        f"tokens/s), bounded by {prediction.bottleneck.value}"
     )

@@ -1,7 +1,7 @@
 """What a policy will do with a job: its seconds, and its peak bytes."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
 from flexjax.memory.layout import (
@@ -162,6 +162,22 @@ def predict(
         prefill_terms=terms[0],
         decode_terms=terms[1],
         block_s=block_s,
+    )
+
+
+def combined(parts: Sequence[tuple[float, Prediction]]) -> Prediction:
+    """A sum of predictions, each times a weight; its first block is the first one's."""
+    terms: list[dict[Resource, float]] = [{}, {}]
+    for weight, part in parts:
+        add_seconds(terms[0], part.prefill_terms, weight)
+        add_seconds(terms[1], part.decode_terms, weight)
+    return Prediction(
+        prefill_s=sum(weight * part.prefill_s for weight, part in parts),
+        decode_s=sum(weight * part.decode_s for weight, part in parts),
+        num_tokens=round(sum(weight * part.num_tokens for weight, part in parts)),
+        prefill_terms=terms[0],
+        decode_terms=terms[1],
+        block_s=parts[0][1].block_s,
     )
 
 

@@ -1,0 +1,127 @@
+"""Prompts of many lengths: cut into parts, each with a plan for its own lengths.
+
+Batches under a policy must fit with the longest prompt of all. Where few are so long,
+they are far too small for the others: under a plan for 1536 tokens, prompts of 64 take
+1.6 to 11 times as long as under one of their own (OPT-1.3B to 175B on the examples of
+machines, with 64 new tokens, predicted).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from flexjax.plan.closed_form import Model
+from flexjax.plan.hardware import Hardware
+from flexjax.plan.planner import best_plan
+from flexjax.plan.predict import Job, Prediction, combined, predict
+from flexjax.plan.search import Plan
+from flexjax.policy import Kind, Policy, Tier
+from flexjax.workload import bucket
+
+# A part is cut where a prompt with its new tokens is so many times as short; the
+# first of these that can be afforded.
+RATIOS = (2, 4, 8)
+# What one search takes, about: 1.3 s of OPT-1.3B to 3 s of OPT-175B.
+SEARCH_S = 2.0
+MOST_SPENT = 0.05  # of the predicted time, on searches for what would be shorter
+NUM_PREDICTED = 4  # lengths of blocks, of all that occur
+LEAST_GAIN = 0.05  # below this the prediction may be wrong about which is faster
+
+
+def plan_parts(
+    allowed: Sequence[tuple[Model, Policy]],
+    hardware: Hardware,
+    lengths: Sequence[int],
+    gen_len: int,
+) -> list[Plan]:
+    """Plans that follow one another, each for as many prompts as its job says.
+
+    Of all ways to cut the prompts where their lengths fall to a half, the fastest as
+    predicted, with the time to load what each part keeps in memory.
+
+    Args:
+        allowed: models and policies to choose from, as of `best_plan`.
+        hardware: that runs them.
+        lengths: tokens of each prompt, the longest first; at least one.
+        gen_len: tokens to generate for each.
+
+    Raises:
+        ValueError: not even one prompt fits.
+    """
+
+    def plan(first: int, last: int) -> Plan:
+        job = Job(
+            prompt_len=bucket(lengths[first]),
+            gen_len=gen_len,
+            num_prompts=last - first,
+        )
+        plan, model = best_plan(allowed, hardware, job)
+        prediction = _predicted(plan, model, hardware, lengths[first:last])
+        return dataclasses.replace(plan, prediction=prediction)
+
+    def seconds(plan: Plan) -> float:
+        return plan.prediction.total_s + _load_s(plan, hardware)
+
+    whole = plan(0, len(lengths))
+    affordable = MOST_SPENT * whole.prediction.total_s / (SEARCH_S * len(allowed))
+    for ratio in RATIOS:
+        edges = _edges(lengths, gen_len, ratio)
+        if len(list(itertools.combinations(edges, 2))) <= affordable:
+            break
+    else:
+        return [whole]
+    # From each edge on, the fastest way to the end: a shortest path.
+    best: dict[int, tuple[float, list[Plan]]] = {len(lengths): (0.0, [])}
+    for place in reversed(range(len(edges) - 1)):
+        ways = []
+        for last in edges[place + 1 :]:
+            is_whole = last - edges[place] == len(lengths)
+            part = whole if is_whole else plan(edges[place], last)
+            rest_s, rest = best[last]
+            ways.append((seconds(part) + rest_s, [part, *rest]))
+        best[edges[place]] = min(ways, key=lambda way: way[0])
+    cut_s, cut = best[0]
+    return cut if cut_s < (1 - LEAST_GAIN) * seconds(whole) else [whole]
+
+
+def _edges(lengths: Sequence[int], gen_len: int, ratio: int) -> list[int]:
+    """Where a part may begin, and the end: at prompts that take `ratio` times less."""
+    edges, most = [0], bucket(lengths[0]) + gen_len
+    for place, length in enumerate(lengths):
+        slots = bucket(length) + gen_len
+        if slots * ratio <= most:
+            edges.append(place)
+            most = slots
+    return [*edges, len(lengths)]
+
+
+def _predicted(
+    plan: Plan, model: Model, hardware: Hardware, lengths: Sequence[int]
+) -> Prediction:
+    """What a plan takes for prompts, of which each block is as long as its longest.
+
+    Only some lengths are predicted, and what is between them is interpolated.
+    """
+    blocks = [bucket(length) for length in lengths[:: plan.policy.block_size]]
+    last = len(blocks) - 1
+    nodes = {blocks[last * i // (NUM_PREDICTED - 1)] for i in range(NUM_PREDICTED)}
+    weighed: list[tuple[float, Prediction]] = []
+    for node in sorted(nodes, reverse=True):  # the first block's first
+        shares = np.interp(blocks, sorted(nodes), [n == node for n in sorted(nodes)])
+        prediction = plan.prediction
+        if node != plan.job.prompt_len:
+            job = dataclasses.replace(plan.job, prompt_len=node)
+            ahead = plan.layers_ahead
+            prediction = predict(model, plan.policy, hardware, job, layers_ahead=ahead)
+        weighed.append((float(np.mean(shares)), prediction))
+    return combined(weighed)
+
+
+def _load_s(plan: Plan, hardware: Hardware) -> float:
+    """Seconds to read what stays in memory."""
+    kept = sum(
+        plan.peak.get((tier, Kind.WEIGHTS), 0) for tier in (Tier.DEVICE, Tier.HOST)
+    )
+    return kept / hardware.disk_read_bytes_per_s

@@ -1,0 +1,140 @@
+"""Prompts of many lengths: cut where that is faster, as predicted, and only there."""
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexjax.plan import parts
+from flexjax.plan.hardware import read_hardware
+from flexjax.plan.parts import plan_parts
+from flexjax.plan.planner import best_plan, find_model
+from flexjax.plan.predict import Job, combined, predict
+from flexjax.policy import Policy
+from flexjax.workload import bucket
+
+HARDWARE = read_hardware("t4-208gb")
+GEN_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def allowed():
+    return [(find_model("facebook/opt-6.7b", platform="cpu").model(Policy()), Policy())]
+
+
+def test_prompts_of_one_length_get_one_plan(allowed):
+    job = Job(prompt_len=512, gen_len=GEN_LEN, num_prompts=4000)
+    (plan,) = plan_parts(allowed, HARDWARE, [500] * 4000, GEN_LEN)
+    assert plan == best_plan(allowed, HARDWARE, job)[0]
+
+
+def test_a_few_long_prompts_do_not_slow_down_all_others(allowed):
+    lengths = [1500] * 20 + [60] * 5000
+    job = Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=len(lengths))
+    whole = best_plan(allowed, HARDWARE, job)[0]
+    first, second = plan_parts(allowed, HARDWARE, lengths, GEN_LEN)
+    assert (first.job.num_prompts, second.job.num_prompts) == (20, 5000)
+    assert (first.job.prompt_len, second.job.prompt_len) == (1536, 64)
+    under_whole = predict(
+        allowed[0][0],
+        whole.policy,
+        HARDWARE,
+        second.job,
+        layers_ahead=whole.layers_ahead,
+    )
+    assert second.prediction.total_s < under_whole.total_s / 3
+    for plan in (first, second):
+        assert plan == dataclasses.replace(
+            best_plan(allowed, HARDWARE, plan.job)[0], prediction=plan.prediction
+        )
+
+
+def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
+    searched = []
+
+    def counted(*args):
+        searched.append(args)
+        return best_plan(*args)
+
+    monkeypatch.setattr(parts, "best_plan", counted)
+    (plan,) = plan_parts(allowed, HARDWARE, [1500, 60, 60], GEN_LEN)
+    assert plan.job == Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=3)
+    assert len(searched) == 1
+
+
+def test_what_is_longer_than_any_memory_is_refused(allowed):
+    small = dataclasses.replace(
+        HARDWARE, device_memory_bytes=10**9, host_memory_bytes=10**9
+    )
+    with pytest.raises(ValueError, match="not even one prompt of 2048 tokens fits"):
+        plan_parts(allowed, small, [2000, 5, 5], GEN_LEN)
+
+
+def test_a_plan_is_predicted_for_the_lengths_of_its_blocks(allowed):
+    lengths = sorted(range(200, 520, 1), reverse=True)
+    (plan,) = plan_parts(allowed, HARDWARE, lengths, GEN_LEN)
+    model, size = allowed[0][0], plan.policy.block_size
+    assert 1 < size < len(lengths) / 4
+
+    def at(length, count):
+        job = Job(prompt_len=length, gen_len=GEN_LEN, num_prompts=count)
+        return predict(
+            model, plan.policy, HARDWARE, job, layers_ahead=plan.layers_ahead
+        )
+
+    blocks = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    exact = combined([(1.0, at(bucket(block[0]), len(block))) for block in blocks])
+    assert plan.prediction.total_s == pytest.approx(exact.total_s, rel=0.01)
+    assert plan.prediction.num_tokens == exact.num_tokens
+    assert plan.prediction.block_s == pytest.approx(exact.block_s)
+
+
+@dataclasses.dataclass
+class Timed:
+    """A plan of which nothing is known but what it takes."""
+
+    job: Job
+    total_s: float
+
+    @property
+    def prediction(self):
+        return self
+
+
+@given(
+    counts=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    powers=st.lists(st.integers(0, 4), min_size=10, max_size=10),
+)
+def test_no_way_to_cut_is_faster(counts, powers):
+    """With times that are drawn: of all ways, the one that takes least."""
+    lengths = [
+        length
+        for length, count in zip((1900, 900, 400, 100), counts, strict=False)
+        for _ in range(count)
+    ]
+    edges = [0, *itertools.accumulate(counts)]
+    ranges = list(itertools.combinations(edges, 2))
+    times = dict(zip(ranges, powers, strict=False))
+
+    def fake_plan(_allowed, _hardware, job):
+        first = lengths.index(next(n for n in lengths if bucket(n) == job.prompt_len))
+        return Timed(job, 2.0 ** times[first, first + job.num_prompts]), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "best_plan", fake_plan)
+        patch.setattr(parts, "_predicted", lambda plan, *_: plan)
+        patch.setattr(parts, "_load_s", lambda *_: 0.0)
+        patch.setattr(parts, "SEARCH_S", 1e-9)
+        patch.setattr(dataclasses, "replace", lambda plan, prediction: plan)
+        found = plan_parts([None], None, lengths, 1)
+    assert sum(plan.job.num_prompts for plan in found) == len(lengths)
+    whole_s = 2.0 ** times[0, len(lengths)]
+    ways = [
+        sum(2.0 ** times[pair] for pair in itertools.pairwise([0, *inner, edges[-1]]))
+        for count in range(len(edges) - 1)
+        for inner in itertools.combinations(edges[1:-1], count)
+    ]
+    cut_s = sum(plan.total_s for plan in found)
+    assert cut_s == (min(ways) if min(ways) < 0.95 * whole_s else whole_s)
