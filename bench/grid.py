@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from bench.machine import describe_machine
-from bench.memory_cap import ensure_can_cap, run_capped
+from bench.memory_cap import ensure_can_cap, result_under_cap
 from bench.synthetic import weights_folder
 from checkpoints_tools.resolve import resolve_model
 from flexjax.cache_folder import default_cache
@@ -145,7 +145,8 @@ def main(args: argparse.Namespace) -> None:
     calibrated(folder, jax.devices()[0], lambda text: print(text, file=sys.stderr))
     results = []
     for text, cap_bytes in zip(args.memory_cap, caps, strict=True):
-        result = with_ratio(_run_under(cap_bytes, args.model))
+        found = result_under_cap("bench.grid", [args.model], cap_bytes)
+        result = with_ratio(found)
         results.append({"memory_cap_bytes": cap_bytes, **result})
         print(_line(text, result), flush=True)
         if args.json is not None:  # after each: the next one may fail
@@ -163,22 +164,6 @@ def _write(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
         + " ".join(args.memory_cap),
     }
     write_atomically(args.json, json.dumps(report, indent=1).encode() + b"\n")
-
-
-def _run_under(cap_bytes: int, model: str) -> dict[str, Any]:
-    """What `run_here` finds in a process under a cap.
-
-    Raises:
-        OSError: the process failed, or was killed for its memory.
-    """
-    finished = run_capped([sys.executable, "-m", "bench.grid", model], cap_bytes)
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines() or ["it said nothing"]
-        why = (
-            "it was killed for its memory" if finished.killed_for_memory else lines[-1]
-        )
-        raise OSError(f"the grid under {cap_bytes} bytes failed: {why}")
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def _line(cap: str, result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 from flexjax.sizes import format_bytes
 
@@ -48,6 +49,22 @@ class Finished:
     stderr: str
     killed_for_memory: bool
     peak_bytes: int | None
+
+
+def result_under_cap(module: str, arguments: Sequence[str], cap_bytes: int) -> Any:
+    """The JSON that a module prints last, when it is run under a cap.
+
+    Raises:
+        OSError: it failed, or was killed for its memory.
+    """
+    finished = run_capped([sys.executable, "-m", module, *arguments], cap_bytes)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or ["it said nothing"]
+        why = (
+            "it was killed for its memory" if finished.killed_for_memory else lines[-1]
+        )
+        raise OSError(f"{module} under {cap_bytes} bytes failed: {why}")
+    return json.loads(finished.stdout.splitlines()[-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,6 +191,21 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """A result of `bench.lengths`: prompts in parts, and under one plan."""
+
+    path: pathlib.Path
+    machine: str
+    model: str
+    num_parts: int
+    in_parts_s: float
+    predicted_s: float
+    as_one_s: float
+    ratio: float
+    command: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Frontier:
     """A result of `bench.frontier`: seconds of a block, and tokens per second."""
 
@@ -209,6 +224,7 @@ Result = (
     | Quality
     | Predictions
     | Grid
+    | Lengths
     | Frontier
     | Trace
 )

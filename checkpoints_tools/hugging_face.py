@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 
 from checkpoints_tools.safetensors_file import open_safetensors
 from checkpoints_tools.source import Source, SourceTensor, make_source
 from checkpoints_tools.torch_bin import open_bin
 from flexjax.models.config import read_config
+from flexjax.safe_files import write_atomically
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,10 +73,19 @@ def open_hugging_face(folder: pathlib.Path) -> Source:
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the small files that turn text into ids, as far as they are there."""
+    """Makes `target` have the small files that turn text into ids as `source` has them.
+
+    Each is all there at any time, since another process may be reading it.
+    """
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        wanted, found = (
+            path.read_bytes() if path.is_file() else None
+            for path in (source / name, target / name)
+        )
+        if wanted is None:
+            (target / name).unlink(missing_ok=True)
+        elif wanted != found:
+            write_atomically(target / name, wanted)
 
 
 def _open_all(files: list[pathlib.Path], opener: Opener) -> dict[str, SourceTensor]:

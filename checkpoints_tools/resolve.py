@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from checkpoints_tools.hugging_face import copy_tokenizer
 from checkpoints_tools.open_source import open_source
 from checkpoints_tools.source import Source
 from checkpoints_tools.store_conversion import convert_to_store
@@ -179,7 +180,8 @@ def _cached(
 ) -> pathlib.Path:
     """The store of `source` in the cache; another state of the source is another.
 
-    `notice` is what to say before it is made.
+    But its tokenizer is that of the source as it is now: nothing has to be converted
+    again for it. `notice` is what to say before a store is made.
     """
     kind = dtype.name
     if how is not None:
@@ -193,6 +195,7 @@ def _cached(
                 if notice:
                     logger.warning(notice)
                 convert_to_store(source, store, dtype, f"making {store.name}", how)
+    copy_tokenizer(source.folder, store)
     return store
 
 

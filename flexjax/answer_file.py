@@ -3,6 +3,7 @@
 import array
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -21,40 +22,37 @@ class AnswerFile:
 
     Until then they are in `<path>.partial`, in the order in which they came, behind a
     line that says what they answer. Whoever opens it again goes on where it ended: what
-    a run that was killed, or a disk that was full, left half-written is dropped.
+    a run that was killed, or a disk that was full, left half-written is dropped. While
+    it is open, no one else can open it.
 
     Args of the constructor:
         path: of the finished file.
-        task: what the answers depend on, by names that users know, as JSON values.
         count: of the prompts.
 
     Attributes:
         partial: the path while answers are missing.
 
     Raises:
-        ValueError: there is a finished file, or the partial one answers something else
-            or is being written; the message says what to do.
+        ValueError: there is a finished file, or the partial one is something else, or
+            is being written; the message says what to do.
         OSError: the disk failed.
     """
 
-    def __init__(self, path: pathlib.Path, task: Mapping[str, Any], count: int) -> None:
+    def __init__(self, path: pathlib.Path, count: int) -> None:
         self.path = path.absolute()
         self.partial = partial_path(self.path)
         refuse_finished(self.path)
         make_folder(self.path.parent)
         self._starts = array.array("q", [_UNKNOWN]) * count
-        self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        self._end = 0
+        with contextlib.ExitStack() as undo:
+            self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+            undo.callback(os.close, self._file)
             self._lock()
+            undo.callback(self._remove_if_empty)
             refuse_finished(self.path)  # by who held the lock a moment ago
-            self._end = self._read(task)
-            os.ftruncate(self._file, self._end)
-            if self._end == 0:
-                self._append(_line({_HEADER: task}))
-                sync_path(self.path.parent)
-        except BaseException:
-            self.close()
-            raise
+            self._check_kind()
+            self._undo = undo.pop_all()
 
     def __enter__(self) -> "AnswerFile":
         return self
@@ -63,8 +61,29 @@ class AnswerFile:
         self.close()
 
     def close(self) -> None:
-        """Leaves the file to others."""
-        os.close(self._file)
+        """Leaves the file to others; may be called again."""
+        self._undo.close()
+
+    def begin(self, task: Mapping[str, Any]) -> None:
+        """Finds the answers that are there.
+
+        Args:
+            task: what answers depend on, by names that users know, as JSON values.
+
+        Raises:
+            ValueError: the file was begun with another task.
+            OSError: the disk failed.
+        """
+        for start, line in self._whole_lines():
+            if start == 0:
+                self._check_task(_parsed(line).get(_HEADER), task)
+            else:
+                self._take(_parsed(line), start)
+            self._end = start + len(line)
+        os.ftruncate(self._file, self._end)
+        if self._end == 0:
+            self._append(_line({_HEADER: task}))
+            sync_path(self.path.parent)
 
     def missing(self) -> list[int]:
         """The prompts without an answer, by their index."""
@@ -90,17 +109,20 @@ class AnswerFile:
             OSError: there is no room for that; nothing is lost.
         """
         assert not self.missing(), "some prompts have no answer"
+        self._check_name()
+        # One name, so that the next try takes the place of what a kill leaves.
+        beside = self.path.with_name(f".{self.path.name}.whole")
         try:
-            write_pieces_atomically(self.path, self._lines())
+            write_pieces_atomically(self.path, self._ordered(), beside=beside)
         except OSError as error:
             raise OSError(
-                f"{error}; all answers are in {self.partial}: make room for "
-                "as much again, and run the same command once more"
+                f"{error}; all answers are kept in {self.partial}: when the disk takes "
+                "as much again, run the same command once more"
             ) from error
         self.partial.unlink()
 
-    def _lines(self) -> Iterator[bytes]:
-        with open(self.partial, "rb") as file:
+    def _ordered(self) -> Iterator[bytes]:
+        with open(self._file, "rb", closefd=False) as file:
             for start in self._starts:
                 file.seek(start)
                 yield file.readline()
@@ -114,28 +136,59 @@ class AnswerFile:
                 f"{self.partial} is being written by another process; wait for it, or "
                 "name another file"
             ) from error
+        except OSError as error:
+            raise OSError(
+                f"{self.partial} cannot be locked: {error.strerror}; name a file on "
+                "another disk"
+            ) from error
 
-    def _read(self, task: Mapping[str, Any]) -> int:
-        """Finds the answers that are there; returns where the last whole line ends."""
-        end = 0
-        with open(self.partial, "rb") as file:
+    def _remove_if_empty(self) -> None:
+        if os.fstat(self._file).st_size == 0 and self._has_name():
+            self.partial.unlink()
+
+    def _has_name(self) -> bool:
+        """Whether the file that is open is still the one of that name."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self.partial.stat())
+        except FileNotFoundError:
+            return False
+
+    def _check_name(self) -> None:
+        if not self._has_name():
+            raise OSError(
+                f"{self.partial} was removed or replaced while it was written; its "
+                "answers are lost: leave it alone until the run has ended"
+            )
+
+    def _check_kind(self) -> None:
+        """Refuses a file that is none of answers; but not what a power cut leaves."""
+        begin = os.pread(self._file, len(_BEGIN), 0)
+        if begin != _BEGIN[: len(begin)] and not self._is_zero():
+            raise ValueError(
+                f"{self.partial} is no file of answers that was begun; name another "
+                "file, or remove it"
+            )
+
+    def _is_zero(self) -> bool:
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(0)
+            pieces = iter(functools.partial(file.read, 1 << 20), b"")
+            return not any(piece.strip(b"\0") for piece in pieces)
+
+    def _whole_lines(self) -> Iterator[tuple[int, bytes]]:
+        """Lines with where they begin, up to where the writing was stopped."""
+        start = 0
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(0)
             for line in file:
-                if end == 0 and line[: len(_BEGIN)] != _BEGIN[: len(line)]:
-                    raise ValueError(
-                        f"{self.partial} is no file of answers that was begun; name "
-                        "another file, or remove it"
-                    )
-                if not line.endswith(b"\n"):  # it was stopped here
-                    break
-                if end == 0:
-                    self._check_task(_parsed(line).get(_HEADER, {}), task)
-                else:
-                    self._take(_parsed(line), end)
-                end += len(line)
-        return end
+                if not line.endswith(b"\n") or not (start or line.startswith(_BEGIN)):
+                    return
+                yield start, line
+                start += len(line)
 
-    def _check_task(self, begun: dict[str, Any], task: Mapping[str, Any]) -> None:
+    def _check_task(self, begun: Any, task: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(task))
+        begun = begun if isinstance(begun, dict) else {}
         for name in wanted | begun:
             if begun.get(name) != wanted.get(name):
                 raise ValueError(
@@ -151,6 +204,7 @@ class AnswerFile:
             self._starts[index] = start
 
     def _append(self, data: bytes) -> None:
+        self._check_name()
         try:
             written = 0
             while written < len(data):
@@ -172,10 +226,13 @@ def partial_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def refuse_finished(path: pathlib.Path) -> None:
-    """Raises ValueError if there is such a file, or what is no file."""
+    """Raises ValueError if there is something of that name."""
     if path.exists():
+        also = partial_path(path)
+        what = f"it and {also.name}" if also.exists() else "it"
         raise ValueError(
-            f"{path} is there already; name another file, or remove it to begin anew"
+            f"{path} is there already; name another file, or remove {what} to begin "
+            "anew"
         )
 
 

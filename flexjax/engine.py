@@ -19,7 +19,7 @@ from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.runner import BlockRunner
-from flexjax.workload import Workload
+from flexjax.workload import Workload, longest_first
 
 CLOSED = "this model is closed; make a new one to run it again"
 
@@ -124,8 +124,7 @@ class Engine:
             OSError: a transfer failed; the message names what and where.
         """
         lengths = [size.prompt_len for size in sizes]
-        order = sorted(range(len(sizes)), key=lengths.__getitem__, reverse=True)
-        blocks = _blocks(order, self.policy)
+        blocks = _blocks(longest_first(lengths), self.policy)
         works = [
             self._workload(
                 max(sizes[place].prompt_len for place in block),
@@ -172,8 +171,7 @@ class Engine:
                 "with attention_sparsity=1.0"
             )
         lengths = [len(sequence) for sequence in sequences]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        blocks = _blocks(order, self.policy)
+        blocks = _blocks(longest_first(lengths), self.policy)
         works = [
             self._workload(max(lengths[i] for i in block), 1, len(block))
             for block in blocks

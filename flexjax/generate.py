@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flexjax.answer_file import partial_path, refuse_finished
+from flexjax.answer_file import AnswerFile, partial_path, refuse_finished
 from flexjax.cli import run_command
 from flexjax.outputs import RequestOutput
 from flexjax.policy import Policy, to_json
@@ -110,35 +110,39 @@ def main(args: argparse.Namespace) -> None:
     policy = None if is_planned(args) else policy_from_args(args)
     _ensure_files(args)
     with _read_prompts(args) as prompts:
-        _run(args, prompts, params, policy)
+        _run(args, prompts, params, policy=policy)
 
 
 def _run(
     args: argparse.Namespace,
     prompts: Sequence[Prompt] | None,
     params: SamplingParams,
+    *,
     policy: Policy | None,
 ) -> None:
     model = _model(args)
     # Slow to load: after all that can be refused early.
-    from flexjax.file_job import answer_file_of_prompts
+    from flexjax.file_job import answer_prompts
     from flexjax.llm import LLM
     from flexjax.trace import write_trace
 
-    with LLM(
-        model,
-        policy=policy,
-        dtype=args.dtype,
-        offload_dir=args.offload_dir,
-        seed=args.seed,
-        progress=None if args.output is None else True,
-        trace=args.trace is not None,
-    ) as llm:
+    with (
+        _opened_answers(args, prompts) as answers,
+        LLM(
+            model,
+            policy=policy,
+            dtype=args.dtype,
+            offload_dir=args.offload_dir,
+            seed=args.seed,
+            progress=None if args.output is None else True,
+            trace=args.trace is not None,
+        ) as llm,
+    ):
         outputs: list[RequestOutput] = []
-        if isinstance(prompts, PromptFile) and args.output is not None:
-            path = pathlib.Path(args.output)
-            answer_file_of_prompts(llm, prompts, path, params, notice=_say)
-            _say(f"{len(prompts):,} answers in {path}")
+        if answers is not None:
+            assert isinstance(prompts, PromptFile)
+            answer_prompts(llm, prompts, answers, params=params, notice=_say)
+            _say(f"{len(prompts):,} answers in {args.output}")
         else:
             if prompts is None:
                 count = (policy or Policy()).block_size
@@ -155,6 +159,15 @@ def _run(
         _say(_summary(llm.metrics))
     if args.trace is not None:
         write_trace(pathlib.Path(args.trace), llm.trace)
+
+
+def _opened_answers(
+    args: argparse.Namespace, prompts: Sequence[Prompt] | None
+) -> contextlib.AbstractContextManager[AnswerFile | None]:
+    """Where answers go; opened before a model is, since another run may be at it."""
+    if args.output is None or prompts is None:
+        return contextlib.nullcontext()
+    return AnswerFile(pathlib.Path(args.output), len(prompts))
 
 
 def _write_report(

@@ -40,7 +40,8 @@ class LLM:
         policy: a `Policy`, or the path of a JSON file that holds one. "auto" leaves it
             to the first call, whose prompts it is planned for: everything on the
             device where it fits, else what `flexjax.plan` finds; a later call that asks
-            for more is planned anew.
+            for more is planned anew. Prompts of very different lengths may get several
+            policies, one after the other.
         dtype: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, but
             bfloat16 for float16 on a CPU.
         offload_dir: where KV cache and activations on disk are spilled to, in a folder
@@ -53,10 +54,10 @@ class LLM:
 
     Attributes:
         config: of the model.
-        checksum: of its configuration and weights, in hexadecimal.
         max_model_len: positions that are used at most.
         seed: of prompts whose parameters name none.
-        metrics: of the last run; empty before there is one.
+        metrics: of the last run; empty before there is one. Where it had several
+            policies, `parts` has those of each, the longest prompts first.
 
     Raises:
         ValueError: the model or the policy cannot be used; the message says why.
@@ -81,7 +82,7 @@ class LLM:
         named = EMBEDDED_MODEL if model is None else model
         folder = resolve_for(given or Policy(), named, dtype, device=device)
         store = open_store(folder)
-        self.config, self.checksum = store.config, store.checksum
+        self.config, self._store_checksum = store.config, store.checksum
         self.max_model_len = _max_model_len(max_model_len, store)
         self._rows = RowMaker(store.config, folder, self.max_model_len)
         spill = default_cache() if offload_dir is None else pathlib.Path(offload_dir)
@@ -108,17 +109,17 @@ class LLM:
 
     @property
     def policy(self) -> Policy | None:
-        """The policy that was given or planned; None before the first call plans it."""
+        """The policy that was given, or the last that was planned; None before that."""
         return self._planned.policy
 
     @property
     def plan(self) -> Choice | None:
-        """How the policy was chosen, if none was given, once it is."""
+        """How `policy` was chosen, if none was given, once it is."""
         return self._planned.choice
 
     @property
     def placement(self) -> dict[str, Any]:
-        """Requested and effective placement by kind and tier; empty before a plan."""
+        """Requested and effective placement under `policy`, by kind and tier."""
         return self._planned.placement
 
     @property
@@ -128,6 +129,11 @@ class LLM:
         Empty unless the model was made with `trace=True`.
         """
         return self._planned.spans
+
+    @property
+    def checksum(self) -> str:
+        """Of configuration, weights and tokenizer: two models of one are the same."""
+        return f"{self._store_checksum}-{self._rows.tokenizer_checksum}"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -158,7 +164,12 @@ class LLM:
             OSError: a transfer failed; nothing of this call can be used.
         """
         outputs: dict[int, RequestOutput] = {}
-        requests = as_list(prompts)
+        requests = [
+            prompt
+            if isinstance(prompt, str)
+            else items(f"prompt {index} is", prompt, "a text or a list of token ids")
+            for index, prompt in enumerate(as_list(prompts))
+        ]
         self.generate_each(
             requests, sampling_params, on_outputs=outputs.update, on_tokens=on_tokens
         )
@@ -180,7 +191,8 @@ class LLM:
         each again with its block.
 
         Args:
-            prompts: as of `generate`; may read them from a file.
+            prompts: a sequence of texts or lists of token ids, which may read them from
+                a file.
             sampling_params: for all prompts, or one for each.
             on_outputs: called in this thread with the outputs of a block, by the
                 index of their prompt; what it raises ends the call. Longer prompts come
@@ -192,7 +204,9 @@ class LLM:
         Raises:
             ValueError, OSError: as `generate`; what was given away can be used.
         """
-        requests = Requests(self._rows, prompts, sampling_params, indices)
+        requests = Requests(
+            self._rows, prompts, params=sampling_params, indices=indices
+        )
         with self._bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
         lengths = [size.prompt_len for size in sizes]
@@ -205,6 +219,7 @@ class LLM:
                 on_outputs(requests.outputs(rows))
 
             def run(engine: Engine, places: Sequence[int]) -> None:
+                bar.unpause()  # whatever it took to plan and to load
                 engine.generate_blocks(
                     [sizes[place] for place in places],
                     lambda chosen: requests.rows([places[one] for one in chosen]),
@@ -241,6 +256,7 @@ class LLM:
         with self._bar(sum(lengths), "scoring") as bar:
 
             def run(engine: Engine, places: Sequence[int]) -> None:
+                bar.unpause()
                 chosen = [sequences[place] for place in places]
                 found = engine.score(chosen, _updates(bar, engine))
                 for place, values in zip(places, found, strict=True):

@@ -25,6 +25,7 @@ from flexjax.plan.report import format_seconds, prediction_to_json
 from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sizes import format_bytes
 from flexjax.store_format import TensorEntry
+from flexjax.workload import longest_first
 
 logger = logging.getLogger(__name__)
 # Opens what is told of the bytes that are loaded, given how many there will be.
@@ -67,6 +68,7 @@ class PlannedEngine:
         self._lock, self._is_closed = threading.Lock(), False
         self._running_in: int | None = None  # the thread that holds the lock
         self._chosen_for: list[int] = []  # lengths of prompts, the longest first
+        self._was_cut = False  # into parts, when it was planned last
         self.spans: list[Span] = []
         self._layers_ahead = MOST_LAYERS_AHEAD
         self.engine: Engine | None = None
@@ -114,16 +116,24 @@ class PlannedEngine:
                 reports.append(metrics_report(self.engine.times, self.engine.ledger))
                 what = {"num_prompts": len(places), "policy": to_json(self.policy)}
                 parts.append(what | reports[-1])
-                plan = None if self.choice is None else self.choice.plan
-                ran = sorted((lengths[place] for place in places), reverse=True)
-                if plan is not None and ran == self._chosen_for:
-                    predictions.append((1.0, plan.prediction))
+                if prediction := self._prediction_of(places, lengths, gen_len):
+                    predictions.append((1.0, prediction))
         report = joined_reports(reports)
         if len(parts) > 1:
             report["parts"] = parts
         if len(predictions) == len(reports):
             report["predicted"] = prediction_to_json(combined(predictions))
         return report
+
+    def _prediction_of(
+        self, places: Sequence[int], lengths: Sequence[int], gen_len: int
+    ) -> Prediction | None:
+        """What was predicted of just these prompts, if they were planned for."""
+        plan = None if self.choice is None else self.choice.plan
+        if plan is None or gen_len != plan.job.gen_len:
+            return None
+        ran = sorted((lengths[place] for place in places), reverse=True)
+        return plan.prediction if ran == self._chosen_for else None
 
     def _run_part(self, run: Callable[[], object], engine: Engine) -> None:
         try:
@@ -141,18 +151,30 @@ class PlannedEngine:
         wanted = self._planned_for.joined(job)
         if not self._is_auto or wanted == self._planned_for:
             yield range(len(lengths))
-        elif wanted != job:  # what was asked for before may be again
+        elif wanted == job or self._was_cut:
+            yield from self._cut(lengths, gen_len)
+        else:  # what was asked for before may be again
             several = [wanted.prompt_len] * wanted.num_prompts
             (choice,) = self._choose(several, wanted.gen_len)
             self._take(choice, for_lengths=several)
             yield range(len(lengths))
-        else:
-            order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-            rest = iter(order)
-            for choice in self._choose([lengths[place] for place in order], gen_len):
-                places = list(itertools.islice(rest, choice.job.num_prompts))
-                self._take(choice, for_lengths=[lengths[place] for place in places])
+
+    def _cut(self, lengths: Sequence[int], gen_len: int) -> Iterator[Sequence[int]]:
+        """The parts of just these prompts, the longest first."""
+        rest, is_first = longest_first(lengths), True
+        while rest or is_first:
+            choices = self._choose([lengths[place] for place in rest], gen_len)
+            self._was_cut = not is_first or len(choices) > 1
+            for number, choice in enumerate(choices):
+                places = rest[: choice.job.num_prompts]
+                try:
+                    self._take(choice, for_lengths=[lengths[place] for place in places])
+                except ValueError:
+                    if number == 0:
+                        raise
+                    break  # there is less memory than there was: plan for what is left
                 yield places
+                rest, is_first = rest[len(places) :], False
 
     def close(self) -> None:
         """Lets go of all memory and removes what was spilled; may be called again.

@@ -3,23 +3,25 @@
 import array
 import json
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import xxhash
 
 from flexjax.prompts import Prompt
 
-JSON_LINES = ".jsonl"
+_JSON_LINES = (".jsonl", ".ndjson")
 _UTF8_MARK = b"\xef\xbb\xbf"  # what some editors put in front
 
 
 class PromptFile(Sequence[Prompt]):
     """A prompt a line; blank lines are left out.
 
-    A line of a `.jsonl` file is a text, a list of token ids, or an object that has one
-    of them as "prompt"; a line of any other file is a text. Of each line no more is
-    kept in memory than where it begins, and a checksum.
+    A line of a `.jsonl` or `.ndjson` file is a text, a list of token ids, or an object
+    that has one of them as "prompt"; a line of any other file is a text. Of each line
+    no more is kept in memory than where it begins, and a checksum.
 
     Attributes:
         path: of the file.
@@ -31,12 +33,14 @@ class PromptFile(Sequence[Prompt]):
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path, self._is_json = path, path.suffix == JSON_LINES
+        self.path, self._is_json = path, path.suffix.lower() in _JSON_LINES
         self._starts, self._numbers = array.array("q"), array.array("q")
         self._checksums = array.array("Q")
         try:
             # Kept open: another file that takes its name then changes nothing.
-            self._file = open(path, "rb")  # noqa: SIM115
+            self._file: IO[bytes] = open(path, "rb")  # noqa: SIM115
+            if not self._file.seekable():  # a pipe, which can be read once
+                self._file = _copied(self._file)
         except OSError as error:
             raise self._unreadable(error) from error
         try:
@@ -126,3 +130,11 @@ class PromptFile(Sequence[Prompt]):
                 'of token ids, or an object with one of them as "prompt"'
             )
         return value
+
+
+def _copied(pipe: IO[bytes]) -> IO[bytes]:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    with pipe:
+        shutil.copyfileobj(pipe, copy)
+    copy.seek(0)
+    return copy

@@ -1,6 +1,7 @@
 """Prompts become the rows of an engine, and rows that have ended become outputs."""
 
 import functools
+import operator
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,11 @@ class RowMaker:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._folder)
         return self._tokenizer
+
+    @property
+    def tokenizer_checksum(self) -> str | None:
+        """Of the tokenizer; None if there is none."""
+        return self._tokenizer and self._tokenizer.checksum
 
     def row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
         """The row of a prompt.
@@ -141,6 +147,7 @@ class Requests:
         self,
         maker: RowMaker,
         prompts: Sequence[Prompt],
+        *,
         params: SamplingParams | Sequence[SamplingParams] | None,
         indices: Sequence[int] | None,
     ) -> None:
@@ -151,7 +158,10 @@ class Requests:
             )
         self._maker, self._prompts = maker, prompts
         self._params = one_for_each(params, len(prompts))
-        self._indices = range(len(prompts)) if indices is None else indices
+        self._indices: Sequence[int] = range(len(prompts))
+        if indices is not None:
+            self._indices = [operator.index(index) for index in indices]
+        self._sizes: list[RowSize] = []
         for index in self._indices:
             if not 0 <= index < len(prompts):
                 raise ValueError(
@@ -171,15 +181,26 @@ class Requests:
             ValueError: one cannot be used; the message counts prompts from 0.
         """
         share = functools.cache(RowSize)  # a few values, for millions of prompts
-        sizes = []
         for index in self._indices:
-            sizes.append(share(*self._row(index).size))
+            self._sizes.append(share(*self._row(index).size))
             on_prompts(1)
-        return sizes
+        return self._sizes
 
     def rows(self, places: Sequence[int]) -> list[Row]:
-        """New rows, given their places in `indices`."""
-        return [self._row(self._indices[place]) for place in places]
+        """New rows, given their places in `indices`.
+
+        Raises:
+            ValueError: a prompt is no longer as long as it was.
+        """
+        rows = [self._row(self._indices[place]) for place in places]
+        for row, place in zip(rows, places, strict=True):
+            if row.size != self._sizes[place]:
+                raise ValueError(
+                    f"prompt {row.index} had {self._sizes[place].prompt_len} tokens "
+                    f"when it was first looked up, and has {len(row.prompt)} now; "
+                    "leave prompts alone until the run has ended"
+                )
+        return rows
 
     def outputs(self, rows: Sequence[Row]) -> dict[int, RequestOutput]:
         """What has come of rows that have ended, by the index of their prompt."""

@@ -90,11 +90,26 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     write_pieces_atomically(path, (data,))
 
 
-def write_pieces_atomically(path: pathlib.Path, pieces: Iterable[bytes]) -> None:
-    """`write_atomically` of data that need not be in memory all at once."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+def write_pieces_atomically(
+    path: pathlib.Path,
+    pieces: Iterable[bytes],
+    *,
+    beside: pathlib.Path | None = None,
+) -> None:
+    """`write_atomically` of data that need not be in memory all at once.
+
+    Args:
+        path: of the file.
+        pieces: its content.
+        beside: where to write it first, in the same folder, if nobody else does; a
+            name of its own, if not given.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    partial = beside or path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with open(partial, "xb") as file:
+        with open(partial, "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())

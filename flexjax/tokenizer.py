@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
+import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 # What OPT's special tokens are where no file says so.
@@ -47,6 +48,12 @@ class Tokenizer:
         Bytes that are no UTF-8, such as half a character, become U+FFFD.
         """
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
+
+    @property
+    def checksum(self) -> str:
+        """xxh3_128 of all that it does, in hexadecimal."""
+        content = json.dumps([self.backend.to_str(), self.special_tokens])
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     @property
     def vocab_size(self) -> int:

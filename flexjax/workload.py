@@ -7,6 +7,7 @@ its part of the logits, and the last one ends a step.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 # Tokens that a prefill works on at a time; matrix products are at full speed from a few
 # hundred rows on, so this costs nothing but bounds the workspace.
@@ -99,6 +100,11 @@ class Workload:
         if self.reserves:
             return whole
         return min(whole, bucket(self.prompt_len + step + 1))
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Places of prompts in the order in which blocks take them."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
 def bucket(length: int) -> int:

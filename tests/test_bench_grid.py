@@ -1,7 +1,5 @@
 """The grid that plans are compared with, and what is made of its runs."""
 
-import json
-
 import pytest
 
 from bench import grid as module
@@ -12,7 +10,6 @@ from bench.grid import (
     run_here,
     with_ratio,
 )
-from bench.memory_cap import Finished
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.cli import run_command
@@ -50,22 +47,6 @@ def test_the_plan_and_all_that_fits_are_run(tmp_path, monkeypatch):
         assert validate(from_json(policy["policy"]))
 
 
-@pytest.mark.parametrize(
-    ("killed", "message"), [(True, "killed for its memory"), (False, "no such thing")]
-)
-def test_a_process_that_fails_under_its_cap_is_told_of(monkeypatch, killed, message):
-    finished = Finished(
-        returncode=1,
-        stdout="",
-        stderr="error: no such thing\n",
-        killed_for_memory=killed,
-        peak_bytes=None,
-    )
-    monkeypatch.setattr(module, "run_capped", lambda *_: finished)
-    with pytest.raises(OSError, match=message):
-        module._run_under(1000, "opt-1.3b")
-
-
 def test_a_result_file_without_a_cap_is_refused(tmp_path, capsys):
     path = tmp_path / "grid.json"
     argv = ["opt-1.3b", "--json", str(path)]
@@ -74,15 +55,3 @@ def test_a_result_file_without_a_cap_is_refused(tmp_path, capsys):
         capsys.readouterr().err
     )
     assert not path.exists()
-
-
-def test_what_the_process_prints_last_is_its_result(monkeypatch):
-    finished = Finished(
-        returncode=0,
-        stdout="hello\n" + json.dumps({"chosen": 1}) + "\n",
-        stderr="",
-        killed_for_memory=False,
-        peak_bytes=None,
-    )
-    monkeypatch.setattr(module, "run_capped", lambda *_: finished)
-    assert module._run_under(1000, "opt-1.3b") == {"chosen": 1}

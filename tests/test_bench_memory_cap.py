@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import sys
@@ -6,7 +7,7 @@ import time
 import pytest
 
 from bench import memory_cap
-from bench.memory_cap import ensure_can_cap, run_capped
+from bench.memory_cap import Finished, ensure_can_cap, result_under_cap, run_capped
 
 CAP_BYTES = 64 << 20
 TAKES_TOO_MUCH = "x = b'x' * (256 << 20)"
@@ -137,3 +138,31 @@ def test_groups_of_processes_that_are_gone_are_swept(tmp_path):
         (tmp_path / name).mkdir()
     memory_cap._sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {lives, "other"}
+
+
+@pytest.mark.parametrize(
+    ("killed", "message"), [(True, "killed for its memory"), (False, "no such thing")]
+)
+def test_a_process_that_fails_under_its_cap_is_told_of(monkeypatch, killed, message):
+    finished = Finished(
+        returncode=1,
+        stdout="",
+        stderr="error: no such thing\n",
+        killed_for_memory=killed,
+        peak_bytes=None,
+    )
+    monkeypatch.setattr(memory_cap, "run_capped", lambda *_: finished)
+    with pytest.raises(OSError, match=message):
+        result_under_cap("bench.grid", ["opt-1.3b"], 1000)
+
+
+def test_what_the_process_prints_last_is_its_result(monkeypatch):
+    finished = Finished(
+        returncode=0,
+        stdout="hello\n" + json.dumps({"chosen": 1}) + "\n",
+        stderr="",
+        killed_for_memory=False,
+        peak_bytes=None,
+    )
+    monkeypatch.setattr(memory_cap, "run_capped", lambda *_: finished)
+    assert result_under_cap("bench.grid", ["opt-1.3b"], 1000) == {"chosen": 1}

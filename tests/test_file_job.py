@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from checkpoints_tools.open_source import open_source
+from checkpoints_tools.store_conversion import convert_to_store
 from flexjax import LLM, Placement, Policy, SamplingParams
-from flexjax.answer_file import partial_path
-from flexjax.file_job import answer_file_of_prompts
+from flexjax.answer_file import AnswerFile, partial_path
+from flexjax.checkpoint import EMBEDDED_MODEL
+from flexjax.file_job import answer_prompts
 from flexjax.prompt_file import PromptFile
+from flexjax.quant import Quantization
 from tests.test_answer_file import lines_of
 from tests.test_generate import run
 from tests.test_llm import SPILLS
@@ -53,8 +59,8 @@ def answer(store, rows, path, params=SAMPLED, *, seed=3, policy=SPILLS, stop_aft
             return each(*args, on_outputs=count, **options)
 
         llm.generate_each = stopped
-        with PromptFile(rows) as prompts:
-            answer_file_of_prompts(llm, prompts, path, params)
+        with PromptFile(rows) as prompts, AnswerFile(path, len(prompts)) as answers:
+            answer_prompts(llm, prompts, answers, params=params)
     return blocks
 
 
@@ -127,6 +133,7 @@ def test_a_killed_command_goes_on_where_it_was(golden, tmp_path, rows, capsys):
     while answered < 3 and process.poll() is None:
         time.sleep(0.01)
         answered = partial.read_bytes().count(b"\n") - 1 if partial.exists() else 0
+    assert process.poll() is None, "it ended before it was killed"
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not path.exists()
@@ -152,12 +159,13 @@ def test_what_is_whole_but_has_no_room_is_finished_without_the_model_running(
 ):
     store, path = golden("opt-pre-ln").store, tmp_path / "answers.jsonl"
 
-    def full(path, pieces):
+    def full(path, pieces, *, beside):
+        del pieces, beside
         raise OSError(f"cannot write {path}: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("flexjax.answer_file.write_pieces_atomically", full)
-        with pytest.raises(OSError, match="make room"):
+        with pytest.raises(OSError, match="the disk takes as much"):
             answer(store, rows, path)
     assert answer(store, rows, path) == []
     assert len(lines_of(path)) == 15
@@ -172,3 +180,32 @@ def test_a_prompt_that_cannot_be_used_is_refused_before_the_first_block(
     with pytest.raises(ValueError, match="prompt 15 has token id 999"):
         answer(golden("opt-pre-ln").store, rows, path, policy=policy)
     assert partial_path(path).read_bytes().count(b"\n") == 1
+
+
+def test_a_quantized_store_is_answered_on_under_a_policy_that_says_how(
+    golden, tmp_path, rows
+):
+    """The store says how its weights are quantized, and a plan takes them so."""
+    store, path = tmp_path / "store", tmp_path / "answers.jsonl"
+    how = Quantization(bits=4, group_size=16, dtype="float32")
+    source = open_source(golden("opt-pre-ln").folder)
+    convert_to_store(source, store, np.dtype(np.float32), "quantizing", how)
+    with pytest.raises(KeyboardInterrupt):
+        answer(store, rows, path, policy=None, stop_after=1)
+    said = Policy(batch_size=4, weight_bits=4, group_size=16)
+    answer(store, rows, path, policy=said)
+    assert len(lines_of(path)) == 15
+
+
+def test_another_tokenizer_is_another_job(tmp_path):
+    rows, path = tmp_path / "rows.txt", tmp_path / "answers.jsonl"
+    rows.write_text("It is\nA truth\n")
+    policy = Policy(batch_size=1)
+    model = shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        answer(model, rows, path, policy=policy, stop_after=1)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["add_bos_token"] = not settings.get("add_bos_token", True)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="begun with checksum of the model"):
+        answer(model, rows, path, policy=policy)

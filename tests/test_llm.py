@@ -233,6 +233,11 @@ def test_outputs_of_each_block_are_given_away_when_it_ends(llm, golden):
     assert [count for _, count in given] == [5 + 2 * 4, 5 + 2 * 4 + 2]
 
 
+def test_token_ids_may_come_from_an_iterator(llm):
+    expected = llm.generate([[5, 6, 7]], GREEDY)
+    assert llm.generate([iter([5, 6, 7])], GREEDY) == expected
+
+
 def test_what_takes_outputs_may_end_the_call(llm):
     def refuse(outputs):
         raise OSError("the disk is full")

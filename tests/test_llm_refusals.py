@@ -79,6 +79,18 @@ def test_what_cannot_be_continued_is_refused_before_the_first(
     assert not given
 
 
+def test_a_prompt_that_changes_while_the_model_runs_is_refused(llm):
+    class Growing(list):
+        """Prompts that have another token whenever they are looked up."""
+
+        def __getitem__(self, index):
+            super().__getitem__(index).append(7)
+            return list(super().__getitem__(index))
+
+    with pytest.raises(ValueError, match="prompt 0 had 3 tokens .* has 4 now"):
+        llm.generate_each(Growing([[5, 6]]), GREEDY, on_outputs=print)
+
+
 @pytest.mark.parametrize("call", ["generate", "score", "close"])
 def test_a_call_from_inside_of_a_run_is_refused(llm, call):
     calls = {

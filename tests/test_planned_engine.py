@@ -9,6 +9,7 @@ import pytest
 from flexjax.llm import LLM
 from flexjax.plan import auto, parts, search
 from flexjax.plan.hardware import read_hardware
+from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sampling_params import SamplingParams
 
@@ -125,10 +126,43 @@ def test_prompts_of_very_different_lengths_are_planned_apart(
         # The last policy is kept for what asks for no more.
         assert token_ids(llm.generate(prompts[:3], GREEDY)) == expected[:3]
         assert "parts" not in llm.metrics
-        # And what asks for more is planned anew.
-        found = llm.score(prompts)
-        for one, other in zip(found, scores, strict=True):
+        assert "predicted" not in llm.metrics
+        # What asks for more is planned anew, and cut again.
+        for one, other in zip(llm.score(prompts), scores, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-4)
+        assert [part["num_prompts"] for part in llm.metrics["parts"]] == [3, 30]
+        assert token_ids(llm.generate(prompts, GREEDY)) == expected
+        assert len(llm.metrics["parts"]) == 2
+        fewer = dataclasses.replace(GREEDY, max_tokens=3)
+        llm.generate(prompts[7:], fewer)
+        assert "predicted" not in llm.metrics, "it was said of more tokens"
+
+
+def test_a_part_for_which_there_is_no_room_any_more_is_planned_again(
+    golden, small_machine, tmp_path, monkeypatch
+):
+    checkpoint = golden("opt-pre-ln")
+    prompts = [[7 + i] * 150 for i in range(3)] + [[5 + i, 9] for i in range(30)]
+    with LLM(checkpoint.store, policy=Policy(batch_size=33)) as whole:
+        expected = token_ids(whole.generate(prompts, GREEDY))
+        needed = whole.metrics["predicted_peak_bytes"]["device"]
+    small_machine(needed // 3)
+    monkeypatch.setattr(parts, "SEARCH_S", 1e-9)
+    take, taken = PlannedEngine._take, []
+
+    def refusing(self, choice, *, for_lengths):
+        taken.append(choice.job.num_prompts)
+        if len(taken) == 2:
+            raise ValueError("the policy needs more than there is now")
+        take(self, choice, for_lengths=for_lengths)
+
+    monkeypatch.setattr(PlannedEngine, "_take", refusing)
+    with LLM(checkpoint.store, offload_dir=tmp_path) as llm:
+        assert token_ids(llm.generate(prompts, GREEDY)) == expected
+        assert taken == [3, 30, 30]
+        taken[:] = [0]
+        with pytest.raises(ValueError, match="needs more than there is now"):
+            llm.generate(prompts, GREEDY)
 
 
 def test_a_job_that_does_not_fit_leaves_what_ran_before(golden, small_machine):

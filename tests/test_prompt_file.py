@@ -1,6 +1,8 @@
 """Prompts from files: every form of a line, and every line that is none."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -83,3 +85,18 @@ def test_the_checksum_is_of_the_whole_file(tmp_path):
         with PromptFile(written(tmp_path, "p.txt", data)) as prompts:
             sums.add(prompts.checksum)
     assert len(sums) == 3
+
+
+def test_a_pipe_is_read_once_and_its_prompts_as_often_as_wanted(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_text, "one\ntwo\n")
+        with PromptFile(pipe) as prompts:
+            assert list(prompts) == list(prompts) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["p.JSONL", "p.ndjson"])
+def test_other_names_of_json_lines_are_known(tmp_path, name):
+    with PromptFile(written(tmp_path, name, '{"prompt": "a"}')) as prompts:
+        assert list(prompts) == ["a"]

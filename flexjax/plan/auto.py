@@ -98,9 +98,8 @@ def choose_policies(
     allowed = allowed_policies(
         quantized=False, host_attention=not shared, base=template
     )
-    plans = plan_parts(
-        [(model, policy) for policy in allowed], hardware, lengths or [1], gen_len
-    )
+    models = [(model, policy) for policy in allowed]
+    plans = plan_parts(models, hardware, lengths or [1], gen_len=gen_len)
     return [
         Choice(plan.policy, plan.job, _as_planned(plan, hardware), plan)
         for plan in plans

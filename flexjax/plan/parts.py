@@ -8,6 +8,7 @@ machines, with 64 new tokens, predicted).
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,12 +35,14 @@ def plan_parts(
     allowed: Sequence[tuple[Model, Policy]],
     hardware: Hardware,
     lengths: Sequence[int],
+    *,
     gen_len: int,
 ) -> list[Plan]:
     """Plans that follow one another, each for as many prompts as its job says.
 
-    Of all ways to cut the prompts where their lengths fall to a half, the fastest as
-    predicted, with the time to load what each part keeps in memory.
+    Of all ways to cut the prompts where they, with their new tokens, have become half
+    as long (or a fourth, or an eighth), the fastest as predicted, with the time to load
+    what each part keeps in memory.
 
     Args:
         allowed: models and policies to choose from, as of `best_plan`.
@@ -58,7 +61,7 @@ def plan_parts(
             num_prompts=last - first,
         )
         plan, model = best_plan(allowed, hardware, job)
-        prediction = _predicted(plan, model, hardware, lengths[first:last])
+        prediction = _predicted(plan, model, hardware, lengths=lengths[first:last])
         return dataclasses.replace(plan, prediction=prediction)
 
     def seconds(plan: Plan) -> float:
@@ -78,10 +81,13 @@ def plan_parts(
         ways = []
         for last in edges[place + 1 :]:
             is_whole = last - edges[place] == len(lengths)
-            part = whole if is_whole else plan(edges[place], last)
+            try:
+                part = whole if is_whole else plan(edges[place], last)
+            except ValueError:  # where the whole fits; but other sizes are tried
+                continue
             rest_s, rest = best[last]
             ways.append((seconds(part) + rest_s, [part, *rest]))
-        best[edges[place]] = min(ways, key=lambda way: way[0])
+        best[edges[place]] = min(ways, key=lambda way: way[0], default=(math.inf, []))
     cut_s, cut = best[0]
     return cut if cut_s < (1 - LEAST_GAIN) * seconds(whole) else [whole]
 
@@ -98,7 +104,7 @@ def _edges(lengths: Sequence[int], gen_len: int, ratio: int) -> list[int]:
 
 
 def _predicted(
-    plan: Plan, model: Model, hardware: Hardware, lengths: Sequence[int]
+    plan: Plan, model: Model, hardware: Hardware, *, lengths: Sequence[int]
 ) -> Prediction:
     """What a plan takes for prompts, of which each block is as long as its longest.
 

@@ -50,6 +50,21 @@ def test_a_changed_folder_is_converted_anew(checkpoint, cache):
     assert resolve_model(checkpoint, cache_dir=cache) != store
 
 
+def test_another_tokenizer_is_taken_and_nothing_is_converted_for_it(checkpoint, cache):
+    (checkpoint / "vocab.json").write_text("{}")
+    store = resolve_model(checkpoint, cache_dir=cache)
+    before = (store / "manifest.json").stat().st_mtime_ns
+    (checkpoint / "vocab.json").unlink()
+    (checkpoint / "tokenizer.json").write_text("first")
+    assert resolve_model(checkpoint, cache_dir=cache) == store
+    assert not (store / "vocab.json").exists()
+    assert (store / "tokenizer.json").read_text() == "first"
+    (checkpoint / "tokenizer.json").write_text("other")
+    assert resolve_model(checkpoint, cache_dir=cache) == store
+    assert (store / "tokenizer.json").read_text() == "other"
+    assert (store / "manifest.json").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize(
     ("own", "platform", "wanted"),
     [

@@ -26,7 +26,7 @@ def allowed():
 
 def test_prompts_of_one_length_get_one_plan(allowed):
     job = Job(prompt_len=512, gen_len=GEN_LEN, num_prompts=4000)
-    (plan,) = plan_parts(allowed, HARDWARE, [500] * 4000, GEN_LEN)
+    (plan,) = plan_parts(allowed, HARDWARE, [500] * 4000, gen_len=GEN_LEN)
     assert plan == best_plan(allowed, HARDWARE, job)[0]
 
 
@@ -34,7 +34,7 @@ def test_a_few_long_prompts_do_not_slow_down_all_others(allowed):
     lengths = [1500] * 20 + [60] * 5000
     job = Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=len(lengths))
     whole = best_plan(allowed, HARDWARE, job)[0]
-    first, second = plan_parts(allowed, HARDWARE, lengths, GEN_LEN)
+    first, second = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN)
     assert (first.job.num_prompts, second.job.num_prompts) == (20, 5000)
     assert (first.job.prompt_len, second.job.prompt_len) == (1536, 64)
     under_whole = predict(
@@ -59,7 +59,7 @@ def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
         return best_plan(*args)
 
     monkeypatch.setattr(parts, "best_plan", counted)
-    (plan,) = plan_parts(allowed, HARDWARE, [1500, 60, 60], GEN_LEN)
+    (plan,) = plan_parts(allowed, HARDWARE, [1500, 60, 60], gen_len=GEN_LEN)
     assert plan.job == Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=3)
     assert len(searched) == 1
 
@@ -69,12 +69,12 @@ def test_what_is_longer_than_any_memory_is_refused(allowed):
         HARDWARE, device_memory_bytes=10**9, host_memory_bytes=10**9
     )
     with pytest.raises(ValueError, match="not even one prompt of 2048 tokens fits"):
-        plan_parts(allowed, small, [2000, 5, 5], GEN_LEN)
+        plan_parts(allowed, small, [2000, 5, 5], gen_len=GEN_LEN)
 
 
 def test_a_plan_is_predicted_for_the_lengths_of_its_blocks(allowed):
     lengths = sorted(range(200, 520, 1), reverse=True)
-    (plan,) = plan_parts(allowed, HARDWARE, lengths, GEN_LEN)
+    (plan,) = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN)
     model, size = allowed[0][0], plan.policy.block_size
     assert 1 < size < len(lengths) / 4
 
@@ -111,7 +111,7 @@ def test_no_way_to_cut_is_faster(counts, powers):
     """With times that are drawn: of all ways, the one that takes least."""
     lengths = [
         length
-        for length, count in zip((1900, 900, 400, 100), counts, strict=False)
+        for length, count in zip((1900, 800, 350, 100), counts, strict=False)
         for _ in range(count)
     ]
     edges = [0, *itertools.accumulate(counts)]
@@ -122,13 +122,14 @@ def test_no_way_to_cut_is_faster(counts, powers):
         first = lengths.index(next(n for n in lengths if bucket(n) == job.prompt_len))
         return Timed(job, 2.0 ** times[first, first + job.num_prompts]), None
 
+    assert parts._edges(lengths, 1, 2) == edges
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "best_plan", fake_plan)
-        patch.setattr(parts, "_predicted", lambda plan, *_: plan)
+        patch.setattr(parts, "_predicted", lambda plan, *_, lengths: plan)
         patch.setattr(parts, "_load_s", lambda *_: 0.0)
         patch.setattr(parts, "SEARCH_S", 1e-9)
         patch.setattr(dataclasses, "replace", lambda plan, prediction: plan)
-        found = plan_parts([None], None, lengths, 1)
+        found = plan_parts([None], None, lengths, gen_len=1)
     assert sum(plan.job.num_prompts for plan in found) == len(lengths)
     whole_s = 2.0 ** times[0, len(lengths)]
     ways = [
