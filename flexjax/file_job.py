@@ -1,6 +1,7 @@
 """A file of prompts becomes a file of answers, over as many runs as it takes."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ def answer_prompts(
     answers: AnswerFile,
     *,
     params: SamplingParams,
+    block_latency_s: float = math.inf,
     notice: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Continues every prompt of a file into another, a JSON line each, in their order.
@@ -32,6 +34,7 @@ def answer_prompts(
         prompts: the file.
         answers: the other file, opened for as many.
         params: for all prompts.
+        block_latency_s: as of `LLM.generate_each`; what is lost at most.
         notice: is told what was found, in a sentence.
 
     Raises:
@@ -52,7 +55,13 @@ def answer_prompts(
         )
 
     if missing:
-        llm.generate_each(prompts, params, indices=missing, on_outputs=add)
+        llm.generate_each(
+            prompts,
+            params,
+            indices=missing,
+            block_latency_s=block_latency_s,
+            on_outputs=add,
+        )
     answers.finish()
 
 

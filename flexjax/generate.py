@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import sys
@@ -93,6 +94,13 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         "none; the same command goes on where a run of it was stopped",
     )
     parser.add_argument(
+        "--block-latency",
+        type=float,
+        metavar="SECONDS",
+        help="of --output without a policy: plan blocks that take no longer, so that "
+        "no more is lost",
+    )
+    parser.add_argument(
         "--json",
         metavar="FILE",
         help="write outputs and metrics here; with --output, metrics alone",
@@ -108,9 +116,24 @@ def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     params = params_from_args(args)
     policy = None if is_planned(args) else policy_from_args(args)
+    _check_block_latency(args, policy)
     _ensure_files(args)
     with _read_prompts(args) as prompts:
         _run(args, prompts, params, policy=policy)
+
+
+def _check_block_latency(args: argparse.Namespace, policy: Policy | None) -> None:
+    if args.block_latency is None:
+        return
+    if args.output is None or policy is not None:
+        raise ValueError(
+            "--block-latency bounds the blocks of --output FILE where no policy is "
+            "given; leave it out"
+        )
+    if not args.block_latency > 0:
+        raise ValueError(
+            f"--block-latency is {args.block_latency:g}, expected more than 0 seconds"
+        )
 
 
 def _run(
@@ -141,7 +164,15 @@ def _run(
         outputs: list[RequestOutput] = []
         if answers is not None:
             assert isinstance(prompts, PromptFile)
-            answer_prompts(llm, prompts, answers, params=params, notice=_say)
+            bound_s = math.inf if args.block_latency is None else args.block_latency
+            answer_prompts(
+                llm,
+                prompts,
+                answers,
+                params=params,
+                block_latency_s=bound_s,
+                notice=_say,
+            )
             _say(f"{len(prompts):,} answers in {args.output}")
         else:
             if prompts is None:

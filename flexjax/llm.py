@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import sys
@@ -182,6 +183,7 @@ class LLM:
         *,
         on_outputs: Callable[[dict[int, RequestOutput]], object],
         indices: Sequence[int] | None = None,
+        block_latency_s: float = math.inf,
         on_tokens: Callable[[int], object] | None = None,
     ) -> None:
         """Continues prompts and gives the outputs of each block away when it ends.
@@ -199,6 +201,8 @@ class LLM:
                 first.
             indices: of the prompts that are to be continued; all, if not given. What
                 comes of a prompt is not changed by which others are.
+            block_latency_s: seconds that a block may take, as predicted, where policies
+                are searched; where all fits on the device, blocks are small anyway.
             on_tokens: as of `generate`.
 
         Raises:
@@ -228,7 +232,9 @@ class LLM:
                 )
 
             max_tokens = max(asked, default=1)
-            self.metrics = self._planned.run(lengths, max_tokens, run)
+            self.metrics = self._planned.run(
+                lengths, max_tokens, run, most_block_s=block_latency_s
+            )
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-probability of every token but the first, given those before it.

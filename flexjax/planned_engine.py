@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import pathlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,8 @@ class PlannedEngine:
         lengths: Sequence[int],
         gen_len: int,
         run: Callable[[Engine, Sequence[int]], object],
+        *,
+        most_block_s: float = math.inf,
     ) -> dict[str, Any]:
         """Runs prompts under the policy that was given, or under what is planned.
 
@@ -93,6 +96,7 @@ class PlannedEngine:
             gen_len: tokens to generate for each, at most.
             run: called with the engine and the places in `lengths` of what it is to
                 run: once, or once for each plan, the longest prompts first.
+            most_block_s: seconds that a block may take where policies are searched.
 
         Returns:
             The metrics, and what was predicted if just these prompts were planned for.
@@ -109,7 +113,7 @@ class PlannedEngine:
             if self._is_closed:
                 raise ValueError(CLOSED)
             self.spans = []
-            for places in self._parts(lengths, gen_len):
+            for places in self._parts(lengths, gen_len, most_block_s):
                 assert self.engine is not None
                 assert self.policy is not None
                 self._run_part(functools.partial(run, self.engine, places), self.engine)
@@ -145,25 +149,39 @@ class PlannedEngine:
         finally:
             self.spans += engine.timeline.spans
 
-    def _parts(self, lengths: Sequence[int], gen_len: int) -> Iterator[Sequence[int]]:
+    def _parts(
+        self, lengths: Sequence[int], gen_len: int, most_block_s: float
+    ) -> Iterator[Sequence[int]]:
         """Places of what runs under one policy, each when the engine has it."""
+        if math.isfinite(most_block_s):
+            if not self._is_auto:
+                raise ValueError(
+                    "block_latency_s bounds what is planned, but there is a policy; "
+                    "leave out one of them"
+                )
+            yield from self._cut(lengths, gen_len, most_block_s)
+            return
         job = job_of(lengths, gen_len)
         wanted = self._planned_for.joined(job)
         if not self._is_auto or wanted == self._planned_for:
             yield range(len(lengths))
         elif wanted == job or self._was_cut:
-            yield from self._cut(lengths, gen_len)
+            yield from self._cut(lengths, gen_len, most_block_s)
         else:  # what was asked for before may be again
             several = [wanted.prompt_len] * wanted.num_prompts
-            (choice,) = self._choose(several, wanted.gen_len)
+            (choice,) = self._choose(several, wanted.gen_len, most_block_s)
             self._take(choice, for_lengths=several)
             yield range(len(lengths))
 
-    def _cut(self, lengths: Sequence[int], gen_len: int) -> Iterator[Sequence[int]]:
+    def _cut(
+        self, lengths: Sequence[int], gen_len: int, most_block_s: float
+    ) -> Iterator[Sequence[int]]:
         """The parts of just these prompts, the longest first."""
         rest, is_first = longest_first(lengths), True
         while rest or is_first:
-            choices = self._choose([lengths[place] for place in rest], gen_len)
+            choices = self._choose(
+                [lengths[place] for place in rest], gen_len, most_block_s
+            )
             self._was_cut = not is_first or len(choices) > 1
             for number, choice in enumerate(choices):
                 places = rest[: choice.job.num_prompts]
@@ -203,7 +221,9 @@ class PlannedEngine:
             finally:
                 self._running_in = None
 
-    def _choose(self, lengths: Sequence[int], gen_len: int) -> list[Choice]:
+    def _choose(
+        self, lengths: Sequence[int], gen_len: int, most_block_s: float
+    ) -> list[Choice]:
         """Policies for prompts, the longest of which come first."""
         held = dict.fromkeys(Tier, 0)  # which is free for another policy
         if self.engine is not None:
@@ -217,6 +237,7 @@ class PlannedEngine:
             offload_dir=self._offload_dir,
             held=held,
             progress=logger.warning,
+            most_block_s=most_block_s,
         )
         if len(choices) > 1:
             predictions = [choice.plan.prediction for choice in choices if choice.plan]

@@ -118,6 +118,15 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         (["--prompt", "a", "--output", "x.jsonl"], "--output is for answers to --pr"),
         (["--prompts", __file__, "--output", __file__], "py is there already; name"),
         (["--prompts", "a", "--output", "/proc/y"], "--output /proc/y cannot be writ"),
+        (["--prompt", "a", "--block-latency", "9"], "bounds the blocks of --output"),
+        (
+            ["--prompts=a", "--output=b", "--block-latency=9", "--batch-size=2"],
+            "where no policy is given; leave it out",
+        ),
+        (
+            ["--prompts", "a", "--output", "b", "--block-latency", "nan"],
+            "--block-latency is nan, expected more than 0 seconds",
+        ),
         (
             ["--prompts", "y.partial", "--output", "y"],
             "--prompts and the partial file of --output both name y.partial",

@@ -165,6 +165,35 @@ def test_a_part_for_which_there_is_no_room_any_more_is_planned_again(
             llm.generate(prompts, GREEDY)
 
 
+def test_blocks_take_no_longer_than_they_may(golden, small_machine, tmp_path):
+    checkpoint = golden("opt-pre-ln")
+    prompts = checkpoint.prompts * 5
+    with LLM(checkpoint.store, policy=Policy(batch_size=25)) as whole:
+        whole.generate(prompts, GREEDY)
+        needed = whole.metrics["predicted_peak_bytes"]["device"]
+    small_machine(int(0.6 * needed))
+    given = []
+    with LLM(checkpoint.store, offload_dir=tmp_path) as llm:
+        llm.generate_each(prompts, GREEDY, on_outputs=given.append)
+        free_s, free_sizes = llm.metrics["predicted"]["block_s"], list(map(len, given))
+        given.clear()
+        most_s = 0.98 * free_s
+        llm.generate_each(
+            prompts, GREEDY, on_outputs=given.append, block_latency_s=most_s
+        )
+        assert llm.metrics["predicted"]["block_s"] <= most_s
+        assert max(map(len, given)) < max(free_sizes)
+        with pytest.raises(ValueError, match="no block is done within 1e-09 s"):
+            llm.generate_each(
+                prompts, GREEDY, on_outputs=given.append, block_latency_s=1e-9
+            )
+    with (
+        LLM(checkpoint.store, policy=Policy()) as llm,
+        pytest.raises(ValueError, match="block_latency_s bounds what is planned"),
+    ):
+        llm.generate_each(prompts, GREEDY, on_outputs=given.append, block_latency_s=9.0)
+
+
 def test_a_job_that_does_not_fit_leaves_what_ran_before(golden, small_machine):
     checkpoint = golden("opt-pre-ln")
     small_machine(1 << 30)

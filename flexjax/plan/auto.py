@@ -1,6 +1,7 @@
 """The policy of a run that names none: all on the device, or what a search finds."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -53,6 +54,7 @@ def choose_policies(
     offload_dir: pathlib.Path,
     held: Mapping[Tier, int],
     progress: Callable[[str], object],
+    most_block_s: float = math.inf,
 ) -> list[Choice]:
     """The best policies for prompts and a model that is there, one after the other.
 
@@ -69,9 +71,10 @@ def choose_policies(
         offload_dir: where a run would spill to.
         held: bytes of each tier that are not free, but would be for this run.
         progress: is told what takes long, in a few words.
+        most_block_s: seconds that a block may take where policies are searched.
 
     Raises:
-        ValueError: not even one prompt fits.
+        ValueError: not even one prompt fits, or none is done in time.
         OSError: the disk failed while it was measured.
     """
     job = job_of(lengths, gen_len)
@@ -99,7 +102,13 @@ def choose_policies(
         quantized=False, host_attention=not shared, base=template
     )
     models = [(model, policy) for policy in allowed]
-    plans = plan_parts(models, hardware, lengths or [1], gen_len=gen_len)
+    plans = plan_parts(
+        models,
+        hardware,
+        lengths or [1],
+        gen_len=gen_len,
+        most_block_s=most_block_s,
+    )
     return [
         Choice(plan.policy, plan.job, _as_planned(plan, hardware), plan)
         for plan in plans

@@ -37,6 +37,7 @@ def plan_parts(
     lengths: Sequence[int],
     *,
     gen_len: int,
+    most_block_s: float = math.inf,
 ) -> list[Plan]:
     """Plans that follow one another, each for as many prompts as its job says.
 
@@ -49,9 +50,10 @@ def plan_parts(
         hardware: that runs them.
         lengths: tokens of each prompt, the longest first; at least one.
         gen_len: tokens to generate for each.
+        most_block_s: seconds that a block may take.
 
     Raises:
-        ValueError: not even one prompt fits.
+        ValueError: not even one prompt fits, or none is done in time.
     """
 
     def plan(first: int, last: int) -> Plan:
@@ -60,7 +62,7 @@ def plan_parts(
             gen_len=gen_len,
             num_prompts=last - first,
         )
-        plan, model = best_plan(allowed, hardware, job)
+        plan, model = best_plan(allowed, hardware, job, most_block_s=most_block_s)
         prediction = _predicted(plan, model, hardware, lengths=lengths[first:last])
         return dataclasses.replace(plan, prediction=prediction)
 

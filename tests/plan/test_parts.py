@@ -51,12 +51,23 @@ def test_a_few_long_prompts_do_not_slow_down_all_others(allowed):
         )
 
 
+def test_no_block_of_a_part_takes_longer_than_it_may(allowed):
+    lengths = [1500] * 20 + [60] * 5000
+    free = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN)
+    most_s = 0.3 * free[1].prediction.block_s
+    found = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN, most_block_s=most_s)
+    assert sum(plan.job.num_prompts for plan in found) == len(lengths)
+    assert all(plan.prediction.block_s <= most_s for plan in found)
+    with pytest.raises(ValueError, match="no block is done within 0.1 s"):
+        plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN, most_block_s=0.1)
+
+
 def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
     searched = []
 
-    def counted(*args):
+    def counted(*args, **options):
         searched.append(args)
-        return best_plan(*args)
+        return best_plan(*args, **options)
 
     monkeypatch.setattr(parts, "best_plan", counted)
     (plan,) = plan_parts(allowed, HARDWARE, [1500, 60, 60], gen_len=GEN_LEN)
@@ -118,7 +129,7 @@ def test_no_way_to_cut_is_faster(counts, powers):
     ranges = list(itertools.combinations(edges, 2))
     times = dict(zip(ranges, powers, strict=False))
 
-    def fake_plan(_allowed, _hardware, job):
+    def fake_plan(_allowed, _hardware, job, **_options):
         first = lengths.index(next(n for n in lengths if bucket(n) == job.prompt_len))
         return Timed(job, 2.0 ** times[first, first + job.num_prompts]), None
 
