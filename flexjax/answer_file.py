@@ -39,14 +39,15 @@ class AnswerFile:
     """
 
     def __init__(self, path: pathlib.Path, count: int) -> None:
-        self.path = path.absolute()
+        self.path = pathlib.Path(path).resolve()  # a link's target, if it is one
         self.partial = partial_path(self.path)
         refuse_finished(self.path)
         make_folder(self.path.parent)
+        self.count = count
         self._starts = array.array("q", [_UNKNOWN]) * count
-        self._end = 0
+        self._end, self._header = 0, b""
         with contextlib.ExitStack() as undo:
-            self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = self._open()
             undo.callback(os.close, self._file)
             self._lock()
             undo.callback(self._remove_if_empty)
@@ -71,33 +72,43 @@ class AnswerFile:
             task: what answers depend on, by names that users know, as JSON values.
 
         Raises:
-            ValueError: the file was begun with another task.
+            ValueError: there are some, and they were begun with another task.
             OSError: the disk failed.
         """
+        begun = None
         for start, line in self._whole_lines():
             if start == 0:
-                self._check_task(_parsed(line).get(_HEADER), task)
+                begun = _parsed(line).get(_HEADER)
             else:
                 self._take(_parsed(line), start)
             self._end = start + len(line)
+        if len(self.missing()) == self.count:
+            self._end = 0  # nothing is lost
+        else:
+            self._check_task(begun, task)
         os.ftruncate(self._file, self._end)
-        if self._end == 0:
-            self._append(_line({_HEADER: task}))
-            sync_path(self.path.parent)
+        self._header = _line(json.dumps({_HEADER: task}, ensure_ascii=False))
 
     def missing(self) -> list[int]:
         """The prompts without an answer, by their index."""
         return [i for i, start in enumerate(self._starts) if start == _UNKNOWN]
 
-    def add(self, answers: Mapping[int, Mapping[str, Any]]) -> None:
-        """Writes answers, by the index of their prompt; they are on the disk then.
+    def add(self, answers: Mapping[int, str]) -> None:
+        """Writes answers; they are on the disk then.
+
+        Args:
+            answers: JSON objects of a line each that have the "index" of their prompt,
+                by that.
 
         Raises:
             OSError: they are not.
         """
-        lines = {index: _line({"index": index, **a}) for index, a in answers.items()}
-        start = self._end
-        self._append(b"".join(lines.values()))
+        header = b"" if self._end else self._header
+        lines = {index: _line(text) for index, text in answers.items()}
+        start = self._end + len(header)
+        self._append(header + b"".join(lines.values()))
+        if header:
+            sync_path(self.path.parent)
         for index, line in lines.items():
             self._starts[index] = start
             start += len(line)
@@ -126,6 +137,14 @@ class AnswerFile:
             for start in self._starts:
                 file.seek(start)
                 yield file.readline()
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OSError(
+                f"{self.partial} cannot be written: {error.strerror}; name another file"
+            ) from error
 
     def _lock(self) -> None:
         """Keeps out who would write to it too, until it is closed."""
@@ -229,15 +248,18 @@ def refuse_finished(path: pathlib.Path) -> None:
     """Raises ValueError if there is something of that name."""
     if path.exists():
         also = partial_path(path)
-        what = f"it and {also.name}" if also.exists() else "it"
+        if also.exists():
+            raise ValueError(
+                f"{path} is there already; if a run made it, it is whole, and "
+                f"{also.name} is what that run left; name another file, or remove both "
+                "to begin anew"
+            )
         raise ValueError(
-            f"{path} is there already; name another file, or remove {what} to begin "
-            "anew"
+            f"{path} is there already; name another file, or remove it to begin anew"
         )
 
 
-def _line(values: Mapping[str, Any]) -> bytes:
-    text = json.dumps(values, ensure_ascii=False)
+def _line(text: str) -> bytes:
     # Half a surrogate pair, which is no character, becomes the escape that JSON has.
     return text.encode(errors="backslashreplace") + b"\n"
 

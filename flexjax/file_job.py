@@ -1,6 +1,7 @@
 """A file of prompts becomes a file of answers, over as many runs as it takes."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ def answer_prompts(
     A line has the prompt's `index`, the line that it came from as `input`, and as
     `output` what `CompletionOutput` says. Answers are on the disk when their block
     ends: a later call of the same job goes on with what is missing, and gives what one
-    call would have given.
+    call would have given, but for the last digits where blocks have another size.
 
     Args:
         llm: the model; its `metrics` are those of what was missing.
@@ -41,6 +42,11 @@ def answer_prompts(
         ValueError: the answers were begun as another job; or as `LLM.generate`.
         OSError: the disk failed; what was answered is kept.
     """
+    if answers.count != len(prompts):
+        raise ValueError(
+            f"{answers.path} was opened for {answers.count} prompts, but "
+            f"{prompts.path} has {len(prompts)}; open it for as many"
+        )
     answers.begin(_task(llm, prompts, params))
     missing = answers.missing()
     if (found := len(prompts) - len(missing)) > 0:
@@ -49,7 +55,8 @@ def answer_prompts(
     def add(outputs: dict[int, RequestOutput]) -> None:
         answers.add(
             {
-                index: {"input": prompts.line(index), "output": _answer(output)}
+                index: f'{{"index": {index}, "input": {prompts.json(index)}, '
+                f'"output": {_answer(output)}}}'
                 for index, output in outputs.items()
             }
         )
@@ -74,6 +81,8 @@ def _task(llm: LLM, prompts: PromptFile, params: SamplingParams) -> dict[str, An
     policy = llm.policy or Policy()  # a plan rounds nothing
     sampling = dataclasses.asdict(params)
     return {
+        "dtype": llm.dtype,
+        "weight_bits": llm.weight_bits,
         "checksum of the model": llm.checksum,
         "checksum of the prompts": prompts.checksum,
         "kv_cache_bits": policy.kv_cache_bits,
@@ -86,8 +95,9 @@ def _task(llm: LLM, prompts: PromptFile, params: SamplingParams) -> dict[str, An
     }
 
 
-def _answer(output: RequestOutput) -> dict[str, Any]:
-    """The one completion, without what was not asked for."""
+def _answer(output: RequestOutput) -> str:
+    """The one completion as JSON, without what was not asked for."""
     values = dataclasses.asdict(output.outputs[0])
     del values["index"]  # of the completion
-    return {name: value for name, value in values.items() if value is not None}
+    asked = {name: value for name, value in values.items() if value is not None}
+    return json.dumps(asked, ensure_ascii=False)

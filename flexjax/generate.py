@@ -84,14 +84,16 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a file with one prompt a line, blank lines left out: texts; or in a "
-        '.jsonl file JSON texts, lists of token ids, or objects with a "prompt"',
+        help="a file with one prompt a line, blank lines left out, or - for what is "
+        "piped in: texts; or in a .jsonl file JSON texts, lists of token ids, or "
+        'objects with a "prompt"',
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
         help="write an answer to each line of --prompts here, as JSON lines, and print "
-        "none; the same command goes on where a run of it was stopped",
+        "none; the same command goes on where a run of it was stopped. A file that is "
+        "there is refused",
     )
     parser.add_argument(
         "--block-latency",
@@ -230,7 +232,12 @@ def _ensure_files(args: argparse.Namespace) -> None:
                 "--output is for answers to --prompts FILE; --json FILE has those to "
                 "other prompts"
             )
-        output = pathlib.Path(args.output)
+        output = pathlib.Path(args.output).resolve()
+        if args.output.endswith("/") or not args.output or output.is_dir():
+            raise ValueError(
+                f"--output {args.output!r} names no file; name one, such as "
+                "answers.jsonl"
+            )
         refuse_finished(output)
         files["the partial file of --output"] = str(partial_path(output))
     ensure_distinct(files)
@@ -270,7 +277,8 @@ def _read_prompts(args: argparse.Namespace) -> Iterator[Sequence[Prompt] | None]
     elif args.prompt is not None:
         yield args.prompt
     else:
-        with PromptFile(pathlib.Path(args.prompts)) as prompts:
+        name = "/dev/stdin" if args.prompts == "-" else args.prompts
+        with PromptFile(pathlib.Path(name)) as prompts:
             yield prompts
 
 

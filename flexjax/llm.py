@@ -55,6 +55,8 @@ class LLM:
 
     Attributes:
         config: of the model.
+        dtype: of its weights, or of what they are quantized from.
+        weight_bits: that its decoder layers' matrices are stored in, if quantized.
         max_model_len: positions that are used at most.
         seed: of prompts whose parameters name none.
         metrics: of the last run; empty before there is one. Where it had several
@@ -84,6 +86,8 @@ class LLM:
         folder = resolve_for(given or Policy(), named, dtype, device=device)
         store = open_store(folder)
         self.config, self._store_checksum = store.config, store.checksum
+        self.dtype = store.dtype.name
+        self.weight_bits = store.quantization and store.quantization.bits
         self.max_model_len = _max_model_len(max_model_len, store)
         self._rows = RowMaker(store.config, folder, self.max_model_len)
         spill = default_cache() if offload_dir is None else pathlib.Path(offload_dir)

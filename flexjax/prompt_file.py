@@ -6,22 +6,27 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Sequence
-from typing import IO, Any, overload
+from typing import IO, overload
 
 import xxhash
 
 from flexjax.prompts import Prompt
 
 _JSON_LINES = (".jsonl", ".ndjson")
-_UTF8_MARK = b"\xef\xbb\xbf"  # what some editors put in front
+_MARK = "\ufeff"  # what some editors put in front of the first line
+_EXPECTED = (
+    "expected a text in quotes, a list of token ids, or an object that has one of them "
+    'as "prompt", on a line of its own'
+)
 
 
 class PromptFile(Sequence[Prompt]):
     """A prompt a line; blank lines are left out.
 
-    A line of a `.jsonl` or `.ndjson` file is a text, a list of token ids, or an object
-    that has one of them as "prompt"; a line of any other file is a text. Of each line
-    no more is kept in memory than where it begins, and a checksum.
+    A line is a text; or in a `.jsonl` or `.ndjson` file, and where the first line is
+    such an object or list, JSON: a text, a list of token ids, or an object that has one
+    of them as "prompt". Of each line no more is kept in memory than where it begins,
+    and a checksum.
 
     Attributes:
         path: of the file.
@@ -33,7 +38,8 @@ class PromptFile(Sequence[Prompt]):
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path, self._is_json = path, path.suffix.lower() in _JSON_LINES
+        self.path = path = pathlib.Path(path)
+        self._is_json = path.suffix.lower() in _JSON_LINES
         self._starts, self._numbers = array.array("q"), array.array("q")
         self._checksums = array.array("Q")
         try:
@@ -69,32 +75,39 @@ class PromptFile(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        value = self.line(index)
-        return value["prompt"] if isinstance(value, dict) else value
+        text = self._text(index)
+        return _prompt_of(text) if self._is_json else text
 
-    def line(self, index: int) -> Any:
-        """The whole line of a prompt, whatever else it has.
+    def name(self, index: int) -> str:
+        """Where a prompt stands, for messages."""
+        return f"line {self._numbers[index]} of {self.path}"
+
+    def json(self, index: int) -> str:
+        """The whole line of a prompt as JSON, with whatever else it has, as it is.
 
         Raises:
             ValueError: it has changed.
             OSError: it cannot be read any more.
         """
-        number = self._numbers[index]
+        text = self._text(index)
+        return text.strip() if self._is_json else json.dumps(text, ensure_ascii=False)
+
+    def _text(self, index: int) -> str:
         self._file.seek(self._starts[index])
         line = self._file.readline()
         if xxhash.xxh3_64_intdigest(line) != self._checksums[index]:
             raise ValueError(
-                f"line {number} of {self.path} has changed since it was first read; "
-                "leave the file alone until the run has ended"
+                f"{self.name(index)} has changed since it was first read; leave the "
+                "file alone until the run has ended"
             )
-        return self._value(line, number)
+        return _decoded(line, self._numbers[index])
 
     def _read_lines(self) -> None:
         checksum, start = xxhash.xxh3_128(), 0
         try:
             for number, line in enumerate(self._file, 1):
                 checksum.update(line)
-                if self._value(line, number) is not None:
+                if self._is_prompt(line, number):
                     self._starts.append(start)
                     self._numbers.append(number)
                     self._checksums.append(xxhash.xxh3_64_intdigest(line))
@@ -105,31 +118,76 @@ class PromptFile(Sequence[Prompt]):
             raise ValueError(f"{self.path} is empty; write one prompt a line")
         self.checksum = checksum.hexdigest()
 
+    def _is_prompt(self, line: bytes, number: int) -> bool:
+        """Whether a line is no blank one; refuses one that cannot be used."""
+        try:
+            text = _decoded(line, number)
+            if not text.strip():
+                return False
+            if not self._starts:
+                self._is_json = self._is_json or _looks_like_json(text)
+            if self._is_json:
+                _prompt_of(text)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {self.path} {error}") from error
+        return True
+
     def _unreadable(self, error: OSError) -> ValueError:
         return ValueError(
             f"{self.path} cannot be read: {error.strerror}; name a file with one "
             "prompt a line"
         )
 
-    def _value(self, line: bytes, number: int) -> Any:
-        """What a line holds; None if it is blank."""
-        if number == 1:
-            line = line.removeprefix(_UTF8_MARK)
-        try:
-            # Not `splitlines`, which also ends a line at characters that texts contain.
-            text = line.decode().removesuffix("\n").removesuffix("\r")
-            if not text.strip():
-                return None
-            value = json.loads(text) if self._is_json else text
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} of {self.path}: {error}") from error
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, (str, list)):
-            raise ValueError(
-                f"line {number} of {self.path} is no prompt; expected a text, a list "
-                'of token ids, or an object with one of them as "prompt"'
-            )
-        return value
+
+def _decoded(line: bytes, number: int) -> str:
+    """The text of a line, without its end.
+
+    Raises:
+        ValueError: it is none; the message goes on from the line's name.
+    """
+    try:
+        # Not `splitlines`, which also ends a line at characters that texts contain.
+        text = line.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"is not UTF-8 text ({error}); if the file is compressed, unpack it"
+        ) from error
+    return text.removeprefix(_MARK) if number == 1 else text
+
+
+def _prompt_of(text: str) -> Prompt:
+    """The prompt in a line of JSON.
+
+    Raises:
+        ValueError: there is none; the message goes on from the line's name.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"is no JSON ({error.msg}, column {error.colno}); {_EXPECTED}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON that can be read; {_EXPECTED}") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, (str, list)):
+        raise ValueError(f"is no prompt; {_EXPECTED}")
+    return prompt
+
+
+def _looks_like_json(text: str) -> bool:
+    """Whether a line is what nobody would want to be continued as it is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, dict):
+        return "prompt" in value
+    return isinstance(value, list) and {type(item) for item in value} == {int}
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _copied(pipe: IO[bytes]) -> IO[bytes]:

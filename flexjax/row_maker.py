@@ -9,6 +9,7 @@ from typing import Any
 from flexjax.blocks import Row, RowSize
 from flexjax.models.config import OPTConfig
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
+from flexjax.prompt_file import PromptFile
 from flexjax.prompts import Prompt, checked_ids, items, one_for_each
 from flexjax.sampling_params import SamplingParams
 from flexjax.stopping import StopChecker
@@ -47,24 +48,26 @@ class RowMaker:
         """Of the tokenizer; None if there is none."""
         return self._tokenizer and self._tokenizer.checksum
 
-    def row(self, index: int, prompt: Prompt, params: SamplingParams) -> Row:
+    def row(
+        self, index: int, prompt: Prompt, params: SamplingParams, *, name: str
+    ) -> Row:
         """The row of a prompt.
 
         Raises:
-            ValueError: it cannot be used; the message has its index.
+            ValueError: it cannot be used; the message has its name.
         """
         if isinstance(prompt, str):
             if not prompt:
-                raise ValueError(f"prompt {index} is empty; give it at least a word")
-            ids = self._encoded(index, prompt)
+                raise ValueError(f"{name} is empty; give it at least a word")
+            ids = self._encoded(name, prompt)
         else:
-            ids = items(f"prompt {index} is", prompt, "a text or a list of token ids")
-        ids = self.checked(f"prompt {index}", ids, params.max_tokens)
+            ids = items(f"{name} is", prompt, "a text or a list of token ids")
+        ids = self.checked(name, ids, params.max_tokens)
         for token in params.stop_token_ids:
             if token >= self._config.vocab_size:
                 raise ValueError(
-                    f"stop_token_ids of prompt {index} has {token}, but the vocabulary "
-                    f"ends at {self._config.vocab_size - 1}"
+                    f"stop_token_ids of {name} has {token}, but the vocabulary ends at "
+                    f"{self._config.vocab_size - 1}"
                 )
         decode = self._tokenizer and self._tokenizer.decode
         eos = self._config.eos_token_id
@@ -107,11 +110,11 @@ class RowMaker:
             outputs=[completion],
         )
 
-    def _encoded(self, index: int, text: str) -> list[int]:
+    def _encoded(self, name: str, text: str) -> list[int]:
         try:
             return self.tokenizer.encode(text)
         except ValueError as error:
-            raise ValueError(f"prompt {index} cannot be used: {error}") from error
+            raise ValueError(f"{name} cannot be used: {error}") from error
 
     def _decoded(self, tables: list[dict[int, Logprob]]) -> list[dict[int, Logprob]]:
         if self._tokenizer is None:
@@ -196,9 +199,9 @@ class Requests:
         for row, place in zip(rows, places, strict=True):
             if row.size != self._sizes[place]:
                 raise ValueError(
-                    f"prompt {row.index} had {self._sizes[place].prompt_len} tokens "
-                    f"when it was first looked up, and has {len(row.prompt)} now; "
-                    "leave prompts alone until the run has ended"
+                    f"{self._name(row.index)} had {self._sizes[place].prompt_len} "
+                    f"tokens when it was first looked up, and has {len(row.prompt)} "
+                    "now; leave prompts alone until the run has ended"
                 )
         return rows
 
@@ -209,7 +212,14 @@ class Requests:
         }
 
     def _row(self, index: int) -> Row:
-        return self._maker.row(index, self._prompts[index], self._params[index])
+        return self._maker.row(
+            index, self._prompts[index], self._params[index], name=self._name(index)
+        )
+
+    def _name(self, index: int) -> str:
+        if isinstance(self._prompts, PromptFile):
+            return self._prompts.name(index)
+        return f"prompt {index}"
 
 
 def _cumulative(row: Row) -> float:

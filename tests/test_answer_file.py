@@ -20,7 +20,10 @@ def answer(index):
 
 
 def answers_to(indices):
-    return {index: answer(index) for index in indices}
+    return {
+        index: json.dumps({"index": index, **answer(index)}, ensure_ascii=False)
+        for index in indices
+    }
 
 
 def lines_of(path):
@@ -226,10 +229,40 @@ def test_what_a_power_cut_leaves_of_the_beginning_is_begun_anew(path, zeros):
 
 @pytest.mark.parametrize("header", [b"null", b"3", b"[]", b"{}", b"nonsense"])
 def test_a_header_that_says_nothing_is_of_another_job(path, header):
-    path.parent.mkdir()
-    partial_path(path).write_bytes(b'{"answers_to": ' + header + b"}\n")
+    with opened(path, TASK, 2) as answers:
+        answers.add(answers_to([1]))
+    partial = partial_path(path)
+    answer_line = partial.read_bytes().split(b"\n", 1)[1]
+    partial.write_bytes(b'{"answers_to": ' + header + b"}\n" + answer_line)
     with pytest.raises(ValueError, match="was begun with max_tokens None"):
-        opened(path, TASK, 1)
+        opened(path, TASK, 2)
+
+
+def test_what_has_no_answer_yet_may_be_begun_as_another_job(path):
+    with opened(path, TASK, 2) as answers:
+        answers.add(answers_to([1]))
+    partial = partial_path(path)
+    partial.write_bytes(partial.read_bytes().split(b"\n", 1)[0] + b"\n")
+    with opened(path, {"max_tokens": 7}, 2) as answers:
+        answers.add(answers_to([0, 1]))
+        answers.finish()
+    assert lines_of(path) == finished(2)
+
+
+def test_a_link_leads_to_where_answers_are_wanted(path, tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with opened(link, TASK, 1) as answers:
+        answers.add(answers_to([0]))
+        answers.finish()
+    assert link.is_symlink()
+    assert lines_of(path) == finished(1)
+
+
+def test_a_folder_in_its_place_is_named(path):
+    partial_path(path).mkdir(parents=True)
+    with pytest.raises(OSError, match="partial cannot be written: Is a directory"):
+        AnswerFile(path, 1)
 
 
 def test_nothing_is_left_of_a_run_that_never_began(path):
@@ -274,5 +307,7 @@ def test_a_kill_while_answers_are_put_in_order_leaves_one_file_at_most(
         answers.finish()
     assert list(path.parent.iterdir()) == [path]
     partial_path(path).touch()  # a kill before it was removed
-    with pytest.raises(ValueError, match=r"remove it and answers.jsonl.partial"):
+    with pytest.raises(
+        ValueError, match=r"it is whole, and answers.jsonl.partial is what"
+    ):
         AnswerFile(path, 2)

@@ -115,7 +115,7 @@ def test_what_would_change_answers_is_refused(golden, tmp_path, rows, change, me
     with pytest.raises(ValueError, match=message):
         answer(store, rows, path, **change)
     with pytest.raises(ValueError, match="begun with checksum of the model"):
-        answer(golden("opt-bf16").store, rows, path)
+        answer(golden("opt-gelu-no-bias").store, rows, path)
     rows.write_text(rows.read_text() + "[5]\n")
     with pytest.raises(ValueError, match="begun with checksum of the prompts"):
         answer(store, rows, path)
@@ -154,6 +154,17 @@ def test_a_killed_command_goes_on_where_it_was(golden, tmp_path, rows, capsys):
     assert run(*arguments, "--output", str(other)) == 2
 
 
+def test_a_file_of_answers_is_for_as_many_prompts(golden, tmp_path, rows):
+    path = tmp_path / "answers.jsonl"
+    with (
+        LLM(golden("opt-pre-ln").store, policy=SPILLS, offload_dir=tmp_path) as llm,
+        PromptFile(rows) as prompts,
+        AnswerFile(path, 3) as answers,
+        pytest.raises(ValueError, match="opened for 3 prompts, but .* has 15"),
+    ):
+        answer_prompts(llm, prompts, answers, params=SAMPLED)
+
+
 def test_what_is_whole_but_has_no_room_is_finished_without_the_model_running(
     golden, tmp_path, rows, monkeypatch
 ):
@@ -177,9 +188,9 @@ def test_a_prompt_that_cannot_be_used_is_refused_before_the_first_block(
     rows.write_text(rows.read_text() + '{"prompt": [5, 999]}\n')
     path = tmp_path / "answers.jsonl"
     policy = Policy(weights=Placement(host=1.0))
-    with pytest.raises(ValueError, match="prompt 15 has token id 999"):
+    with pytest.raises(ValueError, match=r"line 16 of .*rows.jsonl has token id 999"):
         answer(golden("opt-pre-ln").store, rows, path, policy=policy)
-    assert partial_path(path).read_bytes().count(b"\n") == 1
+    assert not partial_path(path).exists(), "so it may be mended and run again"
 
 
 def test_a_quantized_store_is_answered_on_under_a_policy_that_says_how(

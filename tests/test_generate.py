@@ -117,6 +117,9 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         (["--prompt-len", "99999999999"], "positions for"),
         (["--prompt", "a", "--output", "x.jsonl"], "--output is for answers to --pr"),
         (["--prompts", __file__, "--output", __file__], "py is there already; name"),
+        (["--prompts", "a", "--output", "."], "--output '.' names no file; name one"),
+        (["--prompts", "a", "--output", "new/"], "--output 'new/' names no file"),
+        (["--prompts", "a", "--output", ""], "--output '' names no file; name one"),
         (["--prompts", "a", "--output", "/proc/y"], "--output /proc/y cannot be writ"),
         (["--prompt", "a", "--block-latency", "9"], "bounds the blocks of --output"),
         (
@@ -129,7 +132,7 @@ def test_dummy_weights_have_the_published_shape(tmp_path, monkeypatch):
         ),
         (
             ["--prompts", "y.partial", "--output", "y"],
-            "--prompts and the partial file of --output both name y.partial",
+            "--prompts and the partial file of --output both name .*y.partial; give",
         ),
     ],
 )

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flexjax.prompt_file import PromptFile
 
 TEXTS = st.text(min_size=1).filter(lambda text: text.strip())
-# What a line of a text file may be: nothing of it looks like its end.
-LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]))
+# What a line of a text file may be: nothing of it looks like its end, or like JSON.
+LINES = st.text(st.characters(exclude_characters="\r\n[{", exclude_categories=["Cs"]))
 IDS = st.lists(st.integers(0, 1 << 40), min_size=1)
 
 
@@ -29,7 +29,7 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path_factory, lines, end):
     path = written(folder, "p.txt", "\ufeff" + f"{ends}{ends} {ends}".join(lines))
     with PromptFile(path) as prompts:
         assert list(prompts) == lines
-        assert prompts.line(-1) == prompts[-1] == lines[-1]
+        assert json.loads(prompts.json(-1)) == prompts[-1] == lines[-1]
 
 
 @given(values=st.lists(TEXTS | IDS, min_size=1), other=st.integers())
@@ -39,7 +39,8 @@ def test_a_jsonl_file_has_json_on_each_line(tmp_path_factory, values, other):
     with PromptFile(written(tmp_path_factory.mktemp("json"), "p.jsonl", data)) as found:
         assert list(found) == [*values, *values]
         assert found[: len(values)] == values
-        assert [found.line(len(values) + i) for i in range(len(values))] == objects
+        whole = [found.json(len(values) + i) for i in range(len(values))]
+        assert whole == [json.dumps(value) for value in objects]
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,15 @@ def test_a_jsonl_file_has_json_on_each_line(tmp_path_factory, values, other):
     [
         ("p.txt", "", "p.txt is empty; write one prompt a line"),
         ("p.txt", " \n\u00a0\n", "p.txt is empty"),
-        ("p.txt", b"a\n\nb\xff\n", "line 3 of .*p.txt: 'utf-8' codec"),
-        ("p.jsonl", '"a"\nb\n', "line 2 of .*p.jsonl: Expecting value"),
+        ("p.txt", b"a\n\nb\xff\n", "line 3 of .*p.txt is not UTF-8 .* unpack it"),
+        ("p.jsonl", '"a"\nb\n', r"line 2 of .* is no JSON \(Expecting value, column 1"),
         ("p.jsonl", '\n{"text": "a"}\n', "line 2 of .*p.jsonl is no prompt; expected"),
         ("p.jsonl", '{"prompt": 3}', "line 1 of .*p.jsonl is no prompt; expected"),
         ("p.jsonl", "null", "line 1 of .*p.jsonl is no prompt; expected"),
-        ("p.jsonl", "[" * 100_000, "line 1 of .*p.jsonl"),
+        ("p.jsonl", "[" * 100_000, "line 1 of .*p.jsonl is no JSON .*; expected"),
+        ("p.jsonl", "[" + "1" * 9999 + "]", "is no JSON that can be read; expected"),
+        ("p.jsonl", '{"prompt": "a", "x": NaN}', "is no JSON that can be read; exp"),
+        ("p.txt", '{"prompt": "a"}\nb\n', "line 2 of .*p.txt is no JSON"),
     ],
 )
 def test_what_is_no_prompt_is_refused_by_its_line(tmp_path, name, data, message):
@@ -96,7 +100,25 @@ def test_a_pipe_is_read_once_and_its_prompts_as_often_as_wanted(tmp_path):
             assert list(prompts) == list(prompts) == ["one", "two"]
 
 
-@pytest.mark.parametrize("name", ["p.JSONL", "p.ndjson"])
-def test_other_names_of_json_lines_are_known(tmp_path, name):
-    with PromptFile(written(tmp_path, name, '{"prompt": "a"}')) as prompts:
-        assert list(prompts) == ["a"]
+@pytest.mark.parametrize(
+    ("name", "data", "found"),
+    [
+        ("p.JSONL", '"a"', "a"),
+        ("p.ndjson", '"a"', "a"),
+        ("pipe", '{"prompt": "a"}', "a"),
+        ("pipe", "[5, 6]", [5, 6]),
+        ("p.txt", '"a"', '"a"'),
+        ("p.txt", '{"text": "a"}', '{"text": "a"}'),
+        ("p.txt", "[]", "[]"),
+        ("p.txt", "[true]", "[true]"),
+    ],
+)
+def test_json_is_known_by_the_name_or_the_first_line(tmp_path, name, data, found):
+    with PromptFile(written(tmp_path, name, f"\n{data}\n{data}\n")) as prompts:
+        assert list(prompts) == [found, found]
+
+
+def test_a_line_is_given_back_as_it_is(tmp_path):
+    line = '{"prompt": "a", "price": 1.10, "n": 1e400, "price": 12345678901234567890.1}'
+    with PromptFile(written(tmp_path, "p.jsonl", f"\ufeff {line} \r\n")) as prompts:
+        assert prompts.json(0) == line
