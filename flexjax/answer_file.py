@@ -75,17 +75,17 @@ class AnswerFile:
             ValueError: there are some, and they were begun with another task.
             OSError: the disk failed.
         """
-        begun = None
+        begun, num_lines = None, 0
         for start, line in self._whole_lines():
             if start == 0:
                 begun = _parsed(line).get(_HEADER)
             else:
                 self._take(_parsed(line), start)
-            self._end = start + len(line)
-        if len(self.missing()) == self.count:
-            self._end = 0  # nothing is lost
-        else:
+            self._end, num_lines = start + len(line), num_lines + 1
+        if num_lines > 1:
             self._check_task(begun, task)
+        else:
+            self._end = 0  # there is no answer that could be lost
         os.ftruncate(self._file, self._end)
         self._header = _line(json.dumps({_HEADER: task}, ensure_ascii=False))
 
