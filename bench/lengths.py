@@ -88,17 +88,20 @@ def _planned_as_one(
 
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
+    if args.memory_cap is None and args.json is not None:
+        raise ValueError("--json is for what --memory-cap compares; give a cap")
+    if args.memory_cap is not None and args.as_one:
+        raise ValueError("--as-one is of one run; --memory-cap makes both")
     folder = default_cache()
-    weights = resolve_model(weights_folder(args.model) or EMBEDDED_MODEL)
     if args.memory_cap is None:  # the process that a cap holds for
-        if args.json is not None:
-            raise ValueError("--json is for what --memory-cap compares; give a cap")
+        weights = resolve_model(weights_folder(args.model) or EMBEDDED_MODEL)
         print(json.dumps(run_here(open_store(weights), folder, as_one=args.as_one)))
         return
     cap_bytes = parse_bytes(args.memory_cap)
     ensure_can_cap(cap_bytes)
     if args.json is not None:
         ensure_writable("--json", args.json)
+    resolve_model(weights_folder(args.model) or EMBEDDED_MODEL)  # made once for both
     calibrated(folder, jax.devices()[0], lambda text: print(text, file=sys.stderr))
     parts = result_under_cap("bench.lengths", [args.model], cap_bytes)
     one = result_under_cap("bench.lengths", [args.model, "--as-one"], cap_bytes)

@@ -140,6 +140,7 @@ class PlannedEngine:
         return plan.prediction if ran == self._chosen_for else None
 
     def _run_part(self, run: Callable[[], object], engine: Engine) -> None:
+        before = engine.timeline.spans
         try:
             run()
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -147,7 +148,8 @@ class PlannedEngine:
                 raise MemoryError(_account(engine)) from error
             raise
         finally:
-            self.spans += engine.timeline.spans
+            if engine.timeline.spans is not before:  # else it was refused
+                self.spans += engine.timeline.spans
 
     def _parts(
         self, lengths: Sequence[int], gen_len: int, most_block_s: float

@@ -69,7 +69,15 @@ def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
     assert report["command"] == "python -m bench.lengths opt-1.3b --memory-cap 2GB"
 
 
-def test_a_result_file_without_a_cap_is_refused(tmp_path, capsys):
-    argv = ["opt-1.3b", "--json", str(tmp_path / "lengths.json")]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--json", "lengths.json"), "--json is for what --memory-cap compares"),
+        (("--as-one", "--memory-cap", "2GB"), "--memory-cap makes both"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(module, "weights_folder", None)
+    argv = ["opt-1.3b", *words]
     assert run_command(module.main, module.build_parser(), argv) == 2
-    assert "--json is for what --memory-cap compares" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

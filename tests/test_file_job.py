@@ -124,8 +124,8 @@ def test_what_would_change_answers_is_refused(golden, tmp_path, rows, change, me
 def test_a_killed_command_goes_on_where_it_was(golden, tmp_path, rows, capsys):
     path = tmp_path / "answers.jsonl"
     arguments = ("--model", str(golden("opt-pre-ln").store), "--prompts", str(rows))
-    arguments += ("--batch-size", "2", "--weights", "disk=1", "--kv-cache", "disk=1")
-    arguments += ("--offload-dir", str(tmp_path), "--ignore-eos", "--max-tokens", "40")
+    arguments += ("--batch-size", "2", "--weights", "disk=1", "--kv-cache", "device=1")
+    arguments += ("--offload-dir", str(tmp_path), "--ignore-eos", "--max-tokens", "12")
     arguments += ("--temperature", "1", "--seed", "9")
     command = [sys.executable, "-m", "flexjax.generate", *arguments]
     process = subprocess.Popen([*command, "--output", str(path)])
@@ -146,7 +146,7 @@ def test_a_killed_command_goes_on_where_it_was(golden, tmp_path, rows, capsys):
     assert captured.out == ""
     report = json.loads(metrics.read_text())
     assert "outputs" not in report
-    assert 0 < report["metrics"]["num_tokens"] <= 40 * (15 - answered)
+    assert 0 < report["metrics"]["num_tokens"] <= 12 * (15 - answered)
     other = tmp_path / "other.jsonl"
     assert run(*arguments, "--output", str(other)) == 0
     assert path.read_bytes() == other.read_bytes()

@@ -123,6 +123,11 @@ def test_prompts_of_very_different_lengths_are_planned_apart(
         assert metrics["predicted"]["total_s"] > llm.plan.plan.prediction.total_s
         prefills = [span.name for span in llm.trace if span.name.startswith("step 0,")]
         assert len(prefills) > len(set(prefills)), "the trace has both parts"
+        with monkeypatch.context() as patch:
+            patch.setattr(type(llm._planned.engine), "_shortage", lambda *_: "no room")
+            with pytest.raises(ValueError, match="no room"):
+                llm.generate(prompts[:3], GREEDY)
+        assert llm.trace == [], "nothing ran"
         # The last policy is kept for what asks for no more.
         assert token_ids(llm.generate(prompts[:3], GREEDY)) == expected[:3]
         assert "parts" not in llm.metrics

@@ -1,6 +1,7 @@
 """Prompts of many lengths: cut where that is faster, as predicted, and only there."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -17,11 +18,18 @@ from flexjax.workload import bucket
 
 HARDWARE = read_hardware("t4-208gb")
 GEN_LEN = 64
+MIXED = [1500] * 20 + [60] * 5000
 
 
 @pytest.fixture(scope="module")
 def allowed():
     return [(find_model("facebook/opt-6.7b", platform="cpu").model(Policy()), Policy())]
+
+
+@pytest.fixture(scope="module")
+def cut(allowed):
+    """Plans for `MIXED`."""
+    return plan_parts(allowed, HARDWARE, MIXED, gen_len=GEN_LEN)
 
 
 def test_prompts_of_one_length_get_one_plan(allowed):
@@ -30,11 +38,10 @@ def test_prompts_of_one_length_get_one_plan(allowed):
     assert plan == best_plan(allowed, HARDWARE, job)[0]
 
 
-def test_a_few_long_prompts_do_not_slow_down_all_others(allowed):
-    lengths = [1500] * 20 + [60] * 5000
-    job = Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=len(lengths))
+def test_a_few_long_prompts_do_not_slow_down_all_others(allowed, cut):
+    job = Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=len(MIXED))
     whole = best_plan(allowed, HARDWARE, job)[0]
-    first, second = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN)
+    first, second = cut
     assert (first.job.num_prompts, second.job.num_prompts) == (20, 5000)
     assert (first.job.prompt_len, second.job.prompt_len) == (1536, 64)
     under_whole = predict(
@@ -51,15 +58,13 @@ def test_a_few_long_prompts_do_not_slow_down_all_others(allowed):
         )
 
 
-def test_no_block_of_a_part_takes_longer_than_it_may(allowed):
-    lengths = [1500] * 20 + [60] * 5000
-    free = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN)
-    most_s = 0.3 * free[1].prediction.block_s
-    found = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN, most_block_s=most_s)
-    assert sum(plan.job.num_prompts for plan in found) == len(lengths)
+def test_no_block_of_a_part_takes_longer_than_it_may(allowed, cut):
+    most_s = 0.3 * cut[1].prediction.block_s
+    found = plan_parts(allowed, HARDWARE, MIXED, gen_len=GEN_LEN, most_block_s=most_s)
+    assert sum(plan.job.num_prompts for plan in found) == len(MIXED)
     assert all(plan.prediction.block_s <= most_s for plan in found)
     with pytest.raises(ValueError, match="no block is done within 0.1 s"):
-        plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN, most_block_s=0.1)
+        plan_parts(allowed, HARDWARE, MIXED[:1], gen_len=2, most_block_s=0.1)
 
 
 def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
@@ -89,6 +94,7 @@ def test_a_plan_is_predicted_for_the_lengths_of_its_blocks(allowed):
     model, size = allowed[0][0], plan.policy.block_size
     assert 1 < size < len(lengths) / 4
 
+    @functools.cache
     def at(length, count):
         job = Job(prompt_len=length, gen_len=GEN_LEN, num_prompts=count)
         return predict(
