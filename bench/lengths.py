@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     one = result_under_cap("bench.lengths", [args.model, "--as-one"], cap_bytes)
     ratio = one["seconds"] / parts["seconds"]
     print(
-        f"in {len(parts['parts']) or 1} parts {parts['seconds']:.1f} s, predicted "
+        f"parts: {len(parts['parts']) or 1}; {parts['seconds']:.1f} s, predicted "
         f"{parts['predicted_s']:.1f} s; as one {one['seconds']:.1f} s: {ratio:.2f} "
         "times as long"
     )

@@ -85,8 +85,8 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help="a file with one prompt a line, blank lines left out, or - for what is "
-        "piped in: texts; or in a .jsonl file JSON texts, lists of token ids, or "
-        'objects with a "prompt"',
+        "piped in: texts; or in a .jsonl file, and where the first line is such a list "
+        'or object, JSON texts, lists of token ids, or objects with a "prompt"',
     )
     parser.add_argument(
         "--output",
@@ -99,13 +99,14 @@ def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-latency",
         type=float,
         metavar="SECONDS",
-        help="of --output without a policy: plan blocks that take no longer, so that "
-        "no more is lost",
+        help="of --output without a policy, where not all fits on the device: plan "
+        "blocks that take no longer, so that a kill costs no more",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="write outputs and metrics here; with --output, metrics alone",
+        help="write outputs, metrics, placement and policy here; with --output, no "
+        "outputs",
     )
     parser.add_argument(
         "--trace",

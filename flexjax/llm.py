@@ -137,7 +137,7 @@ class LLM:
 
     @property
     def checksum(self) -> str:
-        """Of configuration, weights and tokenizer: two models of one are the same."""
+        """Of configuration, weights and tokenizer: all that makes one model another."""
         return f"{self._store_checksum}-{self._rows.tokenizer_checksum}"
 
     @property

@@ -20,8 +20,8 @@ from flexjax.memory.layout import MOST_LAYERS_AHEAD
 from flexjax.memory.link import Device
 from flexjax.metrics import joined_reports, metrics_report
 from flexjax.placement_report import placement_report
-from flexjax.plan.auto import Choice, choose_policies, job_of
-from flexjax.plan.predict import NOTHING, Prediction, combined
+from flexjax.plan.auto import Choice, choose_policies
+from flexjax.plan.predict import NOTHING, Prediction, combined, job_of
 from flexjax.plan.report import format_seconds, prediction_to_json
 from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sizes import format_bytes
@@ -155,6 +155,10 @@ class PlannedEngine:
         self, lengths: Sequence[int], gen_len: int, most_block_s: float
     ) -> Iterator[Sequence[int]]:
         """Places of what runs under one policy, each when the engine has it."""
+        if not most_block_s > 0:
+            raise ValueError(
+                f"block_latency_s is {most_block_s!r}, expected more than 0 seconds"
+            )
         if math.isfinite(most_block_s):
             if not self._is_auto:
                 raise ValueError(

@@ -143,7 +143,7 @@ class Requests:
         indices: of those that are wanted; None is all.
 
     Raises:
-        ValueError: they are no sequence, or `indices` has one that is none of theirs.
+        ValueError: the prompts are no sequence, or there is none of one of `indices`.
     """
 
     def __init__(
@@ -181,7 +181,8 @@ class Requests:
             on_prompts: called whenever prompts have been looked up, with their number.
 
         Raises:
-            ValueError: one cannot be used; the message counts prompts from 0.
+            ValueError: one cannot be used; the message has its name, which is its line
+                in a file, or else its number from 0.
         """
         share = functools.cache(RowSize)  # a few values, for millions of prompts
         for index in self._indices:

@@ -51,7 +51,7 @@ class Tokenizer:
 
     @property
     def checksum(self) -> str:
-        """xxh3_128 of all that it does, in hexadecimal."""
+        """xxh3_128 of its tables, rules and special tokens, in hexadecimal."""
         content = json.dumps([self.backend.to_str(), self.special_tokens])
         return xxhash.xxh3_128_hexdigest(content.encode())
 

@@ -9,6 +9,7 @@ from bench.lengths import make_prompts, run_here
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.cli import run_command
+from tests.test_bench_frontier import run_report
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -48,7 +49,7 @@ def with_prediction(generate):
 
 def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
     runs = {
-        (): {"seconds": 2.0, "predicted_s": 2.5, "parts": [3, 4]},
+        (): {"seconds": 2.0, "predicted_s": 2.2, "parts": [3, 4]},
         ("--as-one",): {"seconds": 5.0, "predicted_s": None, "parts": []},
     }
     monkeypatch.setattr(module, "ensure_can_cap", lambda cap_bytes: None)
@@ -60,13 +61,15 @@ def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
     path = tmp_path / "lengths.json"
     argv = ["opt-1.3b", "--memory-cap", "2GB", "--json", str(path)]
     assert run_command(module.main, module.build_parser(), argv) == 0
-    assert "in 2 parts 2.0 s, predicted 2.5 s; as one 5.0 s: 2.50 times as long" in (
+    assert "parts: 2; 2.0 s, predicted 2.2 s; as one 5.0 s: 2.50 times as long" in (
         capsys.readouterr().out
     )
     report = json.loads(path.read_text())
     assert report["ratio"] == 2.5
     assert report["memory_cap_bytes"] == 2_000_000_000
     assert report["command"] == "python -m bench.lengths opt-1.3b --memory-cap 2GB"
+    page = run_report(path, tmp_path / "out")
+    assert "in 2 parts 2 s (2 s predicted), under one plan 5 s, 2.5 times" in page
 
 
 @pytest.mark.parametrize(

@@ -192,11 +192,19 @@ def test_blocks_take_no_longer_than_they_may(golden, small_machine, tmp_path):
             llm.generate_each(
                 prompts, GREEDY, on_outputs=given.append, block_latency_s=1e-9
             )
-    with (
-        LLM(checkpoint.store, policy=Policy()) as llm,
-        pytest.raises(ValueError, match="block_latency_s bounds what is planned"),
-    ):
-        llm.generate_each(prompts, GREEDY, on_outputs=given.append, block_latency_s=9.0)
+    with LLM(checkpoint.store, policy=Policy()) as llm:
+        for bound_s, message in (
+            (9.0, "block_latency_s bounds what is planned"),
+            (0.0, "block_latency_s is 0.0, expected more than 0 seconds"),
+            (float("nan"), "block_latency_s is nan, expected more than 0 seconds"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                llm.generate_each(
+                    prompts,
+                    GREEDY,
+                    on_outputs=given.append,
+                    block_latency_s=bound_s,
+                )
 
 
 def test_a_job_that_does_not_fit_leaves_what_ran_before(golden, small_machine):

@@ -14,35 +14,28 @@ from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.parts import plan_parts
 from flexjax.plan.planner import allowed_policies, template_of
-from flexjax.plan.predict import Job
+from flexjax.plan.predict import Job, job_of
 from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words
 from flexjax.plan.scratch import store_read_rate
 from flexjax.plan.search import Plan, fits, memory_budgets
 from flexjax.policy import Policy, Tier
 from flexjax.sizes import format_bytes
-from flexjax.workload import bucket
 
 # Rows of a batch that leave nothing to be gained by more, and the most that are tried.
 ENOUGH_ROWS, MOST_ROWS = 64, 256
 
 
 class Choice(NamedTuple):
-    """A policy, for which job and why, in two lines; its plan where one was made."""
+    """A policy, the job that it is for, and why it was chosen, in two lines.
+
+    Where it was searched for, its plan comes along.
+    """
 
     policy: Policy
     job: Job
     reason: str
     plan: Plan | None = None
-
-
-def job_of(lengths: Sequence[int], gen_len: int) -> Job:
-    """The job of prompts that are taken as long as the longest of them."""
-    return Job(
-        prompt_len=bucket(max(lengths, default=1)),
-        gen_len=gen_len,
-        num_prompts=max(1, len(lengths)),
-    )
 
 
 def choose_policies(

@@ -7,7 +7,6 @@ machines, with 64 new tokens, predicted).
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ import numpy as np
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.planner import best_plan
-from flexjax.plan.predict import Job, Prediction, combined, predict
+from flexjax.plan.predict import Prediction, combined, job_of, predict
 from flexjax.plan.search import Plan
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.workload import bucket
@@ -57,11 +56,7 @@ def plan_parts(
     """
 
     def plan(first: int, last: int) -> Plan:
-        job = Job(
-            prompt_len=bucket(lengths[first]),
-            gen_len=gen_len,
-            num_prompts=last - first,
-        )
+        job = job_of(lengths[first:last], gen_len)
         plan, model = best_plan(allowed, hardware, job, most_block_s=most_block_s)
         prediction = _predicted(plan, model, hardware, lengths=lengths[first:last])
         return dataclasses.replace(plan, prediction=prediction)
@@ -73,7 +68,7 @@ def plan_parts(
     affordable = MOST_SPENT * whole.prediction.total_s / (SEARCH_S * len(allowed))
     for ratio in RATIOS:
         edges = _edges(lengths, gen_len, ratio)
-        if len(list(itertools.combinations(edges, 2))) <= affordable:
+        if math.comb(len(edges), 2) <= affordable:  # each pair of edges is a part
             break
     else:
         return [whole]

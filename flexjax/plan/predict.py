@@ -24,7 +24,7 @@ from flexjax.schedule.emit import EMITTERS
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden
 from flexjax.schedule.resources import Resource, Seconds, add_seconds
 from flexjax.schedule.simulate import simulate
-from flexjax.workload import Workload
+from flexjax.workload import Workload, bucket
 
 # What is simulated of a long run, in compute calls, and of its steps and layers at the
 # least: the rest takes as much longer than its slowest resource as this does. Beside
@@ -57,6 +57,15 @@ class Job:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         prompt_len, gen_len, num_prompts = map(max, mine, others)
         return Job(prompt_len=prompt_len, gen_len=gen_len, num_prompts=num_prompts)
+
+
+def job_of(lengths: Sequence[int], gen_len: int) -> Job:
+    """The job of prompts of which each is taken to be as long as the longest."""
+    return Job(
+        prompt_len=bucket(max(lengths, default=1)),
+        gen_len=gen_len,
+        num_prompts=max(1, len(lengths)),
+    )
 
 
 NOTHING = Job(prompt_len=0, gen_len=0, num_prompts=0)
