@@ -19,8 +19,8 @@ from bench.report_values import (
     Comparison,
     Frontier,
     Grid,
+    InTwoWays,
     Kernels,
-    Lengths,
     Phase,
     Precision,
     Predicted,
@@ -142,12 +142,10 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
             )
             columns = ("memory cap", "planned", "best other", "others", "longer")
             yield _table(columns, map(_chosen_row, result.rows))
-        if isinstance(result, Lengths):
+        if isinstance(result, InTwoWays):
             yield (
-                f"{result.model}, prompts of different lengths, `{result.command}`: "
-                f"in {result.num_parts} parts {result.in_parts_s:.0f} s "
-                f"({result.predicted_s:.0f} s predicted), under one plan "
-                f"{result.as_one_s:.0f} s, {result.ratio:.1f} times as long.\n"
+                f"{result.model}, `{result.command}`: {result.in_words}: "
+                f"{result.ratio:.1f} times as long.\n"
             )
         if isinstance(result, Frontier):
             yield f"{result.model}, predicted by `{result.command}`.\n"

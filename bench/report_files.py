@@ -13,8 +13,8 @@ from bench.report_values import (
     Copies,
     Frontier,
     Grid,
+    InTwoWays,
     Kernels,
-    Lengths,
     Phase,
     Precision,
     Predicted,
@@ -67,7 +67,7 @@ def _read(path: pathlib.Path) -> Result:
         raise ValueError(
             f"{path} is neither a trace nor a result of bench.run, bench.compare, "
             "bench.kernels, bench.quality, bench.predictions, bench.grid, "
-            "bench.lengths, bench.frontier or bench.copy_routes; "
+            "bench.lengths, bench.endings, bench.frontier or bench.copy_routes; "
             "remove it, or name the files that the report is of"
         )
     try:
@@ -272,16 +272,12 @@ def _read_grid(path: pathlib.Path, values: Values) -> Grid:
     )
 
 
-def _read_lengths(path: pathlib.Path, values: Values) -> Lengths:
-    parts = values["in_parts"]
-    return Lengths(
+def _read_in_two_ways(path: pathlib.Path, values: Values) -> InTwoWays:
+    return InTwoWays(
         path=path,
         machine=machine_name(values["machine"]),
         model=str(values["model"]),
-        num_parts=len(parts["parts"]),
-        in_parts_s=_positive(parts["seconds"]),
-        predicted_s=_positive(parts["predicted_s"]),
-        as_one_s=_positive(values["as_one"]["seconds"]),
+        in_words=str(values["in_words"]),
         ratio=_positive(values["ratio"]),
         command=str(values["command"]),
     )
@@ -327,7 +323,7 @@ _KINDS: Mapping[str, Callable[[pathlib.Path, Values], Result]] = {
     "quality": _read_quality,
     "predictions": _read_predictions,
     "machines": _read_grid,
-    "in_parts": _read_lengths,
+    "in_words": _read_in_two_ways,
     "frontier": _read_frontier,
     "tokens_per_s": _read_run,
 }

@@ -191,16 +191,18 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """A result of `bench.lengths`: prompts in parts, and under one plan."""
+class InTwoWays:
+    """A result of `bench.lengths` or `bench.endings`: a job that was done in two ways.
+
+    Attributes:
+        in_words: what each took.
+        ratio: how many times as long the second took.
+    """
 
     path: pathlib.Path
     machine: str
     model: str
-    num_parts: int
-    in_parts_s: float
-    predicted_s: float
-    as_one_s: float
+    in_words: str
     ratio: float
     command: str
 
@@ -224,7 +226,7 @@ Result = (
     | Quality
     | Predictions
     | Grid
-    | Lengths
+    | InTwoWays
     | Frontier
     | Trace
 )

@@ -46,8 +46,15 @@ class Row:
     logprobs: list[dict[int, Logprob]] = dataclasses.field(default_factory=list)
 
     @property
+    def tokens(self) -> list[int]:
+        """All tokens so far: what a block that goes on with the row begins with."""
+        return [*self.prompt, *self.checker.token_ids]
+
+    @property
     def size(self) -> RowSize:
-        return RowSize(len(self.prompt), self.params.max_tokens)
+        """Of what a block begins with, and what is still to come."""
+        num_done = len(self.checker.token_ids)
+        return RowSize(len(self.prompt) + num_done, self.params.max_tokens - num_done)
 
     @property
     def has_ended(self) -> bool:
@@ -71,7 +78,11 @@ class _Padded:
 
 
 class GenerateRows:
-    """Rows that generate: logits of the last slot become the next token."""
+    """Rows that generate: logits of the last slot become the next token.
+
+    A block ends when its rows have ended, or earlier where `is_worth_preempting` says
+    so of those that have not, given too how many rows were idle, summed over its steps.
+    """
 
     last_only = True
 
@@ -85,10 +96,14 @@ class GenerateRows:
         seed: int,
         ledger: Ledger,
         on_tokens: Callable[[int], None],
+        is_worth_preempting: Callable[[Sequence[Row], int], bool],
     ) -> None:
-        self._work, self._config, self._head = work, config, head
+        self._rows, self._head = rows, head
         self._ledger, self._on_tokens = ledger, on_tokens
-        self._padded = _Padded([row.prompt for row in rows], work, config.pad_token_id)
+        self._is_worth_preempting = is_worth_preempting
+        self._num_steps = [0] * work.num_batches  # that each batch has its tokens of
+        self._num_idle, self._is_over = 0, False
+        self._padded = _Padded([row.tokens for row in rows], work, config.pad_token_id)
         self._batches = [
             _BatchSampler(
                 rows[first : first + work.batch_size], work, config, seed=seed
@@ -115,7 +130,7 @@ class GenerateRows:
         if block + 1 < self._head.num_blocks:
             return logits
         whole = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
-        sampled = self._batches[cell.batch].sample(whole, cell.step)
+        sampled = self._batches[cell.batch].sample(whole)
         self._let_go(cell.batch)
         return sampled
 
@@ -131,10 +146,17 @@ class GenerateRows:
     def take(self, batch: int, sampled: Any) -> None:
         """Hands the sampled tokens of a batch to its rows, which may end with them."""
         self._on_tokens(self._batches[batch].take(*sampled))
+        is_first = self._num_steps[batch] == max(self._num_steps)  # of its step
+        self._num_steps[batch] += 1
+        if is_first and not self._is_over:
+            alive = [row for row in self._rows if not row.has_ended]
+            self._num_idle += len(self._rows) - len(alive)
+            self._is_over = self._is_worth_preempting(alive, self._num_idle)
 
     def is_alive(self, batch: int) -> bool:
-        """Whether some row of the batch wants another token."""
-        return not all(row.has_ended for row in self._batches[batch].rows)
+        """Whether the batch goes on: some row of it wants another token."""
+        has_ended = all(row.has_ended for row in self._batches[batch].rows)
+        return not (has_ended or self._is_over)
 
 
 class _BatchSampler:
@@ -158,7 +180,7 @@ class _BatchSampler:
         self._num_top = max(wanted) if wanted else None
 
     def sample(
-        self, logits: jax.Array, step: int
+        self, logits: jax.Array
     ) -> tuple[jax.Array, TokenLogprobs | None, jax.Array]:
         """Dispatches the choice of one token a row.
 
@@ -167,12 +189,13 @@ class _BatchSampler:
             logits that are numbers.
         """
         is_finite = jnp.isfinite(jnp.max(logits, axis=-1))
-        steps = np.full(self._work.batch_size, step, np.int32)
+        steps = np.zeros(self._work.batch_size, np.int32)
+        steps[: len(self.rows)] = [len(row.checker.token_ids) for row in self.rows]
         controls = make_controls(self._params, self._keys, steps)
         weighed = logits
         if self._penalized:
             penalty = controls.repetition_penalty
-            weighed = penalize(logits, jnp.asarray(self._seen(step)), penalty)
+            weighed = penalize(logits, jnp.asarray(self._seen()), penalty)
         ids = self._sampler(weighed, controls)
         if self._num_top is None:
             return ids, None, is_finite
@@ -208,12 +231,12 @@ class _BatchSampler:
             count += 1
         return count
 
-    def _seen(self, step: int) -> np.ndarray:
+    def _seen(self) -> np.ndarray:
         """Int32 `[batch, length]`: the tokens of each row so far, padded with -1."""
-        length = bucket(self._work.prompt_len + step)
+        found = [row.tokens for row in self.rows]
+        length = bucket(max(map(len, found)))
         seen = np.full((self._work.batch_size, length), -1, np.int32)
-        for place, row in enumerate(self.rows):
-            tokens = [*row.prompt, *row.checker.token_ids]
+        for place, tokens in enumerate(found):
             seen[place, : len(tokens)] = tokens
         return seen
 

@@ -1,6 +1,7 @@
 """Token ids in, token ids out: runs blocks of prompts, each as a schedule."""
 
 import contextlib
+import functools
 import pathlib
 import threading
 from collections import Counter
@@ -18,7 +19,9 @@ from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
+from flexjax.preemption import Waiting
 from flexjax.runner import BlockRunner
+from flexjax.schedule.footprint import by_tier
 from flexjax.workload import Workload, longest_first
 
 CLOSED = "this model is closed; make a new one to run it again"
@@ -109,14 +112,15 @@ class Engine:
         on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Runs rows that are there for the time of their block alone.
+        """Runs rows that are there until they have ended.
 
         Rows are sorted by length, so that those of about the same length share a block.
+        Those that outlive most of their block go on in another (see `Waiting`).
 
         Args:
             sizes: of all rows.
             make_rows: makes the rows of a block, given their places in `sizes`.
-            on_rows: called with the rows of a block when all have ended.
+            on_rows: called when a block ends, with its rows that have ended.
             on_tokens: called whenever a batch has tokens, with their number.
 
         Raises:
@@ -125,22 +129,26 @@ class Engine:
         """
         lengths = [size.prompt_len for size in sizes]
         blocks = _blocks(longest_first(lengths), self.policy)
-        works = [
-            self._workload(
-                max(sizes[place].prompt_len for place in block),
-                max(sizes[place].max_tokens for place in block),
-                len(block),
-            )
-            for block in blocks
-        ]
+        works = [self._workload([sizes[place] for place in block]) for block in blocks]
+        ran: Workload | None = None
 
         def count(num_tokens: int) -> None:
             self.times.num_tokens += num_tokens
             on_tokens(num_tokens)
 
-        with self._call(works, scores=False) as works:
-            for block, work in zip(blocks, works, strict=True):
-                rows = make_rows(block)
+        with self._call(works, scores=False) as layers_ahead:
+            waiting = Waiting(
+                blocks,
+                make_rows,
+                policy=self.policy,
+                fits=self._fits_call(layers_ahead),
+            )
+            while rows := waiting.next_block():
+                work = self._workload([row.size for row in rows], layers_ahead)
+                if work != ran:
+                    self._runner.clear()  # what it keeps is of other sizes
+                    self.times.expect(self.predict(work, scores=False))
+                ran = work
                 sampler = GenerateRows(
                     rows,
                     work,
@@ -149,9 +157,11 @@ class Engine:
                     seed=self._seed,
                     ledger=self.ledger,
                     on_tokens=count,
+                    is_worth_preempting=waiting.is_worth_preempting,
                 )
                 self._runner.run(work, sampler, self.weights, self.times)
-                on_rows(rows)
+                self.times.num_preemptions += waiting.preempt(rows)
+                on_rows([row for row in rows if row.has_ended])
 
     def score(
         self,
@@ -172,13 +182,12 @@ class Engine:
             )
         lengths = [len(sequence) for sequence in sequences]
         blocks = _blocks(longest_first(lengths), self.policy)
-        works = [
-            self._workload(max(lengths[i] for i in block), 1, len(block))
-            for block in blocks
-        ]
+        sizes = [[RowSize(lengths[place], 1) for place in block] for block in blocks]
+        works = [self._workload(each) for each in sizes]
         results: dict[int, np.ndarray] = {}
-        with self._call(works, scores=True) as works:
-            for block, work in zip(blocks, works, strict=True):
+        with self._call(works, scores=True) as layers_ahead:
+            for block, each in zip(blocks, sizes, strict=True):
+                work = self._workload(each, layers_ahead)
                 rows = ScoreRows(
                     [sequences[i] for i in block],
                     work,
@@ -201,15 +210,36 @@ class Engine:
             self._undo.close()
             self.weights.close()
 
-    def _workload(self, prompt_len: int, gen_len: int, num_rows: int) -> Workload:
-        return self.weights.layout.workload(
-            self.policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=num_rows
+    def _workload(
+        self, sizes: Sequence[RowSize], layers_ahead: int = MOST_LAYERS_AHEAD
+    ) -> Workload:
+        """A block of rows of such sizes."""
+        work = self.weights.layout.workload(
+            self.policy,
+            prompt_len=max(size.prompt_len for size in sizes),
+            gen_len=max(size.max_tokens for size in sizes),
+            num_rows=len(sizes),
         )
+        return looking_ahead(work, layers_ahead)
 
-    def _start(self, works: Sequence[Workload], *, scores: bool) -> list[Workload]:
-        """The works as they will run; refuses a call that does not fit before it does.
+    def _fits_call(self, layers_ahead: int) -> Callable[[Sequence[RowSize]], bool]:
+        """Tells whether a block needs no more memory than was found for the call."""
+        room = Counter(by_tier(self.times.predicted_peak))
+        if self._device_is_host:
+            room[Tier.DEVICE] += room[Tier.HOST]
 
-        Looks ahead as far as memory allows.
+        @functools.cache
+        def fits(work: Workload) -> bool:
+            peak = self.predict(work, scores=False)
+            return shortage(peak, room, device_is_host=self._device_is_host) is None
+
+        return lambda sizes: fits(self._workload(sizes, layers_ahead))
+
+    def _start(self, works: Sequence[Workload], *, scores: bool) -> int:
+        """Refuses a call that does not fit before it does.
+
+        Returns:
+            Layers to look ahead: as many as memory allows.
         """
         self._transport.start()
         refusal: str | None = None
@@ -223,7 +253,7 @@ class Engine:
             )
             if refusal is None:
                 self.times = RunTimes(self.ledger, self.timeline, dict(peak))
-                return ahead
+                return layers_ahead
         raise ValueError(refusal)
 
     def _shortage(self, needed: Mapping[tuple[Tier, Kind], int]) -> str | None:
@@ -231,12 +261,10 @@ class Engine:
         return shortage(needed, free, device_is_host=self._device_is_host)
 
     @contextlib.contextmanager
-    def _call(
-        self, works: Sequence[Workload], *, scores: bool
-    ) -> Iterator[list[Workload]]:
+    def _call(self, works: Sequence[Workload], *, scores: bool) -> Iterator[int]:
         """Keeps buffers from block to block of a call, and gives them back in the end.
 
-        Yields the works as they will run.
+        Yields how many layers its works look ahead.
 
         Raises:
             ValueError: the engine is closed, or one of the blocks does not fit.
@@ -244,9 +272,9 @@ class Engine:
         with self._running:
             if self._closed:
                 raise ValueError(CLOSED)
-            works = self._start(works, scores=scores)
+            layers_ahead = self._start(works, scores=scores)
             try:
-                yield works
+                yield layers_ahead
             finally:
                 self.weights.clear()
                 self._runner.clear()

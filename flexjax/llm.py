@@ -200,11 +200,12 @@ class LLM:
             prompts: a sequence of texts or lists of token ids, which may read them from
                 a file.
             sampling_params: for all prompts, or one for each.
-            on_outputs: called in this thread with the outputs of a block, by the
-                index of their prompt; what it raises ends the call. Longer prompts come
-                first.
+            on_outputs: called in this thread when a block ends, with the outputs of
+                the prompts that ended in it, by their index; what it raises ends the
+                call. Longer prompts come first, but for those that were preempted.
             indices: of the prompts that are to be continued; all, if not given. What
-                comes of a prompt is not changed by which others are.
+                comes of a prompt is not changed by which others are, but for what
+                rounding decides.
             block_latency_s: seconds that a block may take, as predicted, where policies
                 are searched; where all fits on the device, blocks are small anyway.
             on_tokens: as of `generate`.

@@ -58,6 +58,7 @@ class RunTimes:
         step_s: seconds of each step of the decode, until every row had its token; the
             steps of all blocks in a row.
         num_tokens: tokens that prompts asked for and got; padding does not count.
+        num_preemptions: how often a row was left to a later block.
         predicted_peak: bytes that the largest block was predicted to need.
     """
 
@@ -68,7 +69,7 @@ class RunTimes:
         self.predicted_peak = predicted_peak or {}
         self.prefill, self.decode = Phase(), Phase()
         self.step_s: list[float] = []
-        self.num_tokens = 0
+        self.num_tokens = self.num_preemptions = 0
         self._ends: dict[int, _Reading] = {}  # of the steps of this block, by number
 
     @property
@@ -76,6 +77,10 @@ class RunTimes:
         """The lane that has worked longest so far."""
         busy_s = self._timeline.busy_s
         return max(busy_s, key=lambda lane: busy_s[lane])
+
+    def expect(self, peak: Bytes) -> None:
+        """A block comes that is predicted to need so much."""
+        self.predicted_peak = dict(Counter(self.predicted_peak) | Counter(peak))
 
     def begin_block(self) -> None:
         self._ends = {0: self._read()}
@@ -110,6 +115,7 @@ def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "num_tokens": times.num_tokens,
+        "num_preemptions": times.num_preemptions,
         "tokens_per_s": times.num_tokens / seconds if seconds else 0.0,
         "slowest": times.slowest.value,
         "bytes_moved": _by_name(times.prefill.moved + times.decode.moved),
@@ -144,6 +150,7 @@ def joined_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "num_tokens": num_tokens,
+        "num_preemptions": sum(report["num_preemptions"] for report in reports),
         "tokens_per_s": num_tokens / seconds if seconds else 0.0,
         "slowest": max(Lane, key=lambda lane: busy_s[lane.value]).value,
         "bytes_moved": dict(_added(report["bytes_moved"] for report in reports)),

@@ -39,7 +39,7 @@ class BlockRows(Rows, Protocol):
         ...
 
     def is_alive(self, batch: int) -> bool:
-        """Whether the batch wants another step."""
+        """Whether the batch wants another step; asked when its last was taken."""
         ...
 
     def clear(self) -> None:
@@ -212,19 +212,20 @@ class _Steps:
     ) -> None:
         self._rows, self._stage, self._times = rows, stage, times
         self._taken = dict.fromkeys(range(num_batches), 0)  # steps, by batch
+        self._ended: set[int] = set()  # batches
         times.begin_block()
 
     def alive(self, step: int, batch: int) -> bool:
         """Whether a batch lives to see a step; the schedule asks it once for each."""
         if step == 0:
             return True
-        taken = self._taken[batch]
-        has_ended = taken > 0 and not self._rows.is_alive(batch)
-        if step > taken and not has_ended:
+        if batch not in self._ended:
             self._rows.take(batch, self._stage.outcome(batch))
             self._taken[batch] = step
             self._times.end_step(step)
-        return self._rows.is_alive(batch)
+            if not self._rows.is_alive(batch):
+                self._ended.add(batch)
+        return batch not in self._ended
 
     def end(self) -> None:
         """Takes the tokens of every batch's last step."""

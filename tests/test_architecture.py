@@ -97,6 +97,7 @@ STAIRS = [
     "stage",
     "metrics",
     "blocks",
+    "preemption",
     "runner",
     "engine",
     # plan

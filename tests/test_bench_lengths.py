@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import lengths as module
+from bench import two_ways
 from bench.lengths import make_prompts, run_here
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
@@ -52,24 +53,28 @@ def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
         (): {"seconds": 2.0, "predicted_s": 2.2, "parts": [3, 4]},
         ("--as-one",): {"seconds": 5.0, "predicted_s": None, "parts": []},
     }
-    monkeypatch.setattr(module, "ensure_can_cap", lambda cap_bytes: None)
     monkeypatch.setattr(module, "calibrated", lambda *_: None)
-    monkeypatch.setattr(module, "weights_folder", lambda name: None)
-    monkeypatch.setattr(
-        module, "result_under_cap", lambda _, words, cap_bytes: runs[tuple(words[1:])]
-    )
-    path = tmp_path / "lengths.json"
-    argv = ["opt-1.3b", "--memory-cap", "2GB", "--json", str(path)]
-    assert run_command(module.main, module.build_parser(), argv) == 0
+    report = compare(module.WAYS, runs, tmp_path / "lengths.json", monkeypatch)
     assert "parts: 2; 2.0 s, predicted 2.2 s; as one 5.0 s: 2.50 times as long" in (
         capsys.readouterr().out
     )
-    report = json.loads(path.read_text())
     assert report["ratio"] == 2.5
     assert report["memory_cap_bytes"] == 2_000_000_000
     assert report["command"] == "python -m bench.lengths opt-1.3b --memory-cap 2GB"
-    page = run_report(path, tmp_path / "out")
-    assert "in 2 parts 2 s (2 s predicted), under one plan 5 s, 2.5 times" in page
+    page = run_report(tmp_path / "lengths.json", tmp_path / "out")
+    assert "parts: 2; 2.0 s, predicted 2.2 s; as one 5.0 s: 2.5 times as long" in page
+
+
+def compare(ways, runs, path, monkeypatch):
+    """What is written of runs that are told beforehand, by their switches."""
+    monkeypatch.setattr(two_ways, "ensure_can_cap", lambda cap_bytes: None)
+    monkeypatch.setattr(two_ways, "weights_folder", lambda name: None)
+    monkeypatch.setattr(
+        two_ways, "result_under_cap", lambda _, words, cap_bytes: runs[tuple(words[1:])]
+    )
+    argv = ["opt-1.3b", "--memory-cap", "2GB", "--json", str(path)]
+    assert run_command(ways.main, ways.parser(""), argv) == 0
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,7 @@ def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message, monkeypatch, capsys):
-    monkeypatch.setattr(module, "weights_folder", None)
+    monkeypatch.setattr(two_ways, "weights_folder", None)
     argv = ["opt-1.3b", *words]
-    assert run_command(module.main, module.build_parser(), argv) == 2
+    assert run_command(module.WAYS.main, module.build_parser(), argv) == 2
     assert message in capsys.readouterr().err
