@@ -50,6 +50,14 @@ def download_config(model: str) -> pathlib.Path:
     return _fetch(model, SMALL_FILES[:1])
 
 
+def download_tokenizer(model: str) -> pathlib.Path:
+    """The folder with a Hub model's tokenizer, without weights.
+
+    Raises: as `download_config`.
+    """
+    return _fetch(model, [*TOKENIZER_FILES])
+
+
 def _fetch(model: str, names: list[str]) -> pathlib.Path:
     try:
         folder = snapshot_download(

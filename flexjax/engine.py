@@ -11,7 +11,7 @@ import numpy as np
 
 from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
 from flexjax.checkpoint import WeightStore
-from flexjax.memory.capacity import free_bytes, shortage
+from flexjax.memory.capacity import free_bytes, give_back_freed, shortage
 from flexjax.memory.footprint import run_peak_bytes
 from flexjax.memory.layout import MOST_LAYERS_AHEAD, lay_out, looking_ahead
 from flexjax.memory.link import Device, processor_of
@@ -257,8 +257,14 @@ class Engine:
         raise ValueError(refusal)
 
     def _shortage(self, needed: Mapping[tuple[Tier, Kind], int]) -> str | None:
-        free = free_bytes(self._device, self._offload_dir)
-        return shortage(needed, free, device_is_host=self._device_is_host)
+        def found() -> str | None:
+            free = free_bytes(self._device, self._offload_dir)
+            return shortage(needed, free, device_is_host=self._device_is_host)
+
+        if found() is None:
+            return None
+        give_back_freed()  # what an earlier run has freed may be all that lacks
+        return found()
 
     @contextlib.contextmanager
     def _call(self, works: Sequence[Workload], *, scores: bool) -> Iterator[int]:

@@ -15,6 +15,7 @@ from flexjax.blocks import Row, RowSize
 from flexjax.policy import Policy, Schedule
 from flexjax.workload import bucket
 
+
 class Waiting:
     """Rows that wait for a block: those to be made yet, and those that were preempted.
 

@@ -126,6 +126,7 @@ STAIRS = [
     "prompts",
     "prompt_file",
     "row_maker",
+    "prompt_lengths",
     "placement_report",
     "planned_engine",
     "llm",

@@ -16,9 +16,24 @@ from flexjax.plan.hardware import (
     hardware_to_json,
     read_hardware,
 )
-from flexjax.plan.planner import allowed_policies, check_job, find_model, make_plan
+from flexjax.plan.parts import plan_parts
+from flexjax.plan.planner import (
+    Found,
+    allowed_policies,
+    check_job,
+    find_model,
+    make_plan,
+    storable,
+)
 from flexjax.plan.predict import Job
-from flexjax.plan.report import plan_to_json, plan_to_text, saved_s
+from flexjax.plan.report import (
+    parts_to_json,
+    parts_to_text,
+    plan_to_json,
+    plan_to_text,
+    saved_s,
+)
+from flexjax.plan.search import Plan
 from flexjax.policy import to_json
 from flexjax.safe_files import ensure_distinct, ensure_writable, write_atomically
 from flexjax.sizes import format_bytes, parse_bytes
@@ -29,6 +44,7 @@ _EXAMPLE = """examples:
   python -m flexjax.plan calibrate
   python -m flexjax.plan facebook/opt-175b --prompt-len 512 --gen-len 32 \\
       --num-prompts 1000 --hardware t4-208gb
+  python -m flexjax.plan path/to/opt-6.7b --prompts rows.jsonl --gen-len 64
 """
 
 
@@ -46,17 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a published model, a folder, or a Hub id; "
         f"{_CALIBRATE}: measure this machine anew",
     )
-    for name, what in (
-        ("prompt_len", "tokens of a prompt"),
-        ("gen_len", "new tokens of each"),
-        ("num_prompts", "prompts"),
-    ):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=int,
-            metavar="N",
-            help=f"{what} (default {_JOB[name]})",
-        )
+    _add_job(parser)
     for flag, what in (
         ("--device-memory", "the device's memory"),
         ("--host-memory", "the host's memory"),
@@ -84,6 +90,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--policy-json", metavar="FILE", help="write a policy.json for --policy here"
     )
     return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    for name, what in (
+        ("prompt_len", "tokens of a prompt"),
+        ("gen_len", "new tokens of each"),
+        ("num_prompts", "prompts"),
+    ):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            metavar="N",
+            help=f"{what} (default {_JOB[name]})",
+        )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="plan for the prompts of a file, as flexjax.generate takes them: in parts "
+        "where their lengths differ so much that this is faster",
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -116,14 +142,40 @@ def main(args: argparse.Namespace) -> None:
             _write(args.json, hardware_to_json(hardware))
         print(_figures(hardware))
         return
-    given = {name: getattr(args, name) for name in _JOB}
-    job = Job(**_JOB | {name: n for name, n in given.items() if n is not None})
     # A described machine computes float16 as it is stored only if it has a device.
     hardware = None if args.hardware is None else read_hardware(args.hardware)
     is_cpu = hardware is None or hardware.device_is_host
     found = find_model(args.model, platform="cpu" if is_cpu else "gpu")
-    check_job(job, found.config)
+    given = {name: getattr(args, name) for name in _JOB}
+    job = Job(**_JOB | {name: n for name, n in given.items() if n is not None})
+    lengths: list[int] | None = None
+    if args.prompts is None:
+        check_job(job, found.config)
+    else:
+        check_job(dataclasses.replace(job, prompt_len=1), found.config)
+        lengths = _lengths(args, found, job.gen_len)
     hardware = _with_budgets(args, hardware or _measured(args, anew=False))
+    plans, values, text = _planned(args, found, hardware, job, lengths)
+    if args.policy_json is not None and len(plans) > 1:
+        raise ValueError(
+            "--policy-json is of one policy, but these prompts are planned in "
+            f"{len(plans)} parts: leave it out, and flexjax.generate will plan them"
+        )
+    if args.json is not None:
+        _write(args.json, values)
+    if args.policy_json is not None:
+        _write(args.policy_json, to_json(plans[0].policy))
+    print(text)
+
+
+def _planned(
+    args: argparse.Namespace,
+    found: Found,
+    hardware: Hardware,
+    job: Job,
+    lengths: list[int] | None,
+) -> tuple[list[Plan], dict[str, Any], str]:
+    """The plans of a job, or of prompts of such lengths, as JSON values and as text."""
     allowed = allowed_policies(
         quantized=bool(args.allow_quantized),
         host_attention=not hardware.device_is_host,
@@ -131,13 +183,28 @@ def main(args: argparse.Namespace) -> None:
         base=found.template,
     )
     most_block_s = math.inf if args.block_latency is None else args.block_latency
-    plan, model = make_plan(found, hardware, job, allowed, most_block_s=most_block_s)
-    saved = saved_s(plan, model, hardware, most_block_s=most_block_s)
-    if args.json is not None:
-        _write(args.json, plan_to_json(plan, hardware, saved))
-    if args.policy_json is not None:
-        _write(args.policy_json, to_json(plan.policy))
-    print(plan_to_text(plan, model, hardware, saved))
+    if lengths is None:
+        plan, model = make_plan(
+            found, hardware, job, allowed, most_block_s=most_block_s
+        )
+        saved = saved_s(plan, model, hardware, most_block_s=most_block_s)
+        text = plan_to_text(plan, model, hardware, saved)
+        return [plan], plan_to_json(plan, hardware, saved), text
+    plans = plan_parts(
+        storable(found, allowed),
+        hardware,
+        lengths,
+        gen_len=job.gen_len,
+        most_block_s=most_block_s,
+    )
+    parts = [(plan, found.model(plan.policy)) for plan in plans]
+    return plans, parts_to_json(plans, hardware), parts_to_text(parts, hardware)
+
+
+def _lengths(args: argparse.Namespace, found: Found, gen_len: int) -> list[int]:
+    from flexjax.prompt_lengths import prompt_lengths  # slow to load
+
+    return prompt_lengths(pathlib.Path(args.prompts), args.model, found.config, gen_len)
 
 
 def _write(name: str, values: object) -> None:
@@ -150,7 +217,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         flag
         for flag in (
             *("device_memory", "host_memory", "disk", "hardware", "policy_json"),
-            *("block_latency", "allow_quantized", *_JOB),
+            *("block_latency", "allow_quantized", "prompts", *_JOB),
         )
         if getattr(args, flag) is not None
     ]
@@ -158,6 +225,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--{given[0].replace('_', '-')} has no effect on {_CALIBRATE}, which "
             "measures this machine as it is; leave it out"
+        )
+    counted = [name for name in ("prompt_len", "num_prompts") if name in given]
+    if args.prompts is not None and counted:
+        raise ValueError(
+            f"--{counted[0].replace('_', '-')} is of prompts that are not there yet, "
+            "but --prompts gives some; leave one of them out"
         )
     if args.block_latency is not None and not args.block_latency > 0:
         raise ValueError(

@@ -143,6 +143,25 @@ def allowed_policies(
     ]
 
 
+def storable(found: Found, allowed: Sequence[Policy]) -> list[tuple[Model, Policy]]:
+    """What is allowed of a model, each with the model as it would be stored.
+
+    Raises:
+        ValueError: it can be stored for none of them.
+    """
+    models: list[tuple[Model, Policy]] = []
+    refusal: ValueError | None = None
+    for policy in allowed:
+        try:
+            models.append((found.model(policy), policy))
+        except ValueError as error:  # not every model's rows can be cut into groups
+            refusal = error
+    if not models:
+        assert refusal is not None
+        raise refusal
+    return models
+
+
 def make_plan(
     found: Found,
     hardware: Hardware,
@@ -156,16 +175,7 @@ def make_plan(
     Raises:
         ValueError: not even one prompt fits, whatever is allowed.
     """
-    models: list[tuple[Model, Policy]] = []
-    refusal: ValueError | None = None
-    for policy in allowed:
-        try:
-            models.append((found.model(policy), policy))
-        except ValueError as error:  # not every model's rows can be cut into groups
-            refusal = error
-    if not models:
-        assert refusal is not None
-        raise refusal
+    models = storable(found, allowed)
     return best_plan(models, hardware, job, most_block_s=most_block_s)
 
 

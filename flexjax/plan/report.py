@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
-from flexjax.plan.predict import Prediction, predict
+from flexjax.plan.predict import Prediction, combined, predict
 from flexjax.plan.program import STORE, memories
 from flexjax.plan.search import Plan, search
 from flexjax.policy import Kind, Tier, to_json
@@ -23,6 +23,27 @@ def plan_to_json(
 ) -> dict[str, Any]:
     """A plan as plain values, with their units in the names; `saved` is `saved_s`'s."""
     return {
+        **_plan_values(plan),
+        "saved_s": {**saved},
+        "hardware": hardware_to_json(hardware),
+    }
+
+
+def parts_to_json(plans: Sequence[Plan], hardware: Hardware) -> dict[str, Any]:
+    """Plans that follow one another, and what they will take together."""
+    return {
+        "parts": [_plan_values(plan) for plan in plans],
+        **prediction_to_json(_of_all(plans)),
+        "hardware": hardware_to_json(hardware),
+    }
+
+
+def _of_all(plans: Sequence[Plan]) -> Prediction:
+    return combined([(1.0, plan.prediction) for plan in plans])
+
+
+def _plan_values(plan: Plan) -> dict[str, Any]:
+    return {
         "policy": to_json(plan.policy),
         "layers_ahead": plan.layers_ahead,
         "job": dataclasses.asdict(plan.job),
@@ -32,8 +53,6 @@ def plan_to_json(
             for tier in Tier
         },
         "budget_bytes": {tier.value: size for tier, size in plan.budgets.items()},
-        "saved_s": {**saved},
-        "hardware": hardware_to_json(hardware),
     }
 
 
@@ -93,17 +112,33 @@ def plan_to_text(
     plan: Plan, model: Model, hardware: Hardware, saved: Mapping[str, float]
 ) -> str:
     """What `python -m flexjax.plan` prints; `saved` is `saved_s`'s."""
-    return "\n".join(_lines(plan, model, hardware, saved))
+    lines = [f"machine: {hardware.name}", *_lines(plan, model, hardware), ""]
+    lines += [f"{what} would save {format_seconds(s)}" for what, s in saved.items()]
+    return "\n".join(lines)
 
 
-def _lines(
-    plan: Plan, model: Model, hardware: Hardware, saved: Mapping[str, float]
-) -> Iterator[str]:
+def parts_to_text(parts: Sequence[tuple[Plan, Model]], hardware: Hardware) -> str:
+    """What is printed of plans that follow one another, each with its model."""
+    lines = [f"machine: {hardware.name}"]
+    for number, (plan, model) in enumerate(parts, 1):
+        if len(parts) > 1:
+            lines += ["", f"part {number} of {len(parts)}"]
+        lines += _lines(plan, model, hardware)
+    whole = _of_all([plan for plan, _ in parts])
+    if len(parts) > 1:
+        lines += [
+            "",
+            f"all parts {format_seconds(whole.total_s)}: {whole.tokens_per_s:.3g} "
+            "tokens/s; weights that stay in memory are loaded for each",
+        ]
+    return "\n".join(lines)
+
+
+def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
     prediction, job = plan.prediction, plan.job
-    yield f"machine: {hardware.name}"
     yield (
-        f"job: {job.num_prompts} prompts of {job.prompt_len} tokens, {job.gen_len} "
-        "new ones each"
+        f"job: {job.num_prompts} prompts of up to {job.prompt_len} tokens, "
+        f"{job.gen_len} new ones each"
     )
     yield f"policy: {policy_in_words(plan)}"
     yield ""
@@ -144,9 +179,6 @@ def _lines(
                 f"{resource.value:16}{terms[0]:10.1f}{terms[1]:10.1f}"
                 f"{prediction.idle_share(resource):8.0%}{mark}"
             )
-    yield ""
-    for what, seconds in saved.items():
-        yield f"{what} would save {format_seconds(seconds)}"
 
 
 def policy_in_words(plan: Plan) -> str:

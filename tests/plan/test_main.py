@@ -4,10 +4,15 @@ import json
 
 import pytest
 
+from flexjax.checkpoint import EMBEDDED_MODEL
 from flexjax.cli import run_command
 from flexjax.plan.__main__ import build_parser, main
 from flexjax.plan.hardware import read_hardware
+from flexjax.plan.planner import find_model
 from flexjax.policy import read_policy
+from flexjax.prompt_file import PromptFile
+from flexjax.prompt_lengths import prompt_lengths
+from flexjax.tokenizer import load_tokenizer
 
 
 def run(*words) -> int:
@@ -54,6 +59,16 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
         ((*SMALL, "--hardware", "cray"), "hardware cray cannot be read"),
         ((*SMALL, "--host-memory", "450MiB"), "not even one prompt of 32 tokens fits"),
         ((*SMALL, "--json", "/dev/null/plan.json"), "cannot write into /dev/null"),
+        ((*SMALL, "--prompts", "x"), "--prompt-len is of prompts that are not there"),
+        (("calibrate", "--prompts", "x"), "--prompts has no effect on calibrate"),
+        (
+            ("opt-125m", "--prompts", "no-such-file", "--hardware", "h200"),
+            "no-such-file cannot be read",
+        ),
+        (
+            ("opt-125m", "--prompts", "x", "--gen-len", 0, "--hardware", "h200"),
+            "gen_len is 0",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(words, message, capsys):
@@ -61,6 +76,85 @@ def test_bad_input_is_one_sentence(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def write_prompts(path, lengths):
+    path.write_text("".join(f"{[7] * length}\n" for length in lengths))
+    return path
+
+
+def test_prompts_of_very_different_lengths_are_planned_in_parts(tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "rows.jsonl", [1900, *[20] * 4000, 1950, 30])
+    plan, policy = tmp_path / "plan.json", tmp_path / "policy.json"
+    words = ("opt-1.3b", "--hardware", "epyc-2-cores", "--host-memory", "3GiB")
+    words = (*words, "--prompts", prompts, "--gen-len", 8)
+    assert run(*words, "--json", plan) == 0
+    values = json.loads(plan.read_text())
+    jobs = [part["job"] for part in values["parts"]]
+    assert [job["num_prompts"] for job in jobs] == [2, 4001]
+    assert [job["prompt_len"] for job in jobs] == [2048, 32]
+    total_s = sum(part["total_s"] for part in values["parts"])
+    assert values["total_s"] == pytest.approx(total_s)
+    assert values["tokens_per_s"] == pytest.approx(4003 * 8 / total_s)
+    out = capsys.readouterr().out
+    assert "part 2 of 2\njob: 4001 prompts of up to 32 tokens, 8 new ones each" in out
+    assert "\nall parts " in out
+    assert run(*words, "--policy-json", policy) == 2
+    assert "these prompts are planned in 2 parts" in capsys.readouterr().err
+    assert not policy.exists()
+
+
+def test_prompts_of_about_one_length_get_one_policy(tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "rows.jsonl", range(20, 32))
+    policy = tmp_path / "policy.json"
+    words = ("--hardware", "epyc-2-cores", "--host-memory", "900MiB", "--gen-len", 4)
+    assert run("opt-125m", *words, "--prompts", prompts, "--policy-json", policy) == 0
+    out = capsys.readouterr().out
+    assert "job: 12 prompts of up to 32 tokens, 4 new ones each" in out
+    assert "part" not in out
+    assert read_policy(policy).block_size <= 12
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[7, 8]\n[7, 60000]\n", "line 2"),
+        ("[7, 8]\n" + f"{[7] * 2045}\n", "rows.jsonl has 2045 tokens and max_tokens=4"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_is_named(text, message, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    words = ("--prompts", path, "--gen-len", 4, "--hardware", "epyc-2-cores")
+    assert run("opt-125m", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_texts_need_a_tokenizer(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def fetch(model, **_):
+        asked.append(model)
+        return str(tmp_path)
+
+    monkeypatch.setattr("checkpoints_tools.hub.snapshot_download", fetch)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('[7, 8]\n"a text"\n')
+    words = ("--prompts", path, "--hardware", "epyc-2-cores")
+    assert run("facebook/opt-125m", *words) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert asked == ["facebook/opt-125m"]
+
+
+def test_texts_are_counted_by_the_tokenizer_of_the_folder(tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("It is a truth\n" + 12 * "universally acknowledged " + "\n")
+    with PromptFile(path) as prompts:
+        encode = load_tokenizer(EMBEDDED_MODEL).encode
+        expected = [len(encode(prompt)) for prompt in prompts]
+    config = find_model(str(EMBEDDED_MODEL), platform="cpu").config
+    found = prompt_lengths(path, str(EMBEDDED_MODEL), config, 4)
+    assert found == sorted(expected, reverse=True)
 
 
 def test_calibrate_prints_every_figure(monkeypatch, capsys, tmp_path):
