@@ -1,6 +1,6 @@
 """What rows that end by themselves gain where those that live long are preempted.
 
-    python -m bench.endings opt-1.3b --memory-cap 4GB --json FILE
+    python -m bench.endings opt-1.3b --memory-cap 6GB --json FILE
 
 Under the cap a process continues all prompts in one call; another one continues each
 block in a call of its own, so that every block runs until its last row has ended.

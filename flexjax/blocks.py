@@ -81,7 +81,7 @@ class GenerateRows:
     """Rows that generate: logits of the last slot become the next token.
 
     A block ends when its rows have ended, or earlier where `is_worth_preempting` says
-    so of those that have not, given too how many rows were idle, summed over its steps.
+    so, given them and how many had ended, summed over the steps so far.
     """
 
     last_only = True
@@ -146,12 +146,12 @@ class GenerateRows:
     def take(self, batch: int, sampled: Any) -> None:
         """Hands the sampled tokens of a batch to its rows, which may end with them."""
         self._on_tokens(self._batches[batch].take(*sampled))
-        is_first = self._num_steps[batch] == max(self._num_steps)  # of its step
+        # Asked by the first batch of a step, so that all batches end with the same one.
+        is_first = self._num_steps[batch] == max(self._num_steps)
         self._num_steps[batch] += 1
         if is_first and not self._is_over:
-            alive = [row for row in self._rows if not row.has_ended]
-            self._num_idle += len(self._rows) - len(alive)
-            self._is_over = self._is_worth_preempting(alive, self._num_idle)
+            self._num_idle += sum(row.has_ended for row in self._rows)
+            self._is_over = self._is_worth_preempting(self._rows, self._num_idle)
 
     def is_alive(self, batch: int) -> bool:
         """Whether the batch goes on: some row of it wants another token."""

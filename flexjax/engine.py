@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 import pathlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from flexjax.metrics import RunTimes
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.preemption import Waiting
 from flexjax.runner import BlockRunner
-from flexjax.schedule.footprint import by_tier
+from flexjax.schedule.footprint import Bytes
 from flexjax.workload import Workload, longest_first
 
 CLOSED = "this model is closed; make a new one to run it again"
@@ -111,6 +112,7 @@ class Engine:
         *,
         on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
         on_tokens: Callable[[int], None] = lambda count: None,
+        may_preempt: bool = True,
     ) -> None:
         """Runs rows that are there until they have ended.
 
@@ -122,6 +124,8 @@ class Engine:
             make_rows: makes the rows of a block, given their places in `sizes`.
             on_rows: called when a block ends, with its rows that have ended.
             on_tokens: called whenever a batch has tokens, with their number.
+            may_preempt: whether rows may go on in another block; else each block takes
+                as long as its last row.
 
         Raises:
             ValueError: the policy does not fit.
@@ -130,25 +134,25 @@ class Engine:
         lengths = [size.prompt_len for size in sizes]
         blocks = _blocks(longest_first(lengths), self.policy)
         works = [self._workload([sizes[place] for place in block]) for block in blocks]
-        ran: Workload | None = None
 
         def count(num_tokens: int) -> None:
             self.times.num_tokens += num_tokens
             on_tokens(num_tokens)
 
         with self._call(works, scores=False) as layers_ahead:
+            planned = {looking_ahead(work, layers_ahead) for work in works}
             waiting = Waiting(
                 blocks,
                 make_rows,
                 policy=self.policy,
-                fits=self._fits_call(layers_ahead),
+                fits=self._fits_room(sizes, layers_ahead),
+                may_preempt=may_preempt,
             )
             while rows := waiting.next_block():
                 work = self._workload([row.size for row in rows], layers_ahead)
-                if work != ran:
-                    self._runner.clear()  # what it keeps is of other sizes
+                if work not in planned:
+                    self._clear()  # what is kept of other sizes is not reckoned with
                     self.times.expect(self.predict(work, scores=False))
-                ran = work
                 sampler = GenerateRows(
                     rows,
                     work,
@@ -160,6 +164,8 @@ class Engine:
                     is_worth_preempting=waiting.is_worth_preempting,
                 )
                 self._runner.run(work, sampler, self.weights, self.times)
+                if work not in planned:
+                    self._clear()
                 self.times.num_preemptions += waiting.preempt(rows)
                 on_rows([row for row in rows if row.has_ended])
 
@@ -222,18 +228,42 @@ class Engine:
         )
         return looking_ahead(work, layers_ahead)
 
-    def _fits_call(self, layers_ahead: int) -> Callable[[Sequence[RowSize]], bool]:
-        """Tells whether a block needs no more memory than was found for the call."""
-        room = Counter(by_tier(self.times.predicted_peak))
-        if self._device_is_host:
-            room[Tier.DEVICE] += room[Tier.HOST]
+    def _fits_room(
+        self, sizes: Sequence[RowSize], layers_ahead: int
+    ) -> Callable[[Sequence[RowSize]], bool]:
+        """Tells whether a block needs no more memory than a call may take.
+
+        It may take what its blocks need, or if that was free when it began, also what
+        one needs whose prompts have become as long as they can. So nothing else that
+        goes on meanwhile changes what comes out.
+        """
+        free = Counter(free_bytes(self._device, self._offload_dir))
+        for tier, kind in itertools.product(Tier, Kind):
+            free[self._memory(tier)] += self.ledger.held(tier, kind)
+        planned = Counter(self.times.predicted_peak)
+        num_rows = min(len(sizes), self.policy.block_size)
+
+        @functools.cache
+        def room() -> Counter[Tier]:
+            most = max(sum(size) for size in sizes)
+            longest = self._workload([RowSize(most, 1)] * num_rows, layers_ahead)
+            hoped = planned | Counter(self.predict(longest, scores=False))
+            is_free = shortage(hoped, free, device_is_host=self._device_is_host) is None
+            found: Counter[Tier] = Counter()
+            for (tier, _), nbytes in (hoped if is_free else planned).items():
+                found[self._memory(tier)] += nbytes
+            return found
 
         @functools.cache
         def fits(work: Workload) -> bool:
             peak = self.predict(work, scores=False)
-            return shortage(peak, room, device_is_host=self._device_is_host) is None
+            return shortage(peak, room(), device_is_host=self._device_is_host) is None
 
         return lambda sizes: fits(self._workload(sizes, layers_ahead))
+
+    def _memory(self, tier: Tier) -> Tier:
+        """The tier that stands for the memory of one, which may be that of two."""
+        return Tier.DEVICE if tier is Tier.HOST and self._device_is_host else tier
 
     def _start(self, works: Sequence[Workload], *, scores: bool) -> int:
         """Refuses a call that does not fit before it does.
@@ -256,15 +286,16 @@ class Engine:
                 return layers_ahead
         raise ValueError(refusal)
 
-    def _shortage(self, needed: Mapping[tuple[Tier, Kind], int]) -> str | None:
-        def found() -> str | None:
-            free = free_bytes(self._device, self._offload_dir)
-            return shortage(needed, free, device_is_host=self._device_is_host)
-
-        if found() is None:
+    def _shortage(self, needed: Bytes) -> str | None:
+        """What is not free of `needed`, even if all that was freed is given back."""
+        if self._not_free(needed) is None:
             return None
-        give_back_freed()  # what an earlier run has freed may be all that lacks
-        return found()
+        give_back_freed()
+        return self._not_free(needed)
+
+    def _not_free(self, needed: Bytes) -> str | None:
+        free = free_bytes(self._device, self._offload_dir)
+        return shortage(needed, free, device_is_host=self._device_is_host)
 
     @contextlib.contextmanager
     def _call(self, works: Sequence[Workload], *, scores: bool) -> Iterator[int]:
@@ -282,8 +313,12 @@ class Engine:
             try:
                 yield layers_ahead
             finally:
-                self.weights.clear()
-                self._runner.clear()
+                self._clear()
+
+    def _clear(self) -> None:
+        """Gives back the buffers that are kept from block to block."""
+        self.weights.clear()
+        self._runner.clear()
 
 
 def _blocks[T](rows: Sequence[T], policy: Policy) -> list[Sequence[T]]:

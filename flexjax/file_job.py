@@ -35,7 +35,7 @@ def answer_prompts(
         prompts: the file.
         answers: the other file, opened for as many.
         params: for all prompts.
-        block_latency_s: as of `LLM.generate_each`; what is lost at most.
+        block_latency_s: as of `LLM.generate_each`; what is lost at most, if given.
         notice: is told what was found, in a sentence.
 
     Raises:

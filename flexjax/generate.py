@@ -21,7 +21,7 @@ from flexjax.policy_args import (
     is_planned,
     policy_from_args,
 )
-from flexjax.prompt_file import PromptFile
+from flexjax.prompt_file import PromptFile, prompts_path
 from flexjax.prompts import Prompt, random_prompts
 from flexjax.safe_files import ensure_distinct, ensure_writable, write_atomically
 from flexjax.sampling_args import add_sampling_arguments, params_from_args
@@ -278,8 +278,7 @@ def _read_prompts(args: argparse.Namespace) -> Iterator[Sequence[Prompt] | None]
     elif args.prompt is not None:
         yield args.prompt
     else:
-        name = "/dev/stdin" if args.prompts == "-" else args.prompts
-        with PromptFile(pathlib.Path(name)) as prompts:
+        with PromptFile(prompts_path(args.prompts)) as prompts:
             yield prompts
 
 

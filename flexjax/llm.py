@@ -207,7 +207,8 @@ class LLM:
                 comes of a prompt is not changed by which others are, but for what
                 rounding decides.
             block_latency_s: seconds that a block may take, as predicted, where policies
-                are searched; where all fits on the device, blocks are small anyway.
+                are searched; where all fits on the device, blocks are small anyway. No
+                prompt is preempted then.
             on_tokens: as of `generate`.
 
         Raises:
@@ -234,6 +235,7 @@ class LLM:
                     lambda chosen: requests.rows([places[one] for one in chosen]),
                     on_rows=give,
                     on_tokens=_updates(bar, engine, on_tokens),
+                    may_preempt=math.isinf(block_latency_s),
                 )
 
             max_tokens = max(asked, default=1)

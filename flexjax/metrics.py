@@ -59,7 +59,8 @@ class RunTimes:
             steps of all blocks in a row.
         num_tokens: tokens that prompts asked for and got; padding does not count.
         num_preemptions: how often a row was left to a later block.
-        predicted_peak: bytes that the largest block was predicted to need.
+        predicted_peak: bytes, of each kind what the block that needs most of it was
+            predicted to need.
     """
 
     def __init__(

@@ -15,6 +15,8 @@ from flexjax.blocks import Row, RowSize
 from flexjax.policy import Policy, Schedule
 from flexjax.workload import bucket
 
+NUM_SIZES = 8  # of batches that are not full
+
 
 class Waiting:
     """Rows that wait for a block: those to be made yet, and those that were preempted.
@@ -23,8 +25,9 @@ class Waiting:
         blocks: places of the rows to be made, in the order in which they run.
         make_rows: makes the rows of a block.
         policy: that blocks run under.
-        fits: whether there is memory for a block of rows of such sizes; one row that
-            was in a block always fits.
+        fits: whether there is memory for a block of rows of such sizes; if so, also for
+            one of fewer of them.
+        may_preempt: whether rows may be preempted at all.
     """
 
     def __init__(
@@ -34,13 +37,17 @@ class Waiting:
         *,
         policy: Policy,
         fits: Callable[[Sequence[RowSize]], bool],
+        may_preempt: bool = True,
     ) -> None:
         self._blocks, self._make_rows = deque(blocks), make_rows
         self._num_to_make = sum(map(len, self._blocks))
         self._block_size, self._fits = policy.block_size, fits
+        # Steps are compiled for a size of batches, so few sizes are to occur.
+        self._quantum = -(-policy.batch_size // NUM_SIZES)
         # New tokens attend to less than a prefill would, or a batch has its turn alone.
         self._can_preempt = (
-            policy.attention_sparsity == 1
+            may_preempt
+            and policy.attention_sparsity == 1
             and policy.schedule is not Schedule.ROW_BY_ROW
         )
         self._preempted: list[Row] = []
@@ -55,35 +62,49 @@ class Waiting:
             self._num_to_make -= len(places)
             return self._make_rows(places)
         longest_first = sorted(self._preempted, key=lambda row: -row.size.prompt_len)
-        sizes = [row.size for row in longest_first]
-        counts = range(2, min(len(sizes), self._block_size) + 1)
-        count = 1 + bisect.bisect_left(
-            counts, True, key=lambda count: not self._fits(sizes[:count])
-        )
+        count = self._num_that_fit([row.size for row in longest_first])
         self._preempted = longest_first[count:]
         return longest_first[:count]
 
-    def is_worth_preempting(self, alive: Sequence[Row], num_idle: int) -> bool:
+    def _num_that_fit(self, sizes: Sequence[RowSize]) -> int:
+        """How many of the first of these rows a block takes."""
+        most = min(len(sizes), self._block_size)
+        step = self._quantum
+        counts = [*range(1, min(step, most)), *range(step, most, step), most]
+        place = bisect.bisect_left(
+            counts, True, lo=1, key=lambda count: not self._fits(sizes[:count])
+        )
+        return counts[place - 1]
+
+    def is_worth_preempting(self, rows: Sequence[Row], num_idle: int) -> bool:
         """Whether what is left of a block should wait with others instead.
 
-        It should once idle rows have cost what recomputing the others will, if a token
-        costs as much in a prefill as a row in a step. So, as where skis are rented
-        until that has cost their price, no knowledge of when rows end would do much
-        better. By count, with ends drawn in seven ways, a step takes less time for
-        their tokens from 1.05 to 6 times where it waits for weights, and up to 1.1
-        times more where it only multiplies and all rows end at about the same time.
+        It should once idle rows have cost what recomputing the others will, as skis
+        are rented until that has cost their price, unless the rest can cost no more:
+        then no more is spent on recomputing than was on idle rows. A token of a prefill
+        is taken to cost as much as a row of a step, which is too much where steps wait
+        for weights or caches; and a row is taken to be as idle if all its batch has
+        ended, which is right there, and wrong where steps only multiply.
 
         Args:
-            alive: its rows that have not ended.
+            rows: of the block.
             num_idle: rows that had ended, summed over the steps of the block so far.
         """
+        alive = [row for row in rows if not row.has_ended]
         if not (alive and self._can_preempt):
             return False
-        sizes = [row.size for row in alive]
+        # Most are about to get one more token, in batches whose step is not over. What
+        # is to come is rounded, so that `fits` is seldom asked something new.
+        sizes = [
+            RowSize(size.prompt_len + 1, bucket(size.max_tokens))
+            for size in (row.size for row in alive)
+        ]
         num_recomputed = len(sizes) * bucket(max(size.prompt_len for size in sizes))
+        most_to_come = max(row.size.max_tokens for row in alive)
         num_waiting = self._num_to_make + len(self._preempted)
         return (
             num_idle >= num_recomputed
+            and (len(rows) - len(alive)) * most_to_come >= num_recomputed
             and num_waiting >= len(alive)  # or they would be as few as they are
             and self._fits(sizes)
         )

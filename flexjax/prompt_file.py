@@ -139,6 +139,11 @@ class PromptFile(Sequence[Prompt]):
         )
 
 
+def prompts_path(name: str) -> pathlib.Path:
+    """The file that a command line names; `-` is what is piped in."""
+    return pathlib.Path("/dev/stdin" if name == "-" else name)
+
+
 def _decoded(line: bytes, number: int) -> str:
     """The text of a line, without its end.
 

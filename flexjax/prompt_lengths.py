@@ -4,7 +4,7 @@ import pathlib
 
 from checkpoints_tools.hub import download_tokenizer
 from checkpoints_tools.progress import progress_bar
-from flexjax.models.config import OPTConfig
+from flexjax.models.config import OPTConfig, published_name
 from flexjax.prompt_file import PromptFile
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams
@@ -31,9 +31,17 @@ def prompt_lengths(
     with PromptFile(path) as prompts:
         has_text = any(isinstance(prompt, str) for prompt in prompts)
         if has_text and not folder.is_dir():
-            folder = download_tokenizer(model)
+            folder = download_tokenizer(_with_tokenizer(model))
         maker = RowMaker(config, folder, config.max_position_embeddings)
         requests = Requests(maker, prompts, params=params, indices=None)
         with progress_bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
     return sorted((size.prompt_len for size in sizes), reverse=True)
+
+
+def _with_tokenizer(model: str) -> str:
+    """The Hub id of a model's tokenizer; OPT-175B is not there, but has all OPT's."""
+    short = published_name(model)
+    if short is None:
+        return model
+    return f"facebook/{'opt-66b' if short == 'opt-175b' else short}"

@@ -220,6 +220,7 @@ class _Steps:
         if step == 0:
             return True
         if batch not in self._ended:
+            assert step == self._taken[batch] + 1, "a step was asked for twice"
             self._rows.take(batch, self._stage.outcome(batch))
             self._taken[batch] = step
             self._times.end_step(step)

@@ -115,6 +115,24 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
         make_engine(store, policy, tmp_path)
 
 
+def test_what_was_freed_is_given_back_before_a_call_is_refused(
+    golden, tmp_path, monkeypatch
+):
+    policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (2, 1))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    free = dict.fromkeys(Tier, 0)
+    monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+
+    def give_back():
+        free.update(dict.fromkeys(Tier, 1 << 40))
+
+    monkeypatch.setattr("flexjax.engine.give_back_freed", give_back)
+    rows = make_rows(golden("opt-pre-ln").prompts[:2])
+    engine.generate(rows)
+    assert all(row.has_ended for row in rows)
+    engine.close()
+
+
 def test_a_run_that_does_not_fit_names_the_tier_and_the_kind(
     golden, tmp_path, monkeypatch
 ):

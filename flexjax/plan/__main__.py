@@ -108,7 +108,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help="plan for the prompts of a file, as flexjax.generate takes them: in parts "
-        "where their lengths differ so much that this is faster",
+        "where their lengths differ so much that this is faster; - is what is piped in",
     )
 
 
@@ -131,7 +131,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Runs the parsed command line."""
     _check_flags(args)
-    flags = ("json", "policy_json", "hardware")
+    flags = ("json", "policy_json", "hardware", "prompts")
     ensure_distinct({f"--{f.replace('_', '-')}": getattr(args, f) for f in flags})
     for flag in ("json", "policy_json"):
         if (name := getattr(args, flag)) is not None:
@@ -202,9 +202,12 @@ def _planned(
 
 
 def _lengths(args: argparse.Namespace, found: Found, gen_len: int) -> list[int]:
-    from flexjax.prompt_lengths import prompt_lengths  # slow to load
+    # Slow to load.
+    from flexjax.prompt_file import prompts_path
+    from flexjax.prompt_lengths import prompt_lengths
 
-    return prompt_lengths(pathlib.Path(args.prompts), args.model, found.config, gen_len)
+    path = prompts_path(args.prompts)
+    return prompt_lengths(path, args.model, found.config, gen_len)
 
 
 def _write(name: str, values: object) -> None:

@@ -26,7 +26,8 @@ from flexjax.schedule.ops import (
 )
 from flexjax.workload import Workload
 
-# (step, batch) -> whether some row of the batch still wants a token at that step
+# (step, batch) -> whether the batch sees that step: a row of it still wants a token,
+# and the block is not over
 Alive = Callable[[int, int], bool]
 
 

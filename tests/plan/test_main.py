@@ -60,6 +60,10 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
         ((*SMALL, "--host-memory", "450MiB"), "not even one prompt of 32 tokens fits"),
         ((*SMALL, "--json", "/dev/null/plan.json"), "cannot write into /dev/null"),
         ((*SMALL, "--prompts", "x"), "--prompt-len is of prompts that are not there"),
+        (
+            ("opt-125m", "--hardware", "h200", "--prompts", "x", "--json", "x"),
+            "--json and --prompts both",
+        ),
         (("calibrate", "--prompts", "x"), "--prompts has no effect on calibrate"),
         (
             ("opt-125m", "--prompts", "no-such-file", "--hardware", "h200"),
@@ -141,9 +145,10 @@ def test_texts_need_a_tokenizer(tmp_path, capsys, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('[7, 8]\n"a text"\n')
     words = ("--prompts", path, "--hardware", "epyc-2-cores")
-    assert run("facebook/opt-125m", *words) == 2
-    assert "has no tokenizer" in capsys.readouterr().err
-    assert asked == ["facebook/opt-125m"]
+    for model in ("opt-125m", "facebook/OPT-175B"):
+        assert run(model, *words) == 2
+        assert "has no tokenizer" in capsys.readouterr().err
+    assert asked == ["facebook/opt-125m", "facebook/opt-66b"]
 
 
 def test_texts_are_counted_by_the_tokenizer_of_the_folder(tmp_path, capsys):
