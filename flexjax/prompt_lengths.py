@@ -31,7 +31,7 @@ def prompt_lengths(
     with PromptFile(path) as prompts:
         has_text = any(isinstance(prompt, str) for prompt in prompts)
         if has_text and not folder.is_dir():
-            folder = download_tokenizer(_with_tokenizer(model))
+            folder = _tokenizer_folder(path, model)
         maker = RowMaker(config, folder, config.max_position_embeddings)
         requests = Requests(maker, prompts, params=params, indices=None)
         with progress_bar(len(requests), "reading", "prompt") as bar:
@@ -39,9 +39,14 @@ def prompt_lengths(
     return sorted((size.prompt_len for size in sizes), reverse=True)
 
 
-def _with_tokenizer(model: str) -> str:
-    """The Hub id of a model's tokenizer; OPT-175B is not there, but has all OPT's."""
-    short = published_name(model)
-    if short is None:
-        return model
-    return f"facebook/{'opt-66b' if short == 'opt-175b' else short}"
+def _tokenizer_folder(path: pathlib.Path, model: str) -> pathlib.Path:
+    if (short := published_name(model)) is not None:
+        # OPT-175B is not on the Hub; all OPT models have one tokenizer.
+        model = f"facebook/{'opt-66b' if short == 'opt-175b' else short}"
+    try:
+        return download_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has texts, for which a tokenizer is needed, but {error}; or give "
+            "token ids"
+        ) from error

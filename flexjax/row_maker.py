@@ -143,7 +143,8 @@ class Requests:
         indices: of those that are wanted; None is all.
 
     Raises:
-        ValueError: the prompts are no sequence, or there is none of one of `indices`.
+        ValueError: the prompts are no sequence, or `indices` has what is none of them,
+            or one twice.
     """
 
     def __init__(
@@ -165,6 +166,8 @@ class Requests:
         if indices is not None:
             self._indices = [operator.index(index) for index in indices]
         self._sizes: list[RowSize] = []
+        if len(set(self._indices)) < len(self._indices):
+            raise ValueError("indices has a prompt twice; give each once")
         for index in self._indices:
             if not 0 <= index < len(prompts):
                 raise ValueError(

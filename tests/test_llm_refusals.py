@@ -66,6 +66,7 @@ def test_bad_sequences_are_refused_by_number(llm, sequences, message):
         ("a text", {}, "prompts are 'a text', expected a sequence of texts"),
         (3, {}, "prompts are 3, expected a sequence of texts"),
         ([[5], [6]], {"indices": [0, 2]}, "indices has 2, but the 2 prompts"),
+        ([[5], [6]], {"indices": [1, 1]}, "indices has a prompt twice"),
         ([[5], [6]], {"indices": [-1]}, "indices has -1, but the 2 prompts"),
         ([[5], [600]], {}, "prompt 1 has token id 600"),
     ],

@@ -156,16 +156,16 @@ def main(args: argparse.Namespace) -> None:
         lengths = _lengths(args, found, job.gen_len)
     hardware = _with_budgets(args, hardware or _measured(args, anew=False))
     plans, values, text = _planned(args, found, hardware, job, lengths)
-    if args.policy_json is not None and len(plans) > 1:
-        raise ValueError(
-            "--policy-json is of one policy, but these prompts are planned in "
-            f"{len(plans)} parts: leave it out, and flexjax.generate will plan them"
-        )
+    print(text)
     if args.json is not None:
         _write(args.json, values)
     if args.policy_json is not None:
+        if len(plans) > 1:
+            raise ValueError(
+                "--policy-json is of one policy, but these prompts are planned in "
+                f"{len(plans)} parts: leave it out, and flexjax.generate will plan them"
+            )
         _write(args.policy_json, to_json(plans[0].policy))
-    print(text)
 
 
 def _planned(

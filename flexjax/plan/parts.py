@@ -2,8 +2,8 @@
 
 Batches under a policy must fit with the longest prompt of all. Where few are so long,
 they are far too small for the others: under a plan for 1536 tokens, prompts of 64 take
-1.6 to 11 times as long as under one of their own (OPT-1.3B to 175B on the examples of
-machines, with 64 new tokens, predicted).
+1.1 to 11 times as long as under one of their own (a thousand prompts of OPT-1.3B to
+175B on the examples of machines, with 64 new tokens, predicted).
 """
 
 import dataclasses
@@ -16,16 +16,14 @@ from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.planner import best_plan
 from flexjax.plan.predict import Prediction, combined, job_of, predict
-from flexjax.plan.search import Plan
+from flexjax.plan.search import MOST_SPENT, Plan
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.workload import bucket
 
 # A part is cut where a prompt with its new tokens is so many times as short; the
 # first of these that can be afforded.
 RATIOS = (2, 4, 8)
-# What one search takes, about: 1.3 s of OPT-1.3B to 3 s of OPT-175B.
-SEARCH_S = 2.0
-MOST_SPENT = 0.05  # of the predicted time, on searches for what would be shorter
+SEARCH_S = 4.0  # what one takes, about: 0.5 to 13 s, of OPT-1.3B to OPT-175B
 NUM_PREDICTED = 4  # lengths of blocks, of all that occur
 LEAST_GAIN = 0.05  # below this the prediction may be wrong about which is faster
 

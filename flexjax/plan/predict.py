@@ -80,7 +80,7 @@ class Prediction:
         num_tokens: that are generated.
         prefill_terms, decode_terms: seconds of each resource, when nothing else
             happens.
-        block_s: of the first block, from its start to its last token.
+        block_s: of the longest block, from its start to its last token.
     """
 
     prefill_s: float
@@ -175,7 +175,7 @@ def predict(
 
 
 def combined(parts: Sequence[tuple[float, Prediction]]) -> Prediction:
-    """A sum of predictions, each times a weight; its first block is the first one's."""
+    """A sum of predictions, each times a weight."""
     terms: list[dict[Resource, float]] = [{}, {}]
     for weight, part in parts:
         add_seconds(terms[0], part.prefill_terms, weight)
@@ -186,7 +186,7 @@ def combined(parts: Sequence[tuple[float, Prediction]]) -> Prediction:
         num_tokens=round(sum(weight * part.num_tokens for weight, part in parts)),
         prefill_terms=terms[0],
         decode_terms=terms[1],
-        block_s=parts[0][1].block_s,
+        block_s=max(part.block_s for _, part in parts),
     )
 
 

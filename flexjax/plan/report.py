@@ -112,7 +112,14 @@ def plan_to_text(
     plan: Plan, model: Model, hardware: Hardware, saved: Mapping[str, float]
 ) -> str:
     """What `python -m flexjax.plan` prints; `saved` is `saved_s`'s."""
-    lines = [f"machine: {hardware.name}", *_lines(plan, model, hardware), ""]
+    job = plan.job
+    lines = [
+        f"machine: {hardware.name}",
+        f"job: {job.num_prompts:,} prompts of {job.prompt_len} tokens, {job.gen_len} "
+        "new ones each",
+        *_lines(plan, model, hardware),
+        "",
+    ]
     lines += [f"{what} would save {format_seconds(s)}" for what, s in saved.items()]
     return "\n".join(lines)
 
@@ -121,25 +128,25 @@ def parts_to_text(parts: Sequence[tuple[Plan, Model]], hardware: Hardware) -> st
     """What is printed of plans that follow one another, each with its model."""
     lines = [f"machine: {hardware.name}"]
     for number, (plan, model) in enumerate(parts, 1):
-        if len(parts) > 1:
-            lines += ["", f"part {number} of {len(parts)}"]
-        lines += _lines(plan, model, hardware)
+        name = f"part {number} of {len(parts)}" if len(parts) > 1 else "job"
+        lines += [
+            *([""] if len(parts) > 1 else []),
+            f"{name}: prompts: {plan.job.num_prompts:,}, padded to "
+            f"{plan.job.prompt_len} tokens at most; {plan.job.gen_len} new ones each",
+            *_lines(plan, model, hardware),
+        ]
     whole = _of_all([plan for plan, _ in parts])
     if len(parts) > 1:
         lines += [
             "",
             f"all parts {format_seconds(whole.total_s)}: {whole.tokens_per_s:.3g} "
-            "tokens/s; weights that stay in memory are loaded for each",
+            "tokens/s; the time to load what stays in memory, for each, is not counted",
         ]
     return "\n".join(lines)
 
 
 def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
-    prediction, job = plan.prediction, plan.job
-    yield (
-        f"job: {job.num_prompts} prompts of up to {job.prompt_len} tokens, "
-        f"{job.gen_len} new ones each"
-    )
+    prediction = plan.prediction
     yield f"policy: {policy_in_words(plan)}"
     yield ""
     yield (
@@ -162,7 +169,7 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
         f"{format_seconds(prediction.decode_s)}, in all "
         f"{format_seconds(prediction.total_s)}: {prediction.tokens_per_s:.3g} tokens/s"
     )
-    if plan.policy.block_size < job.num_prompts:
+    if plan.policy.block_size < plan.job.num_prompts:
         yield (
             f"a block of {plan.policy.block_size} prompts takes "
             f"{format_seconds(prediction.block_s)}"

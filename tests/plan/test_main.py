@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from flexjax.checkpoint import EMBEDDED_MODEL
 from flexjax.cli import run_command
@@ -99,9 +100,10 @@ def test_prompts_of_very_different_lengths_are_planned_in_parts(tmp_path, capsys
     assert [job["prompt_len"] for job in jobs] == [2048, 32]
     total_s = sum(part["total_s"] for part in values["parts"])
     assert values["total_s"] == pytest.approx(total_s)
+    assert values["block_s"] == max(part["block_s"] for part in values["parts"])
     assert values["tokens_per_s"] == pytest.approx(4003 * 8 / total_s)
     out = capsys.readouterr().out
-    assert "part 2 of 2\njob: 4001 prompts of up to 32 tokens, 8 new ones each" in out
+    assert "part 2 of 2: prompts: 4,001, padded to 32 tokens at most; 8 new" in out
     assert "\nall parts " in out
     assert run(*words, "--policy-json", policy) == 2
     assert "these prompts are planned in 2 parts" in capsys.readouterr().err
@@ -114,7 +116,7 @@ def test_prompts_of_about_one_length_get_one_policy(tmp_path, capsys):
     words = ("--hardware", "epyc-2-cores", "--host-memory", "900MiB", "--gen-len", 4)
     assert run("opt-125m", *words, "--prompts", prompts, "--policy-json", policy) == 0
     out = capsys.readouterr().out
-    assert "job: 12 prompts of up to 32 tokens, 4 new ones each" in out
+    assert "job: prompts: 12, padded to 32 tokens at most; 4 new ones each" in out
     assert "part" not in out
     assert read_policy(policy).block_size <= 12
 
@@ -149,6 +151,21 @@ def test_texts_need_a_tokenizer(tmp_path, capsys, monkeypatch):
         assert run(model, *words) == 2
         assert "has no tokenizer" in capsys.readouterr().err
     assert asked == ["facebook/opt-125m", "facebook/opt-66b"]
+
+
+def test_texts_of_a_model_that_cannot_be_reached_say_what_they_need(
+    tmp_path, capsys, monkeypatch
+):
+    def fail(model, **_):
+        raise LocalEntryNotFoundError(f"no {model}")
+
+    monkeypatch.setattr("checkpoints_tools.hub.snapshot_download", fail)
+    path = tmp_path / "texts.txt"
+    path.write_text("a text\n")
+    assert run("opt-125m", "--prompts", path, "--hardware", "epyc-2-cores") == 2
+    error = capsys.readouterr().err
+    assert "texts.txt has texts, for which a tokenizer is needed, but" in error
+    assert error.endswith("connect, or give a folder; or give token ids\n")
 
 
 def test_texts_are_counted_by_the_tokenizer_of_the_folder(tmp_path, capsys):

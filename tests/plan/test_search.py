@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flexjax.memory.footprint import run_peak_bytes
 from flexjax.plan import search as search_module
+from flexjax.plan.hardware import read_hardware
 from flexjax.plan.planner import (
     Found,
     allowed_policies,
@@ -300,6 +301,19 @@ def test_a_model_is_a_name_a_store_or_a_checkpoint(golden):
     assert sizes[0] == sizes[1]
     with pytest.raises(ValueError, match="unknown model 'opt-9b'"):
         find_model("opt-9b", platform="cpu")
+
+
+def test_more_memory_makes_no_plan_slower():
+    model = find_model("facebook/opt-6.7b", platform="gpu").model(Policy())
+    job = Job(prompt_len=64, gen_len=32, num_prompts=995)
+    machine = read_hardware("t4-208gb")
+    took_s = [
+        search(
+            model, dataclasses.replace(machine, host_memory_bytes=nbytes), job
+        ).prediction.total_s
+        for nbytes in (12 << 30, machine.host_memory_bytes)
+    ]
+    assert took_s[1] <= 1.001 * took_s[0]
 
 
 def test_of_a_model_on_the_hub_only_the_config_is_fetched(golden, monkeypatch):
