@@ -273,9 +273,11 @@ class Engine:
         """
         self._transport.start()
         refusal: str | None = None
+        home = self.weights.layout.home_bytes.items()  # there, whatever runs
+        weights = Counter({(tier, Kind.WEIGHTS): nbytes for tier, nbytes in home})
         for layers_ahead in range(self._layers_ahead, 0, -1):
             ahead = [looking_ahead(work, layers_ahead) for work in works]
-            peak: Counter[tuple[Tier, Kind]] = Counter()
+            peak = weights.copy()
             for work in dict.fromkeys(ahead):
                 peak |= Counter(self.predict(work, scores=scores))
             refusal = self._shortage(

@@ -252,6 +252,14 @@ def test_an_empty_list_of_prompts_gives_an_empty_list(llm):
     assert llm.score([]) == []
 
 
+def test_weights_are_predicted_where_they_are_though_there_is_no_prompt(golden):
+    with LLM(golden("opt-pre-ln").store, policy=Policy()) as llm:
+        llm.generate([])
+        assert llm.metrics["peak_bytes"]["device"] > 0
+        predicted = llm.metrics["predicted_peak_bytes"]
+        assert predicted["device"] >= llm.metrics["peak_bytes"]["device"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
