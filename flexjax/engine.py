@@ -13,7 +13,7 @@ import numpy as np
 from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, give_back_freed, shortage
-from flexjax.memory.footprint import run_peak_bytes
+from flexjax.memory.footprint import run_peak_bytes, weights_at_home
 from flexjax.memory.layout import MOST_LAYERS_AHEAD, lay_out, looking_ahead
 from flexjax.memory.link import Device, processor_of
 from flexjax.memory.transport import Transport
@@ -67,11 +67,8 @@ class Engine:
         layout = lay_out(
             store.config, store.dtype, store.tensors, policy, processor=processor
         )
-        homes = {
-            (tier, Kind.WEIGHTS): size
-            for tier, size in layout.home_bytes.items()
-            if tier is not Tier.DISK  # where the store is already
-        }
+        homes = weights_at_home(layout)
+        del homes[Tier.DISK, Kind.WEIGHTS]  # where the store is already
         if refusal := self._shortage(homes):
             raise ValueError(refusal)
         with contextlib.ExitStack() as undo:
@@ -273,11 +270,9 @@ class Engine:
         """
         self._transport.start()
         refusal: str | None = None
-        home = self.weights.layout.home_bytes.items()  # there, whatever runs
-        weights = Counter({(tier, Kind.WEIGHTS): nbytes for tier, nbytes in home})
         for layers_ahead in range(self._layers_ahead, 0, -1):
             ahead = [looking_ahead(work, layers_ahead) for work in works]
-            peak = weights.copy()
+            peak = Counter(weights_at_home(self.weights.layout))
             for work in dict.fromkeys(ahead):
                 peak |= Counter(self.predict(work, scores=scores))
             refusal = self._shortage(

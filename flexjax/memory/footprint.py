@@ -25,6 +25,11 @@ from flexjax.sparse import kept_slots
 from flexjax.workload import WIDE_ROWS, Workload, prefill_rows
 
 
+def weights_at_home(weights: WeightLayout) -> dict[tuple[Tier, Kind], int]:
+    """Bytes of all weights where they live, which are there whatever runs."""
+    return {(tier, Kind.WEIGHTS): size for tier, size in weights.home_bytes.items()}
+
+
 def cache_rows(policy: Policy, work: Workload, buffer: Cache) -> Rows:
     """Which rows of a batch have their keys and values on which tier."""
     index = buffer.layer * work.num_batches + buffer.batch
@@ -79,9 +84,7 @@ class RunFootprint:
         return self.weights.dtype.itemsize
 
     def resident(self) -> Bytes:
-        size = Counter(
-            {(tier, Kind.WEIGHTS): n for tier, n in self.weights.home_bytes.items()}
-        )
+        size = Counter(weights_at_home(self.weights))
         if not self.scores:
             # Where the head comes in blocks, all batches' logits wait for the last one.
             waiting = self.work.num_batches if self.weights.head.num_blocks > 1 else 1
