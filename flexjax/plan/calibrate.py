@@ -155,13 +155,21 @@ def _contention(scratch: Scratch, layers: Layers) -> dict[str, float]:
         reading = thread.submit(scratch.reading_rate, BESIDE_S)
         compute = computing_rate(BESIDE_S)
         disk = reading.result()
-    kept = [min(1.0, compute / compute_alone), min(1.0, disk / disk_alone)]
-    # Turns would keep as much: less is something else's doing on a busy machine.
-    scale = max(1.0, 1.0 / sum(kept))
-    return {
-        "compute_beside_disk": min(1.0, scale * kept[0]),
-        "disk_beside_compute": min(1.0, scale * kept[1]),
-    }
+    names = ("compute_beside_disk", "disk_beside_compute")
+    kept = kept_together(compute / compute_alone, disk / disk_alone)
+    return dict(zip(names, kept, strict=True))
+
+
+def kept_together(first: float, second: float) -> tuple[float, float]:
+    """What two that go on at once keep of their speeds: 1 in all at the least.
+
+    They would keep as much if they took turns: less is something else's doing on a
+    busy machine.
+    """
+    if first + second < 1:
+        first /= first + second
+        second = 1 - first
+    return min(1.0, first), min(1.0, second)
 
 
 def _copy_figures(device: Device) -> dict[str, float]:

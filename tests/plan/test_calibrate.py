@@ -9,6 +9,8 @@ import shutil
 
 import jax
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from flexjax import extents
 from flexjax.cache_folder import CACHE_VARIABLE
@@ -112,6 +114,18 @@ def test_a_cpu_gets_figures_that_a_machine_can_have(folder):
         assert (by_bits is not None) == calibrate.PRODUCTS.is_there()
         assert all([*rates] == [1, 8] for rates in (by_bits or {}).values())
     assert_nothing_is_left(folder)
+
+
+@given(*2 * [st.floats(1e-3, 2)])
+@example(0.09110166065386126, 0.2401429621671659)
+def test_what_is_kept_side_by_side_is_what_turns_would_keep_or_more(first, second):
+    kept = calibrate.kept_together(first, second)
+    assert sum(kept) >= 1
+    assert max(kept) <= 1
+    if first + second >= 1:
+        assert kept == (min(1.0, first), min(1.0, second))
+    else:
+        assert kept[0] / kept[1] == pytest.approx(first / second)
 
 
 @pytest.fixture
