@@ -8,6 +8,7 @@ Scores, softmax and sums are float32 whatever the type of the inputs.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,37 @@ MASKED = -1e30
 # `WHOLE_ROW`.
 QUERY_CHUNK = 128
 WHOLE_ROW = 256
+
+
+class SharedPrefix(NamedTuple):
+    """Keys and values of the tokens with which every row begins: those of one row.
+
+    Attributes:
+        key, value: `[1, heads, prefix_slots, head_dim]`.
+        start: int32 `[1]`, the first slot that holds a real token.
+    """
+
+    key: Array
+    value: Array
+    start: Array
+
+
+class Partial(NamedTuple):
+    """What a token found in some of the slots that it sees, in float32.
+
+    As of FlashAttention's online softmax (arXiv 2205.14135), from which one goes on
+    with other slots.
+
+    Attributes:
+        peak: the largest score, `[batch, heads, 1, 1]`.
+        total: the sum of the weights, where that score's weight is 1; same shape.
+        values: the sum of the values, each times its weight, `[batch, heads, 1,
+            head_dim]`.
+    """
+
+    peak: Array
+    total: Array
+    values: Array
 
 
 def _dot(
@@ -55,12 +87,15 @@ def scaled(query: Array) -> Array:
     return query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
 
 
-def prefill_attention_flops(batch: int, seq: int, hidden_size: int) -> int:
+def prefill_attention_flops(
+    batch: int, seq: int, hidden_size: int, prefix_slots: int = 0
+) -> int:
     """Of `prefill_attention` in one layer: the scores that it masks are computed too.
 
-    Two products of all tokens with all, each a multiplication and an addition.
+    Two products of all tokens with all of their row and with the shared prefix, each a
+    multiplication and an addition.
     """
-    return 2 * 2 * batch * seq * seq * hidden_size
+    return 2 * 2 * batch * seq * (prefix_slots + seq) * hidden_size
 
 
 def prefill_attention(
@@ -68,15 +103,17 @@ def prefill_attention(
     key: Float[Array, "batch heads seq head_dim"],
     value: Float[Array, "batch heads seq head_dim"],
     start: Int[Array, " batch"],
+    prefix: SharedPrefix | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
     """Every token attends to itself and to the real tokens before it.
 
     Works on one row and one chunk of queries at a time, so that the largest array of
-    scores is `[heads, QUERY_CHUNK, seq]`, or `[heads, WHOLE_ROW, WHOLE_ROW]`, and not
-    `[batch, heads, seq, seq]`.
+    scores is `[heads, QUERY_CHUNK, prefix_slots + seq]`, or `[heads, WHOLE_ROW,
+    WHOLE_ROW]`, and not `[batch, heads, seq, seq]`.
     """
     seq = query.shape[2]
-    chunk = seq if seq <= WHOLE_ROW else math.gcd(seq, QUERY_CHUNK)
+    num_slots = seq if prefix is None else seq + prefix.key.shape[2]
+    chunk = seq if num_slots <= WHOLE_ROW else math.gcd(seq, QUERY_CHUNK)
     slots = jnp.arange(seq, dtype=jnp.int32)
 
     def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
@@ -88,13 +125,60 @@ def prefill_attention(
             newest = begin + jnp.arange(chunk, dtype=jnp.int32)
             visible = (slots[None, :] <= newest[:, None]) & (slots >= first)[None, :]
             scores = jnp.where(visible[None], scores, MASKED)
+            if prefix is not None:
+                shared = _prefix_scores(scaled(part), prefix)
+                scores = jnp.concatenate([shared, scores], axis=-1)
             weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-            return _dot(weights, value, contract=(2, 1)).astype(query.dtype)
+            out = _dot(weights[..., -seq:], value, contract=(2, 1))
+            if prefix is not None:
+                out += _dot(weights[..., :-seq], prefix.value[0], contract=(2, 1))
+            return out.astype(query.dtype)
 
         out = jax.lax.map(attend_chunk, jnp.arange(0, seq, chunk, dtype=jnp.int32))
         return jnp.moveaxis(out, 0, 1).reshape(query.shape)
 
     return jax.lax.map(attend_row, (query, key, value, start))
+
+
+def _prefix_scores(
+    query: Float[Array, "heads queries head_dim"], prefix: SharedPrefix
+) -> Float[Array, "heads queries prefix_slots"]:
+    """Of scaled queries of any rows, which all see the whole prefix."""
+    slots = jnp.arange(prefix.key.shape[2], dtype=jnp.int32)
+    scores = _dot(query, prefix.key[0], contract=(2, 2))
+    return jnp.where(slots >= prefix.start, scores, MASKED)
+
+
+def attend_to_prefix(
+    query: Float[Array, "batch heads 1 head_dim"], prefix: SharedPrefix
+) -> Partial:
+    """What one new token of each row finds in the prefix.
+
+    The queries of all rows are one side of two matrix products, so that the prefix is
+    read once for all of them.
+    """
+
+    def by_row(found: Array) -> Array:  # from [heads, batch, ...]
+        return jnp.swapaxes(found, 0, 1)[:, :, None]
+
+    scores = _prefix_scores(jnp.swapaxes(scaled(query)[:, :, 0], 0, 1), prefix)
+    peak = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(prefix.value.dtype)
+    values = _dot(weights, prefix.value[0], contract=(2, 1))
+    return Partial(by_row(peak), by_row(total), by_row(values))
+
+
+def _joined(one: Partial, other: Partial) -> Partial:
+    """What two that saw different slots have found together."""
+    peak = jnp.maximum(one.peak, other.peak)
+    left, right = jnp.exp(one.peak - peak), jnp.exp(other.peak - peak)
+    return Partial(
+        peak,
+        left * one.total + right * other.total,
+        left * one.values + right * other.values,
+    )
 
 
 def decode_scores(
@@ -135,6 +219,7 @@ def decode_attention(
     past: tuple[tuple[Float[Array, "batch heads _slots head_dim"], ...], ...],
     start: Int[Array, " batch"],
     length: Int[Array, ""],
+    found: Partial | None = None,
 ) -> Float[Array, "batch heads 1 head_dim"]:
     """One new token attends to the cached ones and to itself.
 
@@ -145,18 +230,22 @@ def decode_attention(
             slots from `length` on hold anything finite.
         start: first slot of each row that holds a real token.
         length: number of slots that are in use, the same for every row.
+        found: what it has found elsewhere, which counts as much.
     """
     new_key, new_value = new
     own, scores = decode_scores(query, new_key, past[0], start, length)
-    peak = own
+    seen = Partial(own, jnp.ones_like(own), new_value.astype(jnp.float32))
+    if found is not None:
+        seen = _joined(seen, found)
+    peak = seen.peak
     for piece in scores:
         peak = jnp.maximum(peak, jnp.max(piece, axis=-1, keepdims=True))
-    own_weight = jnp.exp(own - peak)
+    shrunk = jnp.exp(seen.peak - peak)
     weights = [jnp.exp(piece - peak) for piece in scores]
-    total = own_weight
+    total = shrunk * seen.total
     for piece in weights:
         total = total + jnp.sum(piece, axis=-1, keepdims=True)
-    out = (own_weight / total) * new_value.astype(jnp.float32)
+    out = (shrunk / total) * seen.values
     for piece, value in zip(weights, past[1], strict=True):
         out = out + weigh(piece / total, value)
     return out.astype(query.dtype)

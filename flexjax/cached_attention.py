@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array, Float, Int, Shaped
 
-from flexjax.attention import decode_attention
+from flexjax.attention import Partial, decode_attention
 from flexjax.kernels.decode_attention import (
     DECODE_ATTENTION,
     attend_to_cache,
@@ -46,10 +46,14 @@ def attend(
     length: Int[Array, ""],
     sparse: SparsePast | None,
     cache_as: Quantization | None,
+    found: Partial | None = None,
 ) -> HeadVectors:
-    """Attention to a segment as the cache keeps it."""
+    """Attention to a segment as the cache keeps it.
+
+    Where it is not sparse, it may go on with what was found elsewhere.
+    """
     if sparse is None:
-        return _attend_to_all(query, new, past, start, length, cache_as)
+        return _attend_to_all(query, new, past, start, length, found, cache_as)
 
     def attend_rows(inputs: Any) -> HeadVectors:
         query, new, past, start, sparse = inputs
@@ -141,12 +145,13 @@ def _attend_to_all(
     past: Past,
     start: Int[Array, " batch"],
     length: Int[Array, ""],
+    found: Partial | None,
     cache_as: Quantization | None,
 ) -> HeadVectors:
     """`decode_attention`; by a kernel where this is for a CPU that has it."""
     if not is_attended(query.dtype, query.shape[-1], cache_as):
-        return _by_xla(query, new, past, start, length, cache_as)
-    operands, tree = jax.tree.flatten((query, new, past, start, length))
+        return _by_xla(query, new, past, start, length, found, cache_as)
+    operands, tree = jax.tree.flatten((query, new, past, start, length, found))
     return _decode_attention.bind(*operands, tree=tree, cache_as=cache_as)
 
 
@@ -156,13 +161,16 @@ def _by_xla(
     past: Past,
     start: Int[Array, " batch"],
     length: Int[Array, ""],
+    found: Partial | None,
     cache_as: Quantization | None,
 ) -> HeadVectors:
     def attend_rows(inputs: Any) -> HeadVectors:
-        query, new, past, start = inputs
-        return decode_attention(query, new, _wide(past, cache_as), start, length)
+        query, new, past, start, found = inputs
+        past = _wide(past, cache_as)
+        return decode_attention(query, new, past, start, length, found)
 
-    return _few_wide(attend_rows, (query, new, past, start), cache_as, len(query))
+    inputs = query, new, past, start, found
+    return _few_wide(attend_rows, inputs, cache_as, len(query))
 
 
 # A step is traced before anyone knows what it is for: what it is lowered for says who
@@ -177,8 +185,7 @@ def _abstract(query: Any, *_: Any, **__: Any) -> Any:
 
 @_decode_attention.def_impl
 def _eager(*operands: Array, tree: Any, cache_as: Quantization | None) -> Array:
-    query, new, past, start, length = jax.tree.unflatten(tree, operands)
-    return _by_xla(query, new, past, start, length, cache_as)
+    return _by_xla(*jax.tree.unflatten(tree, operands), cache_as)
 
 
 def _lower(

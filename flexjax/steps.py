@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flexjax.attention import prefill_attention
+from flexjax.attention import SharedPrefix, attend_to_prefix, prefill_attention
 from flexjax.cached_attention import (
     HeadVectors,
     KeyValue,
@@ -67,13 +67,14 @@ def prefill_step(
     params: Params,
     hidden: Hidden,
     start: Int[Array, " batch"],
+    prefix: SharedPrefix | None = None,
     *,
     config: OPTConfig,
     cache_as: Quantization | None = None,
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on whole prompts; also returns the keys and values to cache.
 
-    Where the cache is quantized, a prompt attends to what a later token will find
+    With a `prefix`, on what comes behind it. Where the cache is quantized, a prompt attends to what a later token will find
     there: so a prefill computes what decoding the same tokens would.
 
     Works on some rows of the batch at a time, so that what lies between the layer's
@@ -86,7 +87,7 @@ def prefill_step(
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             key, value = (passed_through(new, cache_as) for new in (key, value))
-            return prefill_attention(query, key, value, start)
+            return prefill_attention(query, key, value, start, prefix)
 
         out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
         return out[:, None], _kept(cache, cache_as)
@@ -107,6 +108,7 @@ def decode_step(
     start: Int[Array, " batch"],
     length: Int[Array, ""],
     sparse: SparsePast | None = None,
+    prefix: SharedPrefix | None = None,
     *,
     config: OPTConfig,
     cache_as: Quantization | None = None,
@@ -123,16 +125,20 @@ def decode_step(
         start: first slot of each row that holds a real token.
         length: slots of the cache that are in use.
         sparse: says that attention is, and to how much.
+        prefix: that the tokens attend to before their rows; not where that is sparse.
         config: of the model.
         cache_as: how the cache is quantized.
     """
     query, new, cache = _project(params, hidden, config, cache_as)
+    found = None if prefix is None else attend_to_prefix(query, prefix)
     outs, first = [], 0
     for segment in past:
         rows = slice(first, first + segment[0][0].shape[0])
-        new_rows, sparse_rows = jax.tree.map(operator.itemgetter(rows), (new, sparse))
+        new_rows, sparse_rows, found_rows = jax.tree.map(
+            operator.itemgetter(rows), (new, sparse, found)
+        )
         of_rows = query[rows], new_rows, segment, start[rows]
-        outs.append(attend(*of_rows, length, sparse_rows, cache_as))
+        outs.append(attend(*of_rows, length, sparse_rows, cache_as, found_rows))
         first = rows.stop
     return _finish(params, hidden, jnp.concatenate(outs), config), cache
 

@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexjax import attention
-from flexjax.attention import decode_attention, prefill_attention
+from flexjax.attention import (
+    SharedPrefix,
+    attend_to_prefix,
+    decode_attention,
+    prefill_attention,
+)
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 TOLERANCE = {FLOAT32: 1e-5, BFLOAT16: 3e-2}
@@ -137,3 +142,65 @@ def test_a_row_of_padding_alone_stays_finite(dtype):
         query[:, :, -1:], new, ((key,), (value,)), start, jnp.int32(8)
     )
     check(found, np.asarray(new[1], np.float64), dtype, 1.0)
+
+
+def draw_behind_prefix(seed: int, shape, prefix, dtype: np.dtype, scale: float):
+    """Inputs, a prefix of `(slots, first)`, and keys and values with it in front."""
+    (batch, heads, _, head_dim), (num_slots, first) = shape, prefix
+    query, key, value = draw_inputs(seed, shape, dtype, scale)
+    before = draw_inputs(seed + 1, (1, heads, num_slots, head_dim), dtype, scale)[1:]
+    shared = SharedPrefix(*before, jnp.asarray([first], jnp.int32))
+    whole = [
+        np.concatenate([np.repeat(np.asarray(x), batch, axis=0), y], axis=2)
+        for x, y in zip(before, (key, value), strict=True)
+    ]
+    return (query, key, value), shared, whole
+
+
+behind_prefix = pytest.mark.parametrize(
+    ("prefix", "scale"), [((1, 0), 1.0), ((8, 3), 1.0), ((300, 40), 1.0), ((8, 0), 30)]
+)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("seq", [1, 9, 12])
+@behind_prefix
+def test_a_prefill_goes_on_behind_a_prefix(chunks, seq, prefix, scale, dtype):
+    (query, key, value), shared, whole = draw_behind_prefix(
+        0, (3, 2, seq, 8), prefix, dtype, scale
+    )
+    start = np.array([0, seq // 2, seq - 1], np.int32)
+    run = jax.jit(lambda *inputs: prefill_attention(*inputs))
+    found = run(query, key, value, jnp.asarray(start), shared)
+    num_slots, first = prefix
+    slots = np.arange(-num_slots, seq)
+    real = slots >= start[:, None]
+    of_prefix = (slots < 0) & (slots >= first - num_slots)
+    visible = (slots <= np.arange(seq)[:, None]) & (real | of_prefix)[:, None]
+    keep = real[:, None, num_slots:, None]
+    expected = plain_attention(query, *whole, visible)
+    check(np.where(keep, found, 0), np.where(keep, expected, 0), dtype, scale)
+    assert_finite(found)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@behind_prefix
+def test_a_new_token_goes_on_from_what_it_found_in_a_prefix(prefix, scale, dtype):
+    (query, key, value), shared, whole = draw_behind_prefix(
+        2, (3, 2, 20, 16), prefix, dtype, scale
+    )
+    start, newest = np.array([0, 7, 19], np.int32), query[:, :, -1:]
+    found = decode_attention(
+        newest,
+        (key[:, :, -1:], value[:, :, -1:]),
+        ((key[:, :, :12], key[:, :, 12:]), (value[:, :, :12], value[:, :, 12:])),
+        jnp.asarray(start),
+        jnp.int32(19),
+        attend_to_prefix(newest, shared),
+    )
+    num_slots, first = prefix
+    slots = np.arange(-num_slots, 20)
+    of_prefix = (slots < 0) & (slots >= first - num_slots)
+    visible = (slots >= start[:, None]) | of_prefix
+    expected = plain_attention(newest, *whole, visible[:, None])
+    check(found, expected, dtype, scale)

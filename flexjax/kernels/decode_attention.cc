@@ -34,6 +34,8 @@ struct Piece {
 struct Work {
   const uint8_t *query, *new_key, *new_value;  // [rows, heads, head_dim]
   const int32_t* start;                        // [rows]
+  // Found elsewhere by each head of each row, or nothing: see `Partial`.
+  const float *found_peak, *found_total, *found_values;
   int64_t length;                              // slots that are in use
   std::vector<Piece> pieces;                   // in the order of their slots
   uint8_t* out;                                // [rows, heads, head_dim]
@@ -54,6 +56,7 @@ class Head {
     Floats key[kVectors];
     ReadNew(work.new_key, key);
     peak_ = flexjax::Sum(Product(key));
+    if (work.found_peak != nullptr) AddFound();
   }
 
   void Attend() {
@@ -78,6 +81,22 @@ class Head {
   }
 
  private:
+  // Takes what was found elsewhere into the sums.
+  void AddFound() {
+    const float found = work_.found_peak[index_];
+    const float peak = std::max(peak_, found);
+    const Floats kept = flexjax::Exp(flexjax::Same(peak_ - peak));
+    const Floats added = flexjax::Exp(flexjax::Same(found - peak));
+    const float* values = work_.found_values + index_ * work_.head_dim;
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = flexjax::Load(values + v * kLanes);
+      sums_[v] = flexjax::MultiplyAdd(added, value, sums_[v] * kept);
+    }
+    total_ = flexjax::First(kept) * total_ +
+             flexjax::First(added) * work_.found_total[index_];
+    peak_ = peak;
+  }
+
   void ReadNew(const uint8_t* vectors, Floats (&into)[kVectors]) const {
     const uint8_t* at = vectors + index_ * work_.head_dim * Element::kBytes;
     for (int v = 0; v < kVectors; ++v) {
@@ -236,10 +255,27 @@ bool AddPieces(ffi::RemainingArgs cache, ffi::DataType type, Work& work) {
   return count > 0 && cache.size() == 2 * count;
 }
 
+using Found = ffi::Buffer<ffi::F32>;
+
+// Adds what was found elsewhere, if anything was; whether it is for the work's heads.
+bool AddFound(Found peak, Found total, Found values, Work& work) {
+  const size_t heads = work.rows * work.heads;
+  if (peak.element_count() == 0) return true;
+  if (peak.element_count() != heads || total.element_count() != heads ||
+      values.element_count() != heads * work.head_dim) {
+    return false;
+  }
+  work.found_peak = peak.typed_data();
+  work.found_total = total.typed_data();
+  work.found_values = values.typed_data();
+  return true;
+}
+
 ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer new_key,
                   ffi::AnyBuffer new_value, ffi::BufferR1<ffi::S32> start,
-                  ffi::BufferR0<ffi::S32> length, ffi::RemainingArgs cache,
-                  ffi::Result<ffi::AnyBuffer> out, int64_t bits, int64_t group_size) {
+                  ffi::BufferR0<ffi::S32> length, Found peak, Found total, Found values,
+                  ffi::RemainingArgs cache, ffi::Result<ffi::AnyBuffer> out,
+                  int64_t bits, int64_t group_size) {
   const auto shape = query.dimensions();  // [rows, heads, 1, head_dim]
   const ffi::DataType type = query.element_type();
   if (shape.size() != 4 || shape[2] != 1 || shape[0] != start.dimensions()[0] ||
@@ -259,6 +295,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer new
             .head_dim = shape[3],
             .group_size = std::max<int64_t>(1, group_size)};
   if (!AddPieces(cache, bits == 0 ? type : ffi::U8, work)) return Refusal();
+  if (!AddFound(peak, total, values, work)) return Refusal();
   using flexjax::Bfloat16Element;
   using flexjax::Float16;
   using flexjax::Float32;
@@ -282,6 +319,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_decode_attention, Attend,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Arg<Found>()
+                                  .Arg<Found>()
+                                  .Arg<Found>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("bits")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from flexjax.attention import scaled
+from flexjax.attention import Partial, scaled
 from flexjax.kernels.compiled import AVX2, AVX512, Kernel
 from flexjax.quant import Quantization
 
@@ -49,6 +49,7 @@ def attend_to_cache(
     past: tuple[tuple[Shaped[Array, "rows heads _slots _width"], ...], ...],
     start: Int[Array, " rows"],
     length: Int[Array, ""],
+    found: Partial | None,
     cache_as: Quantization | None,
 ) -> Float[Array, "rows heads 1 head_dim"]:
     """What `decode_attention` gives, but for rounding.
@@ -57,17 +58,19 @@ def attend_to_cache(
     where `decode_attention` rounds them to the values' type.
 
     Args:
-        query, new, start, length: see `decode_attention`.
+        query, new, start, length, found: see `decode_attention`.
         past: as the cache keeps it; nothing is read of slots that a row may not see.
         cache_as: how that is quantized, such that `is_attended`.
     """
     call = jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(query.shape, query.dtype))
     keys, values = past
+    nothing = jnp.zeros((0,), jnp.float32)
     return call(
         scaled(query),
         *new,
         start.astype(jnp.int32),
         length.astype(jnp.int32),
+        *([nothing] * 3 if found is None else found),
         *keys,
         *values,
         bits=np.int64(0 if cache_as is None else cache_as.bits),

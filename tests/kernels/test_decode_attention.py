@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexjax.attention import Partial, SharedPrefix, attend_to_prefix
 from flexjax.cached_attention import attend_step
 from flexjax.kernels import compiled, decode_attention
 from flexjax.kernels.decode_attention import (
@@ -87,28 +88,32 @@ def target_for(instructions):
 def compiled_attention(instructions, how):
     """`attend_to_cache` by the kernel compiled for these."""
 
-    def attend(*inputs):
+    def attend(*inputs, found=None):
         with mock.patch.object(decode_attention, "_TARGET", target_for(instructions)):
-            return attend_to_cache(*inputs, cache_as=how)
+            return attend_to_cache(*inputs, found=found, cache_as=how)
 
     return jax.jit(attend)
 
 
-def expected(query, new, past, start, length, how):
+def expected(query, new, past, start, length, how, prefix=None):
     """Attention in float64, and sums of magnitudes that its errors are relative to."""
 
-    def wide(pieces, own):
+    def wide(pieces, own, before):
         found = np.concatenate(pieces, axis=2)
         if how is not None:
             found = jax.jit(dequantize, static_argnums=1)(jnp.asarray(found), how)
-        return np.concatenate([found, own], axis=2).astype(np.float64)
+        found = np.concatenate([found, own], axis=2).astype(np.float64)
+        before = np.repeat(np.asarray(before, np.float64), len(found), axis=0)
+        return np.concatenate([before, found], axis=2)
 
-    keys, values = map(wide, past, new)
+    nothing = np.empty((1, *query.shape[1:2], 0, query.shape[3]))
+    before = (nothing, nothing) if prefix is None else prefix[:2]
+    keys, values = map(wide, past, new, before)
+    slots = np.arange(keys.shape[2]) - before[0].shape[2]
     scale = np.asarray(query.shape[-1] ** -0.5, query.dtype)
     query = np.asarray(query * scale, np.float64)
     scores = np.einsum("bhqd,bhkd->bhqk", query, keys)
-    slots = np.arange(keys.shape[2])
-    seen = (slots >= start[:, None]) & (slots < length)
+    seen = (slots < 0) | (slots >= start[:, None]) & (slots < length)
     seen[:, -1] = True  # the token itself
     scores = np.where(seen[:, None, None], scores, -np.inf)
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -141,6 +146,44 @@ def test_attention_is_a_softmax_over_what_may_be_seen(
     exact, size = expected(query, new, past, start, length, how)
     error = np.abs(np.asarray(found, np.float64) - exact)
     assert (error <= ROUNDING[dtype] * np.abs(exact) + 2e-5 * size).all()
+
+
+@for_each
+@given(
+    kept=kept(),
+    seed=st.integers(0, 1000),
+    heads=st.integers(1, 4),
+    slots=st.sampled_from([1, 63, 200]),
+    scale=st.sampled_from([0.1, 1, 10]),
+)
+@settings(max_examples=20)
+def test_attention_goes_on_from_what_was_found_elsewhere(
+    instructions, kept, seed, heads, slots, scale
+):
+    dtype, head_dim, how = kept
+    query, new, past = drawn(seed, (3, heads, head_dim), (65,), dtype, how)
+    rng = np.random.default_rng(seed)
+    # Exact in every type, so that what is wide of a quantized cache stays beside it.
+    before = [
+        rng.integers(-8, 9, (1, heads, slots, head_dim)) * scale / 4 for _ in range(2)
+    ]
+    prefix = SharedPrefix(
+        *(jnp.asarray(x, dtype) for x in before), jnp.zeros(1, jnp.int32)
+    )
+    attend = compiled_attention(instructions, how)
+    start, length = np.array([0, 30, 65], np.int32), 50
+    found = attend(
+        query,
+        new,
+        past,
+        jnp.asarray(start),
+        jnp.int32(length),
+        found=attend_to_prefix(query, prefix),
+    )
+    exact, size = expected(query, new, past, start, length, how, prefix)
+    error = np.abs(np.asarray(found, np.float64) - exact)
+    # Shares of a prefix are rounded to its values' type.
+    assert (error <= ROUNDING[dtype] * (np.abs(exact) + 2 * size) + 2e-5 * size).all()
 
 
 @for_each
@@ -247,7 +290,8 @@ def spoilt(index, value):
         0, (2, 3, 64), (40,), "bfloat16", None
     )
     start = jnp.zeros(2, jnp.int32)
-    operands = [query, key, new_value, start, jnp.int32(40), keys, values]
+    found = Partial(*(jnp.zeros((2, 3, 1, width)) for width in (1, 1, 64)))
+    operands = [query, key, new_value, start, jnp.int32(40), *found, keys, values]
     operands[index] = value(operands[index])
     return operands
 
@@ -262,13 +306,16 @@ def as_float32(array):
         (0, as_float32),
         (1, as_float32),
         (2, as_float32),
-        (5, as_float32),
-        (6, as_float32),
-        (5, lambda keys: keys.astype(jnp.float16)),  # as many bytes
+        (5, lambda peak: peak[:1]),
+        (6, lambda total: total[:1]),
+        (7, lambda values: values[:, :1]),
+        (8, as_float32),
+        (9, as_float32),
+        (8, lambda keys: keys.astype(jnp.float16)),  # as many bytes
         (2, lambda value: value[:1]),
         (3, lambda start: start[:1]),
-        (5, lambda keys: keys[:1]),
-        (6, lambda values: values[:, :, :1]),
+        (8, lambda keys: keys[:1]),
+        (9, lambda values: values[:, :, :1]),
     ],
 )
 def test_what_does_not_go_together_is_refused(index, value):
