@@ -74,7 +74,9 @@ def prefill_step(
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on whole prompts; also returns the keys and values to cache.
 
-    With a `prefix`, on what comes behind it. Where the cache is quantized, a prompt attends to what a later token will find
+    Where there is a `prefix`, prompts stand behind it.
+
+    Where the cache is quantized, a prompt attends to what a later token will find
     there: so a prefill computes what decoding the same tokens would.
 
     Works on some rows of the batch at a time, so that what lies between the layer's
@@ -107,8 +109,7 @@ def decode_step(
     past: tuple[Past, ...],
     start: Int[Array, " batch"],
     length: Int[Array, ""],
-    sparse: SparsePast | None = None,
-    prefix: SharedPrefix | None = None,
+    beside: SparsePast | SharedPrefix | None = None,
     *,
     config: OPTConfig,
     cache_as: Quantization | None = None,
@@ -124,13 +125,17 @@ def decode_step(
             pieces along its slots; all segments together hold them all, in order.
         start: first slot of each row that holds a real token.
         length: slots of the cache that are in use.
-        sparse: says that attention is, and to how much.
-        prefix: that the tokens attend to before their rows; not where that is sparse.
+        beside: what attention takes beside the cache: where it is sparse, the sum of
+            all values; or a prefix that stands before all rows.
         config: of the model.
         cache_as: how the cache is quantized.
     """
     query, new, cache = _project(params, hidden, config, cache_as)
-    found = None if prefix is None else attend_to_prefix(query, prefix)
+    sparse, found = None, None
+    if isinstance(beside, SharedPrefix):
+        found = attend_to_prefix(query, beside)
+    else:
+        sparse = beside
     outs, first = [], 0
     for segment in past:
         rows = slice(first, first + segment[0][0].shape[0])

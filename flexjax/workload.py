@@ -32,7 +32,9 @@ class Workload:
             decoder layer, being smaller.
         num_batches: batches that share one load of a layer's weights.
         batch_size: rows of a batch.
-        prompt_len: slots of a padded prompt.
+        prompt_len: slots of a padded prompt; behind the prefix, if there is one.
+        prefix_len: slots of the padded prefix that all rows share; 0 if they share
+            none.
         gen_len: tokens that are generated for every row; 1 also scores a prompt.
         reserves: whether a cache has room for the whole run from the start, where
             attention reads what is in use alone. Else it grows, so as not to be read
@@ -47,12 +49,25 @@ class Workload:
     num_batches: int = 1
     batch_size: int = 1
     prompt_len: int = 1
+    prefix_len: int = 0
     gen_len: int = 1
     reserves: bool = False
 
     @property
     def num_layers(self) -> int:
         return self.num_decoder_layers + self.num_head_blocks
+
+    @property
+    def of_prefix(self) -> "Workload":
+        """The part of this one that works on the prefix, as on a batch of one row."""
+        return dataclasses.replace(
+            self,
+            num_batches=1,
+            batch_size=1,
+            prompt_len=self.prefix_len,
+            prefix_len=0,
+            gen_len=1,
+        )
 
     def is_decoder(self, layer: int) -> bool:
         return layer < self.num_decoder_layers

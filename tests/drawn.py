@@ -20,6 +20,7 @@ def works(draw: st.DrawFn, *, most_tokens: int = 4) -> Workload:
         num_batches=draw(st.integers(1, 5)),
         batch_size=draw(st.integers(1, 6)),
         prompt_len=draw(st.integers(1, 70)),
+        prefix_len=draw(st.sampled_from([0, 0, 32])),
         gen_len=draw(st.integers(1, most_tokens)),
         reserves=draw(st.booleans()),
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from flexjax.schedule.ops import (
+    PREFIX,
     Buffer,
     Cache,
     Cell,
@@ -56,10 +57,14 @@ class _State:
             Hidden, Cell | None
         ] = {}  # that whose hidden state is staged
         self._loaded_step: dict[Cache, int] = {}  # last step that a cache came for
+        self._fresh_prefix: set[Buffer] = set()  # computed, and not stored
 
     def load(self, op: Op, buffer: Buffer, step: int) -> None:
         _require(buffer not in self.on_device, op, f"{buffer} is there already")
         match buffer:
+            case Cache(_, batch) if batch == PREFIX:
+                is_stored = self._cached_step.get(buffer) is not None
+                _require(is_stored, op, f"{buffer} was never stored")
             case Cache():
                 _require(step > 0, op, "a prefill has no cache to load")
                 stored = self._cached_step.get(buffer)
@@ -90,8 +95,14 @@ class _State:
         _require(done == self._before(cell), op, f"the batch has just done {done}")
         _require(held == self._input(cell), op, f"{hidden} holds what {held} made")
         self._done[cell.batch] = cell
-        if work.is_decoder(cell.layer):
-            cache = Cache(cell.layer, cell.batch)
+        cache = Cache(cell.layer, cell.batch)
+        if cell.batch == PREFIX:
+            self.on_device.add(cache)
+            self._fresh_prefix.add(cache)
+            self._staged[hidden] = cell
+        elif work.is_decoder(cell.layer):
+            if work.prefix_len:
+                self._on_device(op, Cache(cell.layer, PREFIX))
             if cell.step > 0:
                 self._on_device(op, cache)
                 came = self._loaded_step.get(cache)
@@ -107,6 +118,10 @@ class _State:
     def store(self, op: Op, buffer: Cache | Hidden, step: int) -> None:
         self._on_device(op, buffer)
         done = self._done.get(buffer.batch)
+        if isinstance(buffer, Cache) and buffer in self._fresh_prefix:
+            self._fresh_prefix.discard(buffer)
+            self._cached_step[buffer] = step
+            return
         fresh = done is not None and done.step == step and buffer in self._unsaved
         _require(fresh, op, f"step {step} has made nothing of {buffer}")
         self._unsaved.discard(buffer)
@@ -129,7 +144,10 @@ class _State:
 
     def _is_between_steps(self, batch: int) -> bool:
         done = self._done.get(batch)
-        return done is None or done.layer == self._work.num_layers - 1
+        num_layers = self._work.num_layers
+        if batch == PREFIX:
+            num_layers = self._work.num_decoder_layers
+        return done is None or done.layer == num_layers - 1
 
     def _before(self, cell: Cell) -> Cell | None:
         """What the batch of `cell` does before it."""

@@ -5,6 +5,9 @@ others are tested against. `row_by_row` and `zigzag` look ahead: while a cell co
 the inputs of the next one and the weights of the next layer are on their way. They
 differ only in the order of their cells.
 
+Where rows share a prefix, its keys and values are computed when a layer is first there,
+stored if it comes again, and loaded with it then. Its hidden state stays on the device.
+
 An emitter may be told who is still `alive`: it asks once a step for each batch, as late
 as it can, and leaves out the batches that have ended.
 """
@@ -14,6 +17,7 @@ from typing import NamedTuple
 
 from flexjax.policy import Schedule
 from flexjax.schedule.ops import (
+    PREFIX,
     Cache,
     Cell,
     Compute,
@@ -39,10 +43,13 @@ def always(step: int, batch: int) -> bool:
 
 def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """Load, compute, store, one after the other: slow, and plainly right."""
+    prefix = _Prefix(work, num_rounds=work.gen_len)
     for step in range(work.gen_len):
         batches = [batch for batch in range(work.num_batches) if alive(step, batch)]
         for layer in range(work.num_layers if batches else 0):
             yield from _load_weights(step, layer, range(work.num_parts))
+            yield from prefix.load(step, layer, round_number=step)
+            yield from prefix.compute(layer, round_number=step)
             for batch in batches:
                 cell = Cell(step, layer, batch)
                 yield from _load_cache(work, cell)
@@ -52,6 +59,7 @@ def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
                 yield from _store_hidden(work, cell)
                 yield from _free_cache(work, cell)
                 yield Free(Hidden(batch))
+            yield from prefix.free(layer)
             yield from _free_weights(layer, range(work.num_parts))
 
 
@@ -130,18 +138,23 @@ def _pipeline(
     if turn is None:
         return
     weights = _WeightsAhead(work, num_visits)
+    prefix = _Prefix(work, num_rounds=num_visits // work.num_layers)
     cell = turn.cell
     yield from weights.load_ahead(0)
+    yield from prefix.load(cell.step, cell.layer, round_number=0)
     yield Load(Hidden(cell.batch), cell.step)
     before: Cell | None = None
     visit = 0  # of the cell's layer
     while turn is not None:
         cell = turn.cell
+        if turn.turn == 1:
+            yield from prefix.compute(cell.layer, visit // work.num_layers)
         yield Compute(*cell)
         yield from _store_cache(work, cell)
         if before is not None:
             yield from _free_cache(work, before)
             if before.layer != cell.layer:
+                yield from prefix.free(before.layer)
                 yield from weights.free_first()
         yield from weights.load_ahead(visit, turn.turn, turn.num_turns)
         turn = next(turns, None)
@@ -150,6 +163,7 @@ def _pipeline(
             yield from _load_cache(work, after)
             if after.layer != cell.layer:
                 visit += 1
+                yield from prefix.load(*after[:2], visit // work.num_layers)
                 yield from weights.load_ahead(visit)
         if before is not None and before.batch != cell.batch:
             yield Free(Hidden(before.batch))
@@ -161,6 +175,7 @@ def _pipeline(
                 yield Load(Hidden(after.batch), after.step)
         before = cell
     yield from _free_cache(work, cell)
+    yield from prefix.free(cell.layer)
     yield from weights.free_all()
 
 
@@ -204,6 +219,37 @@ class _WeightsAhead:
         visit, part = divmod(index, self._work.num_parts)
         step, layer = divmod(visit, self._work.num_layers)
         return Weights(layer, part), step % self._work.gen_len
+
+
+class _Prefix:
+    """The keys and values that all rows share, a layer at a time."""
+
+    def __init__(self, work: Workload, num_rounds: int) -> None:
+        self._num_layers = work.num_decoder_layers if work.prefix_len else 0
+        self._num_rounds = num_rounds  # in which every layer is visited
+        self._has_hidden = False
+
+    def load(self, step: int, layer: int, round_number: int) -> Iterator[Op]:
+        """Loads what the cells of a layer need that was made in an earlier round."""
+        if round_number > 0 and layer < self._num_layers:
+            yield Load(Cache(layer, PREFIX), step)
+        elif round_number == layer == 0 < self._num_layers:
+            self._has_hidden = True
+            yield Load(Hidden(PREFIX), step)
+
+    def compute(self, layer: int, round_number: int) -> Iterator[Op]:
+        """Makes what they need, in the first round."""
+        if round_number == 0 and layer < self._num_layers:
+            yield Compute(0, layer, PREFIX)
+            if self._num_rounds > 1:
+                yield Store(Cache(layer, PREFIX), 0)
+
+    def free(self, layer: int) -> Iterator[Op]:
+        if layer < self._num_layers:
+            yield Free(Cache(layer, PREFIX))
+        if self._has_hidden and layer == self._num_layers - 1:
+            self._has_hidden = False
+            yield Free(Hidden(PREFIX))
 
 
 def _load_weights(step: int, layer: int, parts: range) -> Iterator[Op]:

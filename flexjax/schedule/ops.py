@@ -3,6 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
+# The number of what is no batch of the rows, but the one row of what all begin with.
+PREFIX = -1
+
 
 class Cell(NamedTuple):
     """One call of one layer on one batch at one step (step 0 is the prefill)."""

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from flexjax.schedule.emit import Alive
 from flexjax.schedule.ops import (
+    PREFIX,
     Buffer,
     Cache,
     Cell,
@@ -196,7 +197,10 @@ class _Run:
         self._count(cell.step, seconds)
         cache, hidden = Cache(cell.layer, cell.batch), Hidden(cell.batch)
         weights = self._layer_parts[cell.layer]
-        inputs: list[Buffer] = [*weights, hidden, cache]
+        used: list[Buffer] = [*weights, hidden]
+        if (prefix := Cache(cell.layer, PREFIX)) in self._uses:  # it is there
+            used.append(prefix)
+        inputs = [*used, cache]
         after = [self._loads[buffer] for buffer in inputs if buffer in self._loads]
         if cell.batch in self._computed:
             after.append(self._computed[cell.batch])  # made what it is given
@@ -210,9 +214,8 @@ class _Run:
         else:
             stages = list(seconds.items())
         task = self._add(_Queue.COMPUTE, stages, after)
-        for buffer in (*weights, hidden):
+        for buffer in (*used, cache):
             self._uses.setdefault(buffer, []).append(task)
-        self._uses.setdefault(cache, []).append(task)
         self._computed[cell.batch] = task
         self._ends.append((cell.step, task))
 

@@ -19,6 +19,7 @@ from flexjax.schedule.emit import (
     zigzag,
 )
 from flexjax.schedule.ops import (
+    PREFIX,
     Cache,
     Cell,
     Compute,
@@ -37,6 +38,10 @@ looking_ahead = pytest.mark.parametrize("emit", [row_by_row, zigzag])
 # The smallest run, one that only scores, three of four batches ending early, and the
 # same with the weights of all other layers on their way.
 SMALLEST = Workload(num_decoder_layers=1), [1]
+WITH_PREFIX = (
+    Workload(num_decoder_layers=2, num_batches=2, gen_len=2, prefix_len=32),
+    [2, 1],
+)
 SCORING = Workload(num_decoder_layers=2, num_head_blocks=2, num_batches=3), [1, 1, 1]
 LONE_BATCH = (
     Workload(num_decoder_layers=2, num_parts=4, num_batches=4, gen_len=4),
@@ -49,8 +54,17 @@ SMALL_BLOCKS = (
 )
 
 
+def is_of_prefix(op):
+    return isinstance(op, Compute) and op.batch == PREFIX
+
+
 def cells(ops):
-    return [Cell(op.step, op.layer, op.batch) for op in ops if isinstance(op, Compute)]
+    """Those of the batches."""
+    return [
+        Cell(op.step, op.layer, op.batch)
+        for op in ops
+        if isinstance(op, Compute) and not is_of_prefix(op)
+    ]
 
 
 def loads(ops, noun):
@@ -58,7 +72,8 @@ def loads(ops, noun):
 
 
 def gaps(ops):
-    """For each pair of cells in a row: both, and the ops between them."""
+    """For each pair of batches' cells in a row: both, and the ops between them."""
+    ops = [op for op in ops if not is_of_prefix(op)]
     places = [i for i, op in enumerate(ops) if isinstance(op, Compute)]
     for (first, second), (cell, after) in zip(
         itertools.pairwise(places), itertools.pairwise(cells(ops)), strict=True
@@ -126,6 +141,7 @@ def test_row_by_row_ends_a_batch_before_the_next():
 @example(drawn=LONE_BATCH)
 @example(drawn=FAR_AHEAD)
 @example(drawn=SMALL_BLOCKS)
+@example(drawn=WITH_PREFIX)
 def test_every_stream_is_sound_whenever_batches_end(emit, drawn):
     work, ends = drawn
     check(emit(work, until(ends)), work)
@@ -140,6 +156,24 @@ def test_all_emitters_compute_the_same_cells_each_batch_in_order(emit, drawn):
     for batch, end in enumerate(ends):
         expected = itertools.product(range(end), range(work.num_layers), [batch])
         assert [cell for cell in computed if cell.batch == batch] == list(expected)
+
+
+@emitters
+@given(drawn=works_with_endings())
+@example(drawn=WITH_PREFIX)
+def test_a_prefix_is_computed_once_a_layer_and_comes_with_its_weights(emit, drawn):
+    work, ends = drawn
+    ops = list(emit(work, until(ends)))
+    computed = [op for op in ops if is_of_prefix(op)]
+    layers = range(work.num_decoder_layers if work.prefix_len else 0)
+    assert computed == [Compute(0, layer, PREFIX) for layer in layers]
+    rounds = max(ends) if emit is not row_by_row else sum(ends)
+    came = Counter(op.buffer for op in loads(ops, Cache) if op.buffer.batch == PREFIX)
+    assert came == {Cache(layer, PREFIX): rounds - 1 for layer in layers if rounds > 1}
+    # Nothing is kept of it that nobody comes back for.
+    is_read = work.gen_len * (work.num_batches if emit is row_by_row else 1) > 1
+    stored = [op for op in ops if op in {Store(Cache(j, PREFIX), 0) for j in layers}]
+    assert len(stored) == len(layers) * is_read
 
 
 @given(work=works())
@@ -232,7 +266,10 @@ def test_whether_hidden_states_stay_is_known_beforehand(work, schedule):
 @example(drawn=FAR_AHEAD)
 @example(drawn=SMALL_BLOCKS)
 def test_few_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
-    """The layers ahead and one more, two caches and two hidden states."""
+    """The layers ahead and one more, two caches and two hidden states.
+
+    And as many caches of the prefix, and its hidden state.
+    """
     work, ends = drawn
     layer_size = work.blocks_per_layer
     most = 1 if emit is serial else work.layers_ahead + 1
@@ -248,8 +285,13 @@ def test_few_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
         layers = {buffer.layer for buffer in staged if isinstance(buffer, Weights)}
         sizes = [layer_size if work.is_decoder(layer) else 1 for layer in layers]
         assert sum(sizes) <= most * layer_size
-        for noun in (Cache, Hidden):
-            assert sum(isinstance(buffer, noun) for buffer in staged) <= 2
+        count = Counter(
+            (type(buffer), buffer.batch == PREFIX)
+            for buffer in staged
+            if not isinstance(buffer, Weights)
+        )
+        assert max(count.values(), default=0) <= 2
+        assert count[Hidden, True] <= 1
     assert not staged
 
 
@@ -266,7 +308,7 @@ def test_who_is_alive_is_asked_once_and_when_it_can_be_known(emit, drawn):
         return step < ends[batch]
 
     for op in emit(work, alive):
-        if isinstance(op, Compute):
+        if isinstance(op, Compute) and not is_of_prefix(op):
             done.add(Cell(op.step, op.layer, op.batch))
     assert len(asked) == len(set(asked))
     assert {(cell.step, cell.batch) for cell in done} <= set(asked)

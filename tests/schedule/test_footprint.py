@@ -54,7 +54,7 @@ class Sizes:
         }
 
     def workspace(self, cell):
-        return {HIDDEN: self.workspace_bytes * (1 + cell.batch)}
+        return {HIDDEN: self.workspace_bytes * (1 + abs(cell.batch))}
 
     def stored(self, buffer, step):
         if isinstance(buffer, Cache):
