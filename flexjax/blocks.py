@@ -15,10 +15,11 @@ from flexjax.logprobs import (
     start_score,
     token_logprobs,
 )
-from flexjax.memory.layout import HeadBlocks
+from flexjax.memory.layout import WeightLayout
 from flexjax.memory.ledger import Ledger
 from flexjax.models.config import OPTConfig
 from flexjax.outputs import Logprob
+from flexjax.padded_prompts import PaddedPrompts
 from flexjax.policy import Kind, Tier
 from flexjax.sampling import make_controls, penalize, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
@@ -61,27 +62,12 @@ class Row:
         return self.checker.finish is not None
 
 
-class _Padded:
-    """Prompts of a block, left-padded, in batches; the last batch is filled up."""
-
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], work: Workload, pad_token_id: int
-    ) -> None:
-        size = (work.num_batches, work.batch_size)
-        self.ids = np.full((*size, work.prompt_len), pad_token_id, np.int32)
-        start = np.full(size, work.prompt_len - 1, np.int32)
-        for place, prompt in enumerate(prompts):
-            at = divmod(place, work.batch_size)
-            start[at] = work.prompt_len - len(prompt)
-            self.ids[at][start[at] :] = prompt
-        self.start = [jnp.asarray(batch) for batch in start]
-
-
 class GenerateRows:
     """Rows that generate: logits of the last slot become the next token.
 
-    A block ends when its rows have ended, or earlier where `is_worth_preempting` says
-    so, given them and how many had ended, summed over the steps so far.
+    The first `num_shared` tokens are the same in all. A block ends when its rows have
+    ended, or earlier where `is_worth_preempting` says so, given them and how many had
+    ended, summed over the steps so far.
     """
 
     last_only = True
@@ -90,20 +76,23 @@ class GenerateRows:
         self,
         rows: Sequence[Row],
         work: Workload,
-        config: OPTConfig,
+        layout: WeightLayout,
         *,
-        head: HeadBlocks,
+        num_shared: int,
         seed: int,
         ledger: Ledger,
         on_tokens: Callable[[int], None],
         is_worth_preempting: Callable[[Sequence[Row], int], bool],
     ) -> None:
-        self._rows, self._head = rows, head
+        self._rows, self._head = rows, layout.head
+        config = layout.config
         self._ledger, self._on_tokens = ledger, on_tokens
         self._is_worth_preempting = is_worth_preempting
         self._num_steps = [0] * work.num_batches  # that each batch has its tokens of
         self._num_idle, self._is_over = 0, False
-        self._padded = _Padded([row.tokens for row in rows], work, config.pad_token_id)
+        self._padded = PaddedPrompts(
+            [row.tokens for row in rows], work, config.pad_token_id, num_shared
+        )
         self._batches = [
             _BatchSampler(
                 rows[first : first + work.batch_size], work, config, seed=seed
@@ -114,11 +103,14 @@ class GenerateRows:
 
     def token_ids(self, step: int, batch: int) -> np.ndarray:
         if step == 0:
-            return self._padded.ids[batch]
+            return self._padded.token_ids(batch)
         return self._batches[batch].newest[:, None]
 
     def start(self, batch: int) -> jax.Array:
-        return self._padded.start[batch]
+        return self._padded.start(batch)
+
+    def origin(self, batch: int) -> jax.Array:
+        return self._padded.origin(batch)
 
     def read_head(
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
@@ -264,27 +256,28 @@ class ScoreRows:
         self,
         sequences: Sequence[Sequence[int]],
         work: Workload,
-        config: OPTConfig,
-        *,
-        head: HeadBlocks,
+        layout: WeightLayout,
     ) -> None:
-        self._head = head
+        self._head, self._batch_size = layout.head, work.batch_size
         self._sequences = sequences
-        self._padded = _Padded(sequences, work, config.pad_token_id)
+        self._padded = PaddedPrompts(sequences, work, layout.config.pad_token_id, 0)
         self._states: dict[int, ScoreState] = {}
         self._scores: dict[int, np.ndarray] = {}
 
     def token_ids(self, step: int, batch: int) -> np.ndarray:
         del step
-        return self._padded.ids[batch]
+        return self._padded.token_ids(batch)
 
     def start(self, batch: int) -> jax.Array:
-        return self._padded.start[batch]
+        return self._padded.start(batch)
+
+    def origin(self, batch: int) -> jax.Array:
+        return self._padded.origin(batch)
 
     def read_head(
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
     ) -> Any:
-        targets = jnp.asarray(np.roll(self._padded.ids[cell.batch], -1, axis=1))
+        targets = jnp.asarray(np.roll(self._padded.token_ids(cell.batch), -1, axis=1))
         state = self._states.pop(cell.batch, None)
         if state is None:
             state = start_score(targets)
@@ -310,7 +303,7 @@ class ScoreRows:
 
     def results(self) -> list[np.ndarray]:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`."""
-        batch_size = self._padded.ids.shape[1]
+        batch_size = self._batch_size
         found = []
         for place, sequence in enumerate(self._sequences):
             batch, row = divmod(place, batch_size)

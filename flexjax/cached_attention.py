@@ -185,7 +185,8 @@ def _abstract(query: Any, *_: Any, **__: Any) -> Any:
 
 @_decode_attention.def_impl
 def _eager(*operands: Array, tree: Any, cache_as: Quantization | None) -> Array:
-    return _by_xla(*jax.tree.unflatten(tree, operands), cache_as)
+    query, new, past, start, length, found = jax.tree.unflatten(tree, operands)
+    return _by_xla(query, new, past, start, length, found, cache_as)
 
 
 def _lower(

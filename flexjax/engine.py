@@ -14,7 +14,7 @@ from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes, give_back_freed, shortage
 from flexjax.memory.footprint import run_peak_bytes, weights_at_home
-from flexjax.memory.layout import MOST_LAYERS_AHEAD, lay_out, looking_ahead
+from flexjax.memory.layout import lay_out
 from flexjax.memory.link import Device, processor_of
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
@@ -23,8 +23,10 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.preemption import Waiting
 from flexjax.runner import BlockRunner
 from flexjax.schedule.footprint import Bytes
-from flexjax.workload import Workload, longest_first
+from flexjax.workload import MOST_LAYERS_AHEAD, Workload, longest_first, looking_ahead
 
+# Tokens from which on a prefix is worth steps of its own shapes.
+LEAST_SHARED = 64
 CLOSED = "this model is closed; make a new one to run it again"
 
 
@@ -110,6 +112,7 @@ class Engine:
         on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
         on_tokens: Callable[[int], None] = lambda count: None,
         may_preempt: bool = True,
+        num_common: int = 0,
     ) -> None:
         """Runs rows that are there until they have ended.
 
@@ -123,6 +126,8 @@ class Engine:
             on_tokens: called whenever a batch has tokens, with their number.
             may_preempt: whether rows may go on in another block; else each block takes
                 as long as its last row.
+            num_common: tokens with which all prompts begin, fewer than any has. Where
+                that is worth it, and attention can, they are computed once a block.
 
         Raises:
             ValueError: the policy does not fit.
@@ -130,7 +135,9 @@ class Engine:
         """
         lengths = [size.prompt_len for size in sizes]
         blocks = _blocks(longest_first(lengths), self.policy)
-        works = [self._workload([sizes[place] for place in block]) for block in blocks]
+        num_shared = num_common if self._shares(num_common, len(sizes)) else 0
+        workload = functools.partial(self._workload, num_shared=num_shared)
+        works = [workload([sizes[place] for place in block]) for block in blocks]
 
         def count(num_tokens: int) -> None:
             self.times.num_tokens += num_tokens
@@ -142,19 +149,21 @@ class Engine:
                 blocks,
                 make_rows,
                 policy=self.policy,
-                fits=self._fits_room(sizes, layers_ahead),
+                fits=self._fits_room(
+                    sizes, functools.partial(workload, layers_ahead=layers_ahead)
+                ),
                 may_preempt=may_preempt,
             )
             while rows := waiting.next_block():
-                work = self._workload([row.size for row in rows], layers_ahead)
+                work = workload([row.size for row in rows], layers_ahead=layers_ahead)
                 if work not in planned:
                     self._clear()  # what is kept of other sizes is not reckoned with
                     self.times.expect(self.predict(work, scores=False))
                 sampler = GenerateRows(
                     rows,
                     work,
-                    self.config,
-                    head=self.weights.layout.head,
+                    self.weights.layout,
+                    num_shared=num_shared,
                     seed=self._seed,
                     ledger=self.ledger,
                     on_tokens=count,
@@ -190,12 +199,9 @@ class Engine:
         results: dict[int, np.ndarray] = {}
         with self._call(works, scores=True) as layers_ahead:
             for block, each in zip(blocks, sizes, strict=True):
-                work = self._workload(each, layers_ahead)
+                work = self._workload(each, layers_ahead=layers_ahead)
                 rows = ScoreRows(
-                    [sequences[i] for i in block],
-                    work,
-                    self.config,
-                    head=self.weights.layout.head,
+                    [sequences[i] for i in block], work, self.weights.layout
                 )
                 self._runner.run(work, rows, self.weights, self.times)
                 results.update(zip(block, rows.results(), strict=True))
@@ -213,20 +219,36 @@ class Engine:
             self._undo.close()
             self.weights.close()
 
+    def _shares(self, num_common: int, num_rows: int) -> bool:
+        """Whether so many tokens, with which all rows begin, are computed once."""
+        return (
+            num_common >= LEAST_SHARED
+            and min(num_rows, self.policy.block_size) > 1
+            and self.policy.attention_sparsity == 1
+            and not self._runner.attends_apart
+        )
+
     def _workload(
-        self, sizes: Sequence[RowSize], layers_ahead: int = MOST_LAYERS_AHEAD
+        self,
+        sizes: Sequence[RowSize],
+        *,
+        layers_ahead: int = MOST_LAYERS_AHEAD,
+        num_shared: int = 0,
     ) -> Workload:
-        """A block of rows of such sizes."""
+        """A block of rows of such sizes, which begin with so many equal tokens."""
         work = self.weights.layout.workload(
             self.policy,
             prompt_len=max(size.prompt_len for size in sizes),
             gen_len=max(size.max_tokens for size in sizes),
             num_rows=len(sizes),
+            num_shared=num_shared,
         )
         return looking_ahead(work, layers_ahead)
 
     def _fits_room(
-        self, sizes: Sequence[RowSize], layers_ahead: int
+        self,
+        sizes: Sequence[RowSize],
+        workload: Callable[[Sequence[RowSize]], Workload],
     ) -> Callable[[Sequence[RowSize]], bool]:
         """Tells whether a block needs no more memory than a call may take.
 
@@ -243,7 +265,7 @@ class Engine:
         @functools.cache
         def room() -> Counter[Tier]:
             most = max(sum(size) for size in sizes)
-            longest = self._workload([RowSize(most, 1)] * num_rows, layers_ahead)
+            longest = workload([RowSize(most, 1)] * num_rows)
             hoped = planned | Counter(self.predict(longest, scores=False))
             is_free = shortage(hoped, free, device_is_host=self._device_is_host) is None
             found: Counter[Tier] = Counter()
@@ -256,7 +278,7 @@ class Engine:
             peak = self.predict(work, scores=False)
             return shortage(peak, room(), device_is_host=self._device_is_host) is None
 
-        return lambda sizes: fits(self._workload(sizes, layers_ahead))
+        return lambda sizes: fits(workload(sizes))
 
     def _memory(self, tier: Tier) -> Tier:
         """The tier that stands for the memory of one, which may be that of two."""

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexjax.attention import SharedPrefix
 from flexjax.attention_apart import Attended, AttentionApart, Projected, Segments
 from flexjax.memory.placed import Arrays
 from flexjax.models.config import OPTConfig
 from flexjax.models.opt import Params, unflatten
 from flexjax.quant import Quantization
-from flexjax.schedule.ops import Cache, Cell, Hidden
+from flexjax.schedule.ops import PREFIX, Cache, Cell, Hidden
 from flexjax.sparse import SparsePast
 from flexjax.steps import (
     decode_step,
@@ -29,7 +30,7 @@ Tensors = dict[str, jax.Array]  # the weights of a layer and of what comes with 
 
 
 class Rows(Protocol):
-    """The rows of a block, as the stage sees them."""
+    """The rows of a block, as the stage sees them; `PREFIX` is a batch of one row."""
 
     last_only: bool  # whether the head reads the last slot alone
 
@@ -39,6 +40,13 @@ class Rows(Protocol):
 
     def start(self, batch: int) -> jax.Array:
         """Int32 `[batch]`: the first slot of each row that holds a real token."""
+        ...
+
+    def origin(self, batch: int) -> jax.Array:
+        """Int32 `[batch]`: the slot of each row that has position 0.
+
+        It is before the first slot where rows stand behind a prefix.
+        """
         ...
 
     def read_head(
@@ -118,15 +126,30 @@ class LayerCalls:
         tensors: Tensors,
         state: jax.Array,
         segments: tuple[tuple[Arrays, ...], ...],
+        shared: Arrays,
     ) -> Made:
-        """A whole decoder layer on the hidden state of a batch."""
+        """A whole decoder layer on the hidden state of a batch.
+
+        Args:
+            cell: the call.
+            tensors: of the layer.
+            state: the batch's.
+            segments: of its cache, but for a prefill.
+            shared: key and value of the prefix before its rows; empty if there is none.
+        """
         dispatched_s = time.perf_counter()
         params, layer = _cut(tensors, cell)
         state = self._enter(cell, params, state)
         config, start = self._config, self._rows.start(cell.batch)
+        prefix = None
+        if shared:
+            key, value = shared
+            prefix = SharedPrefix(key, value, self._rows.start(PREFIX))
         if cell.step == 0:
+            # A prefix is one row for all: there is nothing to gain where it is kept.
+            cache_as = None if cell.batch == PREFIX else self._cache_as
             state, cache = prefill_step(
-                layer, state, start, config=config, cache_as=self._cache_as
+                layer, state, start, prefix, config=config, cache_as=cache_as
             )
             self._add_values(cell, cache, start)
         else:
@@ -136,7 +159,7 @@ class LayerCalls:
                 segments,
                 start,
                 self._length_of(cell),
-                self._sparse(cell),
+                self._sparse(cell) if prefix is None else prefix,
                 config=config,
                 cache_as=self._cache_as,
             )
@@ -194,12 +217,13 @@ class LayerCalls:
         """What the decoder layer of `cell` is given: the embedding is the first's."""
         if cell.layer > 0:
             return state
-        start, length = self._rows.start(cell.batch), self._past_len(cell)
-        return embed_step(params, state, start, length, config=self._config)
+        origin, length = self._rows.origin(cell.batch), self._past_len(cell)
+        return embed_step(params, state, origin, length, config=self._config)
 
     def _leave(self, cell: Cell, params: Params, made: Made) -> Made:
         """What the decoder layer of `cell` gives: the final norm is the last one's."""
-        if cell.layer == self._work.num_decoder_layers - 1:
+        is_last = cell.layer == self._work.num_decoder_layers - 1
+        if is_last and cell.batch != PREFIX:  # of which nobody reads logits
             last_only = self._rows.last_only
             made.hidden = made.done = final_step(
                 params, made.hidden, config=self._config, last_only=last_only

@@ -16,7 +16,6 @@ from flexjax.checkpoint import WeightStore
 from flexjax.engine import CLOSED, Engine
 from flexjax.memory.capacity import give_back_freed
 from flexjax.memory.lanes import Span
-from flexjax.memory.layout import MOST_LAYERS_AHEAD
 from flexjax.memory.link import Device
 from flexjax.metrics import joined_reports, metrics_report
 from flexjax.placement_report import placement_report
@@ -26,7 +25,7 @@ from flexjax.plan.report import format_seconds, prediction_to_json
 from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sizes import format_bytes
 from flexjax.store_format import TensorEntry
-from flexjax.workload import longest_first
+from flexjax.workload import MOST_LAYERS_AHEAD, longest_first
 
 logger = logging.getLogger(__name__)
 # Opens what is told of the bytes that are loaded, given how many there will be.

@@ -78,6 +78,11 @@ class BlockRunner:
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}
         self._gathered: dict[Tier, GatherStore] = {}
 
+    @property
+    def attends_apart(self) -> bool:
+        """Whether some caches are not attended to in the step of a layer."""
+        return any(route != DIRECT for route in self._routes.values())
+
     def run(
         self, work: Workload, rows: BlockRows, weights: PlacedWeights, times: RunTimes
     ) -> None:
@@ -147,7 +152,7 @@ class BlockRunner:
     ) -> AttentionApart | None:
         """What attends apart from the layers' steps, if anything does."""
         policy = self._policy
-        if all(route == DIRECT for route in self._routes.values()):
+        if not self.attends_apart:
             return None
         return AttentionApart(
             cache,

@@ -15,7 +15,7 @@ from flexjax.memory.placed import Arrays, PlacedArrays, PlacedLoan
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import Loans, PlacedWeights
 from flexjax.policy import Kind, Tier
-from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
 from flexjax.workload import Workload
 
 
@@ -96,6 +96,7 @@ class LayerStage:
         key = Cache(cell.layer, cell.batch)
         cache, attended = self._slots.get(key), None
         past = None if cache is None else cache.loaded
+        prefix = self._slots.get(Cache(cell.layer, PREFIX))
         if past is not None and self._calls.attends_apart:
             projected = self._lanes.submit(
                 Lane.PROJECT, self._project, cell, parts, given, past
@@ -108,11 +109,13 @@ class LayerStage:
             )
         else:
             task = self._lanes.submit(
-                Lane.DISPATCH, self._dispatch, cell, parts, given, past
+                Lane.DISPATCH, self._dispatch, cell, parts, given, past, prefix
             )
         ended = self._lanes.submit(Lane.COMPUTE, self._follow, cell, task)
         self._last_use[cell.layer] = ended
         hidden.ended = ended
+        if prefix is not None:
+            prefix.ended = ended
         if self._work.is_decoder(cell.layer):
             hidden.made = task
             self._slots[key] = _Slot(past, task, ended, attended=attended)
@@ -121,6 +124,8 @@ class LayerStage:
 
     def store(self, buffer: Cache | Hidden, step: int) -> None:
         slot, work = self._slots[buffer], self._work
+        if buffer.batch == PREFIX:
+            work = work.of_prefix
         made = slot.made
         assert made is not None
         if isinstance(buffer, Cache):
@@ -187,15 +192,18 @@ class LayerStage:
         parts: list[Future[Loans]],
         given: Future[PlacedLoan] | Future[Made],
         past: Future[PlacedLoan] | None,
+        prefix: _Slot | None,
     ) -> Made:
         tensors, state = _tensors(parts), _state(given)
         segments = () if past is None else past.result().segments
-        jax.block_until_ready((tensors, segments))  # so that the call's time is its own
+        shared = () if prefix is None else _arrays(prefix)
+        # So that the call's time is its own:
+        jax.block_until_ready((tensors, segments, shared))
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
             if not self._work.is_decoder(cell.layer):
                 return self._calls.head(cell, tensors, state)
             return self._counted(
-                cell, self._calls.layer(cell, tensors, state, segments)
+                cell, self._calls.layer(cell, tensors, state, segments, shared)
             )
 
     def _project(
@@ -268,6 +276,15 @@ def _hidden_of(task: Future[Made]) -> Arrays:
     hidden = task.result().hidden
     assert hidden is not None
     return (hidden,)
+
+
+def _arrays(slot: _Slot) -> Arrays:
+    """Key and value of the one row of a prefix, made or loaded."""
+    if slot.made is not None:
+        return slot.made.result().cache
+    assert slot.loaded is not None
+    (segment,) = slot.loaded.result().segments
+    return tuple(array for (array,) in segment)
 
 
 def _tensors(parts: list[Future[Loans]]) -> dict[str, jax.Array]:

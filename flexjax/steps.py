@@ -49,14 +49,17 @@ SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
 def embed_step(
     params: Params,
     rows: Float[Array, "batch seq embed"],
-    start: Int[Array, " batch"],
+    origin: Int[Array, " batch"],
     first_slot: Int[Array, ""],
     *,
     config: OPTConfig,
 ) -> Hidden:
-    """Token rows, which stand in slots from `first_slot` on, become hidden states."""
+    """Token rows, which stand in slots from `first_slot` on, become hidden states.
+
+    Slot `origin[r]` of row `r` is that of its position 0.
+    """
     slots = first_slot + jnp.arange(rows.shape[1], dtype=jnp.int32)
-    positions = token_positions(slots, start)
+    positions = token_positions(slots, origin)
     return apply(Embedding(config), params, rows, positions)[:, None]
 
 

@@ -16,6 +16,7 @@ PREFILL_TOKENS = 1024
 # processor's own memory: attending to 64 rows of OPT-1.3B took 15, 12, 10 and 12 ms
 # with 1, 2, 4 and 8, and 70 ms with all at once (2 cores).
 WIDE_ROWS = 4
+MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,11 @@ class Workload:
         if self.reserves:
             return whole
         return min(whole, bucket(self.prompt_len + step + 1))
+
+
+def looking_ahead(work: Workload, layers: int = MOST_LAYERS_AHEAD) -> Workload:
+    """`work` with the weights of so many layers on their way, if there are as many."""
+    return dataclasses.replace(work, layers_ahead=min(layers, work.num_layers - 1))
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

@@ -13,12 +13,12 @@ from flexjax.blocks import Row
 from flexjax.checkpoint import open_store
 from flexjax.engine import Engine
 from flexjax.llm import LLM
-from flexjax.memory.layout import looking_ahead
 from flexjax.policy import Placement, Policy, Schedule, Tier
 from flexjax.preemption import Waiting
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
 from flexjax.stopping import StopChecker
+from flexjax.workload import looking_ahead
 from tests.test_engine import GREEDY, PLACEMENTS, in_group, make_engine, policy_of
 
 # Rows of a block that end at once, and one that does not.

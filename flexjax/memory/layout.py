@@ -34,7 +34,6 @@ SMALL_BYTES = 64 << 10
 MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
 MOST_ROOM = 2  # of a buffer that a block of the head goes through, in blocks
 MOST_PARTS = 4  # in which a layer's weights travel
-MOST_LAYERS_AHEAD = 2  # whose weights are on their way, where memory allows
 
 
 class HeadBlocks(NamedTuple):
@@ -229,9 +228,18 @@ class WeightLayout:
         return entry.row_bytes + wide
 
     def workload(
-        self, policy: Policy, *, prompt_len: int, gen_len: int, num_rows: int
+        self,
+        policy: Policy,
+        *,
+        prompt_len: int,
+        gen_len: int,
+        num_rows: int,
+        num_shared: int = 0,
     ) -> Workload:
-        """A block of `num_rows` prompts of up to `prompt_len` tokens."""
+        """A block of `num_rows` prompts of up to `prompt_len` tokens.
+
+        The first `num_shared` of them are the same in all.
+        """
         batch_size = min(policy.batch_size, num_rows)
         return Workload(
             num_decoder_layers=self.config.num_hidden_layers,
@@ -240,7 +248,8 @@ class WeightLayout:
             blocks_per_layer=self._blocks_per_layer,
             num_batches=math.ceil(num_rows / batch_size),
             batch_size=batch_size,
-            prompt_len=bucket(prompt_len),
+            prompt_len=bucket(prompt_len - num_shared),
+            prefix_len=bucket(num_shared) if num_shared else 0,
             gen_len=gen_len,
             # What is on disk is loaded whole.
             reserves=self.attends_by_kernel(policy) and policy.kv_cache.disk == 0,
@@ -254,11 +263,6 @@ class WeightLayout:
 def _takes_block(buffer_bytes: int, block_bytes: int) -> bool:
     """Whether a block of the head goes through a buffer of a decoder layer's."""
     return block_bytes <= buffer_bytes <= MOST_ROOM * block_bytes
-
-
-def looking_ahead(work: Workload, layers: int = MOST_LAYERS_AHEAD) -> Workload:
-    """`work` with the weights of so many layers on their way, if there are as many."""
-    return dataclasses.replace(work, layers_ahead=min(layers, work.num_layers - 1))
 
 
 def lay_out(

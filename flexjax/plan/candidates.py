@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from flexjax.memory.layout import MOST_LAYERS_AHEAD
 from flexjax.plan.closed_form import BlockForm, Model, block_bytes, block_form
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.predict import Job
 from flexjax.plan.program import Solved, solve
 from flexjax.policy import Policy, Tier
+from flexjax.workload import MOST_LAYERS_AHEAD
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MOST_BATCHES = 64

@@ -14,13 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexjax.memory.footprint import RunFootprint
-from flexjax.memory.layout import (
-    MOST_LAYERS_AHEAD,
-    MOST_PARTS,
-    WeightLayout,
-    lay_out,
-    looking_ahead,
-)
+from flexjax.memory.layout import MOST_PARTS, WeightLayout, lay_out
 from flexjax.memory.processor import Processor, Tensors
 from flexjax.models.config import OPTConfig
 from flexjax.plan.costs import RunCosts
@@ -30,6 +24,7 @@ from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.ops import Cache, Cell, Hidden
 from flexjax.schedule.resources import DISK, Contention, Resource, add_seconds
+from flexjax.workload import MOST_LAYERS_AHEAD, looking_ahead
 
 # The variables: the share of a kind on a tier; the rest is on disk.
 SHARES = tuple((kind, tier) for kind in Kind for tier in (Tier.DEVICE, Tier.HOST))

@@ -4,11 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
-from flexjax.memory.layout import (
-    MOST_LAYERS_AHEAD,
-    WeightLayout,
-    looking_ahead,
-)
+from flexjax.memory.layout import WeightLayout
 from flexjax.memory.processor import Processor
 from flexjax.plan.closed_form import (
     Model,
@@ -24,7 +20,7 @@ from flexjax.schedule.emit import EMITTERS
 from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden
 from flexjax.schedule.resources import Resource, Seconds, add_seconds
 from flexjax.schedule.simulate import simulate
-from flexjax.workload import Workload, bucket
+from flexjax.workload import MOST_LAYERS_AHEAD, Workload, bucket, looking_ahead
 
 # What is simulated of a long run, in compute calls, and of its steps and layers at the
 # least: the rest takes as much longer than its slowest resource as this does. Beside
