@@ -30,7 +30,7 @@ from flexjax.cli import run_command
 from flexjax.llm import LLM
 from flexjax.memory.capacity import free_bytes, give_back_freed
 from flexjax.memory.link import processor_of
-from flexjax.plan.auto import choose_policies
+from flexjax.plan.auto import Asked, choose_policies
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.predict import Job
@@ -73,8 +73,7 @@ def run_here(store: WeightStore, folder: pathlib.Path) -> dict[str, Any]:
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     (chosen,) = choose_policies(
         store,
-        [JOB.prompt_len] * JOB.num_prompts,
-        JOB.gen_len,
+        Asked([JOB.prompt_len] * JOB.num_prompts, JOB.gen_len),
         device=device,
         offload_dir=folder,
         held=dict.fromkeys(Tier, 0),

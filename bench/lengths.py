@@ -21,7 +21,7 @@ from bench.two_ways import TwoWays
 from flexjax.checkpoint import WeightStore
 from flexjax.cli import run_command
 from flexjax.llm import LLM
-from flexjax.plan.auto import choose_policies
+from flexjax.plan.auto import Asked, choose_policies
 from flexjax.plan.calibrate import calibrated
 from flexjax.policy import Policy, Tier
 from flexjax.prompts import FIRST_ORDINARY_ID
@@ -69,8 +69,7 @@ def _planned_as_one(
     longest = max(map(len, prompts))
     (choice,) = choose_policies(
         store,
-        [longest] * len(prompts),
-        GEN_LEN,
+        Asked([longest] * len(prompts), GEN_LEN),
         device=jax.devices()[0],
         offload_dir=folder,
         held=dict.fromkeys(Tier, 0),

@@ -87,15 +87,17 @@ def scaled(query: Array) -> Array:
     return query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
 
 
-def prefill_attention_flops(
-    batch: int, seq: int, hidden_size: int, prefix_slots: int = 0
-) -> int:
+def prefill_attention_flops(batch: int, seq: int, hidden_size: int) -> int:
     """Of `prefill_attention` in one layer: the scores that it masks are computed too.
 
-    Two products of all tokens with all of their row and with the shared prefix, each a
-    multiplication and an addition.
+    Two products of all tokens with all, each a multiplication and an addition.
     """
-    return 2 * 2 * batch * seq * (prefix_slots + seq) * hidden_size
+    return 2 * 2 * batch * seq * seq * hidden_size
+
+
+def prefix_attention_flops(num_tokens: int, prefix_slots: int, hidden_size: int) -> int:
+    """Of the same two products with a shared prefix, for so many tokens of any rows."""
+    return 2 * 2 * num_tokens * prefix_slots * hidden_size
 
 
 def prefill_attention(

@@ -25,8 +25,6 @@ from flexjax.runner import BlockRunner
 from flexjax.schedule.footprint import Bytes
 from flexjax.workload import MOST_LAYERS_AHEAD, Workload, longest_first, looking_ahead
 
-# Tokens from which on a prefix is worth steps of its own shapes.
-LEAST_SHARED = 64
 CLOSED = "this model is closed; make a new one to run it again"
 
 
@@ -126,8 +124,8 @@ class Engine:
             on_tokens: called whenever a batch has tokens, with their number.
             may_preempt: whether rows may go on in another block; else each block takes
                 as long as its last row.
-            num_common: tokens with which all prompts begin, fewer than any has. Where
-                that is worth it, and attention can, they are computed once a block.
+            num_common: tokens with which all prompts begin, fewer than any has; where
+                attention can share them, they are computed once a block.
 
         Raises:
             ValueError: the policy does not fit.
@@ -135,20 +133,22 @@ class Engine:
         """
         lengths = [size.prompt_len for size in sizes]
         blocks = _blocks(longest_first(lengths), self.policy)
-        num_shared = num_common if self._shares(num_common, len(sizes)) else 0
-        workload = functools.partial(self._workload, num_shared=num_shared)
+        workload = functools.partial(self._workload, num_common=num_common)
         works = [workload([sizes[place] for place in block]) for block in blocks]
+        num_shared = num_common if any(work.prefix_len for work in works) else 0
 
         def count(num_tokens: int) -> None:
             self.times.num_tokens += num_tokens
             on_tokens(num_tokens)
 
         with self._call(works, scores=False) as layers_ahead:
+            self.times.num_shared = num_shared
             planned = {looking_ahead(work, layers_ahead) for work in works}
             waiting = Waiting(
                 blocks,
                 make_rows,
                 policy=self.policy,
+                num_shared=num_shared,
                 fits=self._fits_room(
                     sizes, functools.partial(workload, layers_ahead=layers_ahead)
                 ),
@@ -219,29 +219,20 @@ class Engine:
             self._undo.close()
             self.weights.close()
 
-    def _shares(self, num_common: int, num_rows: int) -> bool:
-        """Whether so many tokens, with which all rows begin, are computed once."""
-        return (
-            num_common >= LEAST_SHARED
-            and min(num_rows, self.policy.block_size) > 1
-            and self.policy.attention_sparsity == 1
-            and not self._runner.attends_apart
-        )
-
     def _workload(
         self,
         sizes: Sequence[RowSize],
         *,
         layers_ahead: int = MOST_LAYERS_AHEAD,
-        num_shared: int = 0,
+        num_common: int = 0,
     ) -> Workload:
         """A block of rows of such sizes, which begin with so many equal tokens."""
         work = self.weights.layout.workload(
             self.policy,
-            prompt_len=max(size.prompt_len for size in sizes),
+            prompt_len=max(size.prompt_len for size in sizes) - num_common,
             gen_len=max(size.max_tokens for size in sizes),
             num_rows=len(sizes),
-            num_shared=num_shared,
+            num_shared=num_common,
         )
         return looking_ahead(work, layers_ahead)
 

@@ -219,7 +219,8 @@ class LLM:
         )
         with self._bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
-        lengths = [size.prompt_len for size in sizes]
+        num_common = requests.num_common
+        lengths = [size.prompt_len - num_common for size in sizes]
         asked = [size.max_tokens for size in sizes]
         with self._bar(sum(asked), "generating") as bar:
 
@@ -236,11 +237,16 @@ class LLM:
                     on_rows=give,
                     on_tokens=_updates(bar, engine, on_tokens),
                     may_preempt=math.isinf(block_latency_s),
+                    num_common=num_common,
                 )
 
             max_tokens = max(asked, default=1)
             self.metrics = self._planned.run(
-                lengths, max_tokens, run, most_block_s=block_latency_s
+                lengths,
+                max_tokens,
+                run,
+                num_shared=num_common,
+                most_block_s=block_latency_s,
             )
 
     def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -59,6 +59,8 @@ class RunTimes:
             steps of all blocks in a row.
         num_tokens: tokens that prompts asked for and got; padding does not count.
         num_preemptions: how often a row was left to a later block.
+        num_shared: tokens with which all prompts began and that each block computed
+            once.
         predicted_peak: bytes, of each kind what the block that needs most of it was
             predicted to need.
     """
@@ -70,7 +72,7 @@ class RunTimes:
         self.predicted_peak = predicted_peak or {}
         self.prefill, self.decode = Phase(), Phase()
         self.step_s: list[float] = []
-        self.num_tokens = self.num_preemptions = 0
+        self.num_tokens = self.num_preemptions = self.num_shared = 0
         self._ends: dict[int, _Reading] = {}  # of the steps of this block, by number
 
     @property
@@ -117,6 +119,7 @@ def metrics_report(times: RunTimes, ledger: Ledger) -> dict[str, Any]:
         "seconds": seconds,
         "num_tokens": times.num_tokens,
         "num_preemptions": times.num_preemptions,
+        "num_shared_tokens": times.num_shared,
         "tokens_per_s": times.num_tokens / seconds if seconds else 0.0,
         "slowest": times.slowest.value,
         "bytes_moved": _by_name(times.prefill.moved + times.decode.moved),
@@ -152,6 +155,7 @@ def joined_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seconds": seconds,
         "num_tokens": num_tokens,
         "num_preemptions": sum(report["num_preemptions"] for report in reports),
+        "num_shared_tokens": max(report["num_shared_tokens"] for report in reports),
         "tokens_per_s": num_tokens / seconds if seconds else 0.0,
         "slowest": max(Lane, key=lambda lane: busy_s[lane.value]).value,
         "bytes_moved": dict(_added(report["bytes_moved"] for report in reports)),

@@ -19,8 +19,8 @@ from flexjax.memory.lanes import Span
 from flexjax.memory.link import Device
 from flexjax.metrics import joined_reports, metrics_report
 from flexjax.placement_report import placement_report
-from flexjax.plan.auto import Choice, choose_policies
-from flexjax.plan.predict import NOTHING, Prediction, combined, job_of
+from flexjax.plan.auto import Asked, Choice, choose_policies
+from flexjax.plan.predict import NOTHING, Prediction, combined
 from flexjax.plan.report import format_seconds, prediction_to_json
 from flexjax.policy import Kind, Policy, Tier, to_json
 from flexjax.sizes import format_bytes
@@ -84,6 +84,7 @@ class PlannedEngine:
         gen_len: int,
         run: Callable[[Engine, Sequence[int]], object],
         *,
+        num_shared: int = 0,
         most_block_s: float = math.inf,
     ) -> dict[str, Any]:
         """Runs prompts under the policy that was given, or under what is planned.
@@ -91,10 +92,11 @@ class PlannedEngine:
         One call runs at a time, since a plan may replace the engine.
 
         Args:
-            lengths: tokens of each prompt.
+            lengths: tokens of each prompt, beyond those that all share.
             gen_len: tokens to generate for each, at most.
             run: called with the engine and the places in `lengths` of what it is to
                 run: once, or once for each plan, the longest prompts first.
+            num_shared: tokens with which all prompts begin.
             most_block_s: seconds that a block may take where policies are searched.
 
         Returns:
@@ -105,6 +107,7 @@ class PlannedEngine:
             OSError: the disk failed.
             MemoryError: what was planned to fit does not; the message has the account.
         """
+        asked = Asked(lengths, gen_len, num_shared, most_block_s)
         reports: list[dict[str, Any]] = []
         parts: list[dict[str, Any]] = []
         predictions: list[tuple[float, Prediction]] = []
@@ -112,14 +115,14 @@ class PlannedEngine:
             if self._is_closed:
                 raise ValueError(CLOSED)
             self.spans = []
-            for places in self._parts(lengths, gen_len, most_block_s):
+            for places in self._parts(asked):
                 assert self.engine is not None
                 assert self.policy is not None
                 self._run_part(functools.partial(run, self.engine, places), self.engine)
                 reports.append(metrics_report(self.engine.times, self.engine.ledger))
                 what = {"num_prompts": len(places), "policy": to_json(self.policy)}
                 parts.append(what | reports[-1])
-                if prediction := self._prediction_of(places, lengths, gen_len):
+                if prediction := self._prediction_of(places, asked):
                     predictions.append((1.0, prediction))
         report = joined_reports(reports)
         if len(parts) > 1:
@@ -128,14 +131,13 @@ class PlannedEngine:
             report["predicted"] = prediction_to_json(combined(predictions))
         return report
 
-    def _prediction_of(
-        self, places: Sequence[int], lengths: Sequence[int], gen_len: int
-    ) -> Prediction | None:
+    def _prediction_of(self, places: Sequence[int], asked: Asked) -> Prediction | None:
         """What was predicted of just these prompts, if they were planned for."""
         plan = None if self.choice is None else self.choice.plan
-        if plan is None or gen_len != plan.job.gen_len:
+        planned = plan and (plan.job.gen_len, plan.job.num_shared)
+        if plan is None or planned != (asked.gen_len, asked.num_shared):
             return None
-        ran = sorted((lengths[place] for place in places), reverse=True)
+        ran = sorted((asked.lengths[place] for place in places), reverse=True)
         return plan.prediction if ran == self._chosen_for else None
 
     def _run_part(self, run: Callable[[], object], engine: Engine) -> None:
@@ -150,10 +152,9 @@ class PlannedEngine:
             if engine.timeline.spans is not before:  # else it was refused
                 self.spans += engine.timeline.spans
 
-    def _parts(
-        self, lengths: Sequence[int], gen_len: int, most_block_s: float
-    ) -> Iterator[Sequence[int]]:
+    def _parts(self, asked: Asked) -> Iterator[Sequence[int]]:
         """Places of what runs under one policy, each when the engine has it."""
+        lengths, most_block_s = asked.lengths, asked.most_block_s
         if not most_block_s > 0:
             raise ValueError(
                 f"block_latency_s is {most_block_s!r}, expected more than 0 seconds"
@@ -164,28 +165,29 @@ class PlannedEngine:
                     "block_latency_s bounds what is planned, but there is a policy; "
                     "leave out one of them"
                 )
-            yield from self._cut(lengths, gen_len, most_block_s)
+            yield from self._cut(asked)
             return
-        job = job_of(lengths, gen_len)
+        job = asked.job
         wanted = self._planned_for.joined(job)
         if not self._is_auto or wanted == self._planned_for:
             yield range(len(lengths))
         elif wanted == job or self._was_cut:
-            yield from self._cut(lengths, gen_len, most_block_s)
+            yield from self._cut(asked)
         else:  # what was asked for before may be again
             several = [wanted.prompt_len] * wanted.num_prompts
-            (choice,) = self._choose(several, wanted.gen_len, most_block_s)
+            (choice,) = self._choose(
+                Asked(several, wanted.gen_len, wanted.num_shared, most_block_s)
+            )
             self._take(choice, for_lengths=several)
             yield range(len(lengths))
 
-    def _cut(
-        self, lengths: Sequence[int], gen_len: int, most_block_s: float
-    ) -> Iterator[Sequence[int]]:
+    def _cut(self, asked: Asked) -> Iterator[Sequence[int]]:
         """The parts of just these prompts, the longest first."""
+        lengths = asked.lengths
         rest, is_first = longest_first(lengths), True
         while rest or is_first:
             choices = self._choose(
-                [lengths[place] for place in rest], gen_len, most_block_s
+                asked._replace(lengths=[lengths[place] for place in rest])
             )
             self._was_cut = not is_first or len(choices) > 1
             for number, choice in enumerate(choices):
@@ -226,9 +228,7 @@ class PlannedEngine:
             finally:
                 self._running_in = None
 
-    def _choose(
-        self, lengths: Sequence[int], gen_len: int, most_block_s: float
-    ) -> list[Choice]:
+    def _choose(self, asked: Asked) -> list[Choice]:
         """Policies for prompts, the longest of which come first."""
         held = dict.fromkeys(Tier, 0)  # which is free for another policy
         if self.engine is not None:
@@ -236,13 +236,11 @@ class PlannedEngine:
                 held[tier] += self.engine.ledger.held(tier, kind)
         choices = choose_policies(
             self._store,
-            lengths,
-            gen_len,
+            asked,
             device=self._device,
             offload_dir=self._offload_dir,
             held=held,
             progress=logger.warning,
-            most_block_s=most_block_s,
         )
         if len(choices) > 1:
             predictions = [choice.plan.prediction for choice in choices if choice.plan]

@@ -27,6 +27,8 @@ class Waiting:
         policy: that blocks run under.
         fits: whether there is memory for a block of rows of such sizes; if so, also for
             one of fewer of them.
+        num_shared: tokens with which all rows begin, and that are not recomputed for
+            each.
         may_preempt: whether rows may be preempted at all.
     """
 
@@ -37,11 +39,13 @@ class Waiting:
         *,
         policy: Policy,
         fits: Callable[[Sequence[RowSize]], bool],
+        num_shared: int = 0,
         may_preempt: bool = True,
     ) -> None:
         self._blocks, self._make_rows = deque(blocks), make_rows
         self._num_to_make = sum(map(len, self._blocks))
         self._block_size, self._fits = policy.block_size, fits
+        self._num_shared = num_shared
         # Steps are compiled for a size of batches, so few sizes are to occur.
         self._quantum = -(-policy.batch_size // NUM_SIZES)
         # New tokens attend to less than a prefill would, or a batch has its turn alone.
@@ -99,7 +103,8 @@ class Waiting:
             RowSize(size.prompt_len + 1, bucket(size.max_tokens))
             for size in (row.size for row in alive)
         ]
-        num_recomputed = len(sizes) * bucket(max(size.prompt_len for size in sizes))
+        longest = max(size.prompt_len for size in sizes) - self._num_shared
+        num_recomputed = len(sizes) * bucket(longest)
         most_to_come = max(row.size.max_tokens for row in alive)
         num_waiting = self._num_to_make + len(self._preempted)
         return (

@@ -12,8 +12,10 @@ from flexjax.sampling_params import SamplingParams
 
 def prompt_lengths(
     path: pathlib.Path, model: str, config: OPTConfig, gen_len: int
-) -> list[int]:
-    """Tokens of each prompt of a file, the longest first.
+) -> tuple[list[int], int]:
+    """Tokens of each prompt of a file, the longest first; and what all share.
+
+    The lengths are of what comes behind so many tokens with which all begin.
 
     Args:
         path: of the file, see `PromptFile`.
@@ -36,7 +38,8 @@ def prompt_lengths(
         requests = Requests(maker, prompts, params=params, indices=None)
         with progress_bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
-    return sorted((size.prompt_len for size in sizes), reverse=True)
+    shared = requests.num_common
+    return sorted((size.prompt_len - shared for size in sizes), reverse=True), shared
 
 
 def _tokenizer_folder(path: pathlib.Path, model: str) -> pathlib.Path:

@@ -17,7 +17,7 @@ from flexjax.memory.lanes import Lane
 from flexjax.memory.link import HostLink, Lender
 from flexjax.memory.placed import PlacedArrays
 from flexjax.memory.placement import Rows as PlacedRows
-from flexjax.memory.routes import DIRECT, cache_routes
+from flexjax.memory.routes import attends_apart, cache_routes
 from flexjax.memory.spill import SpillFolder, sweep
 from flexjax.memory.tier import GatherStore, TierStore
 from flexjax.memory.transport import Transport
@@ -77,11 +77,6 @@ class BlockRunner:
         self._spill = SpillFolder(offload_dir) if spills else None
         self._stores: dict[Kind, dict[Tier, TierStore]] = {}
         self._gathered: dict[Tier, GatherStore] = {}
-
-    @property
-    def attends_apart(self) -> bool:
-        """Whether some caches are not attended to in the step of a layer."""
-        return any(route != DIRECT for route in self._routes.values())
 
     def run(
         self, work: Workload, rows: BlockRows, weights: PlacedWeights, times: RunTimes
@@ -152,7 +147,8 @@ class BlockRunner:
     ) -> AttentionApart | None:
         """What attends apart from the layers' steps, if anything does."""
         policy = self._policy
-        if not self.attends_apart:
+        device_is_host = self._transport.link.is_shared
+        if not attends_apart(policy, device_is_host=device_is_host):
             return None
         return AttentionApart(
             cache,

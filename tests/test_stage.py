@@ -103,9 +103,9 @@ def test_a_state_that_was_loaded_has_arrived_before_a_call_overwrites_it(
         waited.extend(jax.tree.leaves(arrays))
         return wait(arrays)
 
-    def watch_layer(self: LayerCalls, cell, tensors, state, segments) -> Made:
+    def watch_layer(self: LayerCalls, cell, tensors, state, *rest) -> Made:
         loaded.append(any(state is array for array in waited))
-        return layer(self, cell, tensors, state, segments)
+        return layer(self, cell, tensors, state, *rest)
 
     monkeypatch.setattr(jax, "block_until_ready", watch_waiting)
     monkeypatch.setattr(LayerCalls, "layer", watch_layer)

@@ -74,7 +74,7 @@ class RunFootprint:
     skipped: int = 0
 
     @functools.cached_property
-    def _of_prefix(self) -> "RunFootprint":
+    def of_prefix(self) -> "RunFootprint":
         """Of the work on the prefix, which is not quantized."""
         policy = dataclasses.replace(self.policy, kv_cache_bits=None)
         work = self.work.of_prefix
@@ -132,9 +132,9 @@ class RunFootprint:
             case Weights(layer, part):
                 return self.weights.staged_bytes(layer, part)
             case Cache(layer, batch) if batch == PREFIX:
-                return self._of_prefix.loaded(Cache(layer, 0), 1)
+                return self.of_prefix.loaded(Cache(layer, 0), 1)
             case Hidden(batch) if batch == PREFIX:
-                return self._of_prefix.loaded(Hidden(0), 0)
+                return self.of_prefix.loaded(Hidden(0), 0)
             case Cache():
                 rows = cache_rows(self.policy, work, buffer)
                 slots = work.cache_slots(self._true(step) - 1)
@@ -153,7 +153,7 @@ class RunFootprint:
         if not work.is_decoder(cell.layer):
             return {}
         if cell.batch == PREFIX:
-            found = self._of_prefix.computed(cell._replace(batch=0))
+            found = self.of_prefix.computed(cell._replace(batch=0))
             hidden, cache = found[Hidden(0)], found[Cache(cell.layer, 0)]
             return {Hidden(PREFIX): hidden, Cache(cell.layer, PREFIX): cache}
         slots = work.batch_size * work.seq_len(cell.step)
@@ -171,7 +171,7 @@ class RunFootprint:
         if not work.is_decoder(cell.layer):
             return {}
         if cell.batch == PREFIX:
-            return self._of_prefix.workspace(cell._replace(batch=0))
+            return self.of_prefix.workspace(cell._replace(batch=0))
         seq = work.seq_len(cell.step)
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
@@ -210,7 +210,7 @@ class RunFootprint:
     def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
         work = self.work
         if isinstance(buffer, Cache) and buffer.batch == PREFIX:
-            return self._of_prefix.stored(Cache(buffer.layer, 0), 0)
+            return self.of_prefix.stored(Cache(buffer.layer, 0), 0)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
             slot_bytes = work.seq_len(step) * self.hidden_bytes

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexjax.memory.head_blocks import HeadBlocks, head_blocks
 from flexjax.memory.placement import effective, partition, place_tensors
 from flexjax.memory.processor import (
     Processor,
@@ -20,6 +21,7 @@ from flexjax.memory.processor import (
     is_attended_by_kernel,
     is_multiplied_narrow,
 )
+from flexjax.memory.routes import shares_prefixes
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.quant import QuantizedArray
@@ -34,16 +36,6 @@ SMALL_BYTES = 64 << 10
 MOST_SMALL_SHARE = 0.002  # of a model's bytes: a placement is true to 1 %
 MOST_ROOM = 2  # of a buffer that a block of the head goes through, in blocks
 MOST_PARTS = 4  # in which a layer's weights travel
-
-
-class HeadBlocks(NamedTuple):
-    """How the table of logits is cut into blocks of rows."""
-
-    num_blocks: int
-    rows: int  # of every block but the last
-
-    def span(self, block: int, vocab_size: int) -> slice:
-        return slice(block * self.rows, min((block + 1) * self.rows, vocab_size))
 
 
 class Moved(NamedTuple):
@@ -236,11 +228,19 @@ class WeightLayout:
         num_rows: int,
         num_shared: int = 0,
     ) -> Workload:
-        """A block of `num_rows` prompts of up to `prompt_len` tokens.
+        """A block of rows.
 
-        The first `num_shared` of them are the same in all.
+        Args:
+            policy: that it runs under.
+            prompt_len: tokens of the longest prompt, but for those that all share.
+            gen_len: tokens that are generated for every row.
+            num_rows: of the block.
+            num_shared: tokens with which all prompts begin; where the policy's
+                attention cannot share them, they are a part of every prompt.
         """
         batch_size = min(policy.batch_size, num_rows)
+        if not shares_prefixes(policy, device_is_host=self.device_is_host):
+            prompt_len, num_shared = prompt_len + num_shared, 0
         return Workload(
             num_decoder_layers=self.config.num_hidden_layers,
             num_head_blocks=self.head.num_blocks,
@@ -248,7 +248,7 @@ class WeightLayout:
             blocks_per_layer=self._blocks_per_layer,
             num_batches=math.ceil(num_rows / batch_size),
             batch_size=batch_size,
-            prompt_len=bucket(prompt_len - num_shared),
+            prompt_len=bucket(prompt_len),
             prefix_len=bucket(num_shared) if num_shared else 0,
             gen_len=gen_len,
             # What is on disk is loaded whole.
@@ -317,34 +317,3 @@ def place_weights(
         small_bytes=SMALL_BYTES if is_little else 0,
         small_tier=Tier.HOST if processor.is_host else Tier.DEVICE,
     )
-
-
-def head_blocks(
-    config: OPTConfig,
-    tensors: Tensors,
-    tiers: Mapping[str, Tier],
-    *,
-    processor: Processor,
-) -> HeadBlocks:
-    """Cuts a table of logits that has to travel into blocks.
-
-    None is larger than a decoder layer's largest tensor, but for a single chunk, so
-    that it goes through a buffer of that tensor's: other buffers would have to be made
-    in every step, in place of those. A table that is used where it lies, as it lies,
-    stays whole.
-    """
-    table = tensors[config.head_table]
-    tier = tiers[config.head_table]
-    stays = tier is Tier.DEVICE or (tier is Tier.HOST and processor.is_host)
-    is_narrow = is_multiplied_narrow(table, processor)
-    if stays and (table.quantization is None or is_narrow):
-        return HeadBlocks(1, config.vocab_size)
-    largest_bytes = max(
-        entry.nbytes for name, entry in tensors.items() if name.startswith("layers.0.")
-    )
-    # Whole chunks, so that no chunk is read twice; and blocks of about one size.
-    most_chunks = max(1, largest_bytes // table.row_bytes // table.chunk_rows)
-    num_chunks = math.ceil(config.vocab_size / table.chunk_rows)
-    num_blocks = math.ceil(num_chunks / most_chunks)
-    rows = math.ceil(num_chunks / num_blocks) * table.chunk_rows
-    return HeadBlocks(math.ceil(config.vocab_size / rows), rows)

@@ -153,7 +153,8 @@ def main(args: argparse.Namespace) -> None:
         check_job(job, found.config)
     else:
         check_job(dataclasses.replace(job, prompt_len=1), found.config)
-        lengths = _lengths(args, found, job.gen_len)
+        lengths, num_shared = _lengths(args, found, job.gen_len)
+        job = dataclasses.replace(job, num_shared=num_shared)
     hardware = _with_budgets(args, hardware or _measured(args, anew=False))
     plans, values, text = _planned(args, found, hardware, job, lengths)
     print(text)
@@ -195,13 +196,16 @@ def _planned(
         hardware,
         lengths,
         gen_len=job.gen_len,
+        num_shared=job.num_shared,
         most_block_s=most_block_s,
     )
     parts = [(plan, found.model(plan.policy)) for plan in plans]
     return plans, parts_to_json(plans, hardware), parts_to_text(parts, hardware)
 
 
-def _lengths(args: argparse.Namespace, found: Found, gen_len: int) -> list[int]:
+def _lengths(
+    args: argparse.Namespace, found: Found, gen_len: int
+) -> tuple[list[int], int]:
     # Slow to load.
     from flexjax.prompt_file import prompts_path
     from flexjax.prompt_lengths import prompt_lengths

@@ -16,7 +16,7 @@ from flexjax.plan.parts import plan_parts
 from flexjax.plan.planner import allowed_policies, template_of
 from flexjax.plan.predict import Job, job_of
 from flexjax.plan.program import memories
-from flexjax.plan.report import format_seconds, policy_in_words
+from flexjax.plan.report import format_seconds, policy_in_words, tokens_in_words
 from flexjax.plan.scratch import store_read_rate
 from flexjax.plan.search import Plan, fits, memory_budgets
 from flexjax.policy import Policy, Tier
@@ -38,16 +38,34 @@ class Choice(NamedTuple):
     plan: Plan | None = None
 
 
+class Asked(NamedTuple):
+    """What a call wants.
+
+    Attributes:
+        lengths: tokens of each prompt, beyond those that all share.
+        gen_len: tokens to generate for each, at most.
+        num_shared: tokens with which all prompts begin.
+        most_block_s: seconds that a block may take where policies are searched.
+    """
+
+    lengths: Sequence[int]
+    gen_len: int
+    num_shared: int = 0
+    most_block_s: float = math.inf
+
+    @property
+    def job(self) -> Job:
+        return job_of(self.lengths, self.gen_len, self.num_shared)
+
+
 def choose_policies(
     store: WeightStore,
-    lengths: Sequence[int],
-    gen_len: int,
+    asked: Asked,
     *,
     device: Device,
     offload_dir: pathlib.Path,
     held: Mapping[Tier, int],
     progress: Callable[[str], object],
-    most_block_s: float = math.inf,
 ) -> list[Choice]:
     """The best policies for prompts and a model that is there, one after the other.
 
@@ -57,20 +75,17 @@ def choose_policies(
 
     Args:
         store: the model's weights.
-        lengths: tokens of each prompt, the longest first; each choice is for as many of
-            them as its job says.
-        gen_len: tokens to generate for each.
+        asked: the longest prompt first; each choice is for as many as its job says.
         device: that computes.
         offload_dir: where a run would spill to.
         held: bytes of each tier that are not free, but would be for this run.
         progress: is told what takes long, in a few words.
-        most_block_s: seconds that a block may take where policies are searched.
 
     Raises:
         ValueError: not even one prompt fits, or none is done in time.
         OSError: the disk failed while it was measured.
     """
-    job = job_of(lengths, gen_len)
+    job = asked.job
     model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     template = template_of(store.quantization)
     processor = processor_of(device, is_quantized=store.quantization is not None)
@@ -98,9 +113,10 @@ def choose_policies(
     plans = plan_parts(
         models,
         hardware,
-        lengths or [1],
-        gen_len=gen_len,
-        most_block_s=most_block_s,
+        asked.lengths or [1],
+        gen_len=asked.gen_len,
+        num_shared=asked.num_shared,
+        most_block_s=asked.most_block_s,
     )
     return [
         Choice(plan.policy, plan.job, _as_planned(plan, hardware), plan)
@@ -117,7 +133,7 @@ def _device_sizes(num_prompts: int) -> list[int]:
 def _all_on_device(policy: Policy, job: Job) -> str:
     return (
         f"policy: everything on the device, batches of {policy.batch_size}\n"
-        f"because {job.num_prompts} prompts of up to {job.prompt_len} tokens and "
+        f"because {job.num_prompts} prompts of up to {tokens_in_words(job)} and "
         f"{job.gen_len} new ones fit there with the whole model"
     )
 
@@ -132,7 +148,7 @@ def _as_planned(plan: Plan, hardware: Hardware) -> str:
     return (
         f"policy: {policy_in_words(plan)}\n"
         f"because {format_bytes(memory)} of the device are free for "
-        f"{plan.job.num_prompts:,} prompts of up to {plan.job.prompt_len} tokens; "
+        f"{plan.job.num_prompts:,} prompts of up to {tokens_in_words(plan.job)}; "
         f"expect {format_seconds(prediction.total_s)} ({prediction.tokens_per_s:.3g} "
         f"tokens/s), bounded by {prediction.bottleneck.value}"
     )

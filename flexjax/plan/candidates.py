@@ -69,12 +69,11 @@ def _solved(
     budgets: Mapping[Tier, int],
 ) -> Iterator[Candidate]:
     """The best fractions of a block: with fewer layers ahead, if memory is short."""
-    lengths = {"prompt_len": job.prompt_len, "gen_len": job.gen_len}
-    form = block_form(model, policy, hardware, **lengths)
+    form = block_form(model, policy, hardware, job.lengths)
     for layers_ahead in range(MOST_LAYERS_AHEAD, 0, -1):
         if layers_ahead < MOST_LAYERS_AHEAD:
             fewer = block_bytes(
-                model, policy, hardware, **lengths, layers_ahead=layers_ahead
+                model, policy, hardware, job.lengths, layers_ahead=layers_ahead
             )
             form = dataclasses.replace(form, bytes=fewer)
         solved = solve(form, hardware, budgets)

@@ -22,7 +22,7 @@ from flexjax.plan.hardware import Hardware
 from flexjax.plan.peak import Counted, peak_from_above
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.schedule.emit import hidden_stays
-from flexjax.schedule.ops import Cache, Cell, Hidden
+from flexjax.schedule.ops import PREFIX, Cache, Cell, Hidden
 from flexjax.schedule.resources import DISK, Contention, Resource, add_seconds
 from flexjax.workload import MOST_LAYERS_AHEAD, looking_ahead
 
@@ -133,12 +133,19 @@ def with_shares(policy: Policy, shares: Mapping[tuple[Kind, Tier], float]) -> Po
     )
 
 
+class Lengths(NamedTuple):
+    """Tokens of a block's longest row: beyond what all share, new ones, and shared."""
+
+    prompt_len: int
+    gen_len: int
+    num_shared: int = 0
+
+
 def block_form(
-    model: Model, policy: Policy, hardware: Hardware, *, prompt_len: int, gen_len: int
+    model: Model, policy: Policy, hardware: Hardware, lengths: Lengths
 ) -> BlockForm:
     """The form of a whole block under `policy`, whatever its placements."""
-    shape = _Shape(prompt_len, gen_len, MOST_LAYERS_AHEAD)
-    corners = list(_corners(model, policy, hardware, shape))
+    corners = list(_corners(model, policy, hardware, lengths, MOST_LAYERS_AHEAD))
     return BlockForm(
         prefill=_linear([corner.prefill_s() for corner in corners]),
         decode=_linear([corner.decode_s() for corner in corners]),
@@ -150,35 +157,26 @@ def block_bytes(
     model: Model,
     policy: Policy,
     hardware: Hardware,
+    lengths: Lengths,
     *,
-    prompt_len: int,
-    gen_len: int,
     layers_ahead: int,
 ) -> Linear:
     """Bytes of a block with so many layers ahead; its seconds are the same."""
-    shape = _Shape(prompt_len, gen_len, layers_ahead)
-    corners = _corners(model, policy, hardware, shape)
+    corners = _corners(model, policy, hardware, lengths, layers_ahead)
     return _linear([corner.peak_bytes() for corner in corners])
 
 
-class _Shape(NamedTuple):
-    prompt_len: int
-    gen_len: int
-    layers_ahead: int
-
-
 def _corners(
-    model: Model, policy: Policy, hardware: Hardware, shape: _Shape
+    model: Model,
+    policy: Policy,
+    hardware: Hardware,
+    lengths: Lengths,
+    layers_ahead: int,
 ) -> "Iterator[_Corner]":
     for corner in _corner_policies(policy):
         layout = model.layout(corner, hardware.processor)
-        work = layout.workload(
-            corner,
-            prompt_len=shape.prompt_len,
-            gen_len=shape.gen_len,
-            num_rows=corner.block_size,
-        )
-        work = looking_ahead(work, shape.layers_ahead)
+        work = layout.workload(corner, num_rows=corner.block_size, **lengths._asdict())
+        work = looking_ahead(work, layers_ahead)
         sizes = RunFootprint(work=work, policy=corner, weights=layout, scores=False)
         yield _Corner(sizes, hardware)
 
@@ -249,7 +247,21 @@ class _Corner:
             costs.store(cache, step) if work.keeps_cache(step) else {},
         ):
             add_seconds(total, seconds, cells)
+        if work.prefix_len:
+            self._add_prefix(total, step)
         return total
+
+    def _add_prefix(self, total: dict[Resource, float], step: int) -> None:
+        """Adds what is done once a layer for what all rows share."""
+        costs, cache = self._costs, Cache(0, PREFIX)
+        if step == 0:
+            add_seconds(total, costs.load(Hidden(PREFIX), 0))
+            each = [costs.compute(Cell(0, 0, PREFIX))]
+            each += [costs.store(cache, 0)] if self._work.gen_len > 1 else []
+        else:
+            each = [costs.load(cache, step)]
+        for seconds in each:
+            add_seconds(total, seconds, self._work.num_decoder_layers)
 
     @functools.cached_property
     def _weights_s(self) -> dict[Resource, float]:

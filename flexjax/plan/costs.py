@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from flexjax.attention import prefill_attention_flops
+from flexjax.attention import prefill_attention_flops, prefix_attention_flops
 from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
 from flexjax.memory.layout import MATRIX, Moved, WeightLayout
 from flexjax.memory.placement import Rows
@@ -12,7 +12,7 @@ from flexjax.plan.hardware import WHOLE_BITS, Hardware
 from flexjax.policy import Policy, Tier
 from flexjax.quant import cache_slot_bytes
 from flexjax.schedule.emit import hidden_stays
-from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
 from flexjax.schedule.resources import Resource, Seconds, add_seconds
 from flexjax.sparse import kept_slots
 from flexjax.workload import Workload, prefill_rows
@@ -37,10 +37,21 @@ class RunCosts:
     def weights(self) -> WeightLayout:
         return self.run.weights
 
+    @functools.cached_property
+    def _of_prefix(self) -> "RunCosts":
+        return dataclasses.replace(self, run=self.run.of_prefix)
+
     def load(self, buffer: Buffer, step: int) -> Seconds:
         match buffer:
             case Weights(layer, part):
                 return self._load_weights(self.weights.moved(layer, part))
+            case Cache(layer, batch) if batch == PREFIX:
+                return self._of_prefix.load(Cache(layer, 0), 1)
+            case Hidden(batch) if batch == PREFIX:
+                rows = Rows(0, 1, 0)  # none but token rows come
+                return self._load_rows(
+                    rows, self.work.prefix_len * self.run.hidden_bytes
+                )
             case Cache():
                 return self._load_cache(buffer, step)
             case Hidden(batch):
@@ -52,6 +63,8 @@ class RunCosts:
                 )
 
     def compute(self, cell: Cell) -> Seconds:
+        if cell.batch == PREFIX:
+            return self._of_prefix.compute(cell._replace(batch=0))
         work, hardware = self.work, self.hardware
         seconds = {Resource.COMPUTE: 0.0}
         if not work.is_decoder(cell.layer):
@@ -66,11 +79,14 @@ class RunCosts:
             seconds[Resource.COMPUTE] += self._prefill_s
         else:
             seconds[Resource.COMPUTE] += self._layer_s(work.batch_size)
+            seconds[Resource.COMPUTE] += self._prefix_s(work.batch_size)
             add_seconds(seconds, self._attention(cell))
         return seconds
 
     def store(self, buffer: Cache | Hidden, step: int) -> Seconds:
         work = self.work
+        if isinstance(buffer, Cache) and buffer.batch == PREFIX:
+            return self._of_prefix.store(Cache(buffer.layer, 0), 0)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
             return self._store_rows(rows, work.seq_len(step) * self.run.hidden_bytes)
@@ -180,7 +196,14 @@ class RunCosts:
         groups = batch // rows
         products_s = groups * self._layer_s(rows * seq)
         flops = prefill_attention_flops(batch, seq, self.weights.config.hidden_size)
-        return products_s + flops / hardware.prefill_attention_flops_per_s
+        attention_s = flops / hardware.prefill_attention_flops_per_s
+        return products_s + attention_s + self._prefix_s(batch * seq)
+
+    def _prefix_s(self, num_tokens: int) -> float:
+        """Of the attention of so many tokens to the prefix that rows share."""
+        hidden_size, slots = self.weights.config.hidden_size, self.work.prefix_len
+        flops = prefix_attention_flops(num_tokens, slots, hidden_size)
+        return flops / self.hardware.prefill_attention_flops_per_s
 
     def _layer_s(self, rows: int) -> float:
         """Of all but attention in a call of a decoder layer."""

@@ -34,6 +34,7 @@ def plan_parts(
     lengths: Sequence[int],
     *,
     gen_len: int,
+    num_shared: int = 0,
     most_block_s: float = math.inf,
 ) -> list[Plan]:
     """Plans that follow one another, each for as many prompts as its job says.
@@ -45,8 +46,10 @@ def plan_parts(
     Args:
         allowed: models and policies to choose from, as of `best_plan`.
         hardware: that runs them.
-        lengths: tokens of each prompt, the longest first; at least one.
+        lengths: tokens of each prompt beyond what all share, the longest first; at
+            least one.
         gen_len: tokens to generate for each.
+        num_shared: tokens with which all prompts begin.
         most_block_s: seconds that a block may take.
 
     Raises:
@@ -54,7 +57,7 @@ def plan_parts(
     """
 
     def plan(first: int, last: int) -> Plan:
-        job = job_of(lengths[first:last], gen_len)
+        job = job_of(lengths[first:last], gen_len, num_shared)
         plan, model = best_plan(allowed, hardware, job, most_block_s=most_block_s)
         prediction = _predicted(plan, model, hardware, lengths=lengths[first:last])
         return dataclasses.replace(plan, prediction=prediction)

@@ -2,14 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from flexjax.memory.footprint import RunFootprint, cache_rows, hidden_rows
 from flexjax.memory.placement import Rows
 from flexjax.policy import Kind, Tier
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.footprint import Bytes
-from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import PREFIX, Cache, Cell, Hidden, Weights
 
 Counted = Counter[tuple[Tier, Kind]]
 
@@ -39,7 +39,7 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
         ]
     _add(total, _most(layers), work.layers_ahead + 1)
     if last > 0:
-        caches = _caches(sizes, alike=alike)
+        caches = _caches(sizes, range(work.num_batches), alike=alike)
         _add_homes(total, sizes, caches, last - 1)
         _add(total, _most([sizes.loaded(cache, last) for cache in caches]), 2)
     if not hidden_stays(sizes.policy.schedule, work):
@@ -47,20 +47,36 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     _add(total, sizes.loaded(Hidden(0), 0), min(2, work.num_batches))
     for size in sizes.computed(Cell(0, 0, 0)).values():
         _add(total, size, 2)
-    _add(total, _most([sizes.workspace(Cell(step, 0, 0)) for step in (0, last)]))
+    cells = [Cell(0, 0, 0), Cell(last, 0, 0)]
+    if work.prefix_len:
+        cells.append(Cell(0, 0, PREFIX))
+        _add_prefix(total, sizes, alike=alike)
+    _add(total, _most([sizes.workspace(cell) for cell in cells]))
     return total
 
 
-def _caches(sizes: RunFootprint, *, alike: bool) -> Mapping[Cache, int]:
+def _add_prefix(total: Counted, sizes: RunFootprint, *, alike: bool) -> None:
+    """Adds what rows share: of two layers made or loaded, of all at home."""
+    _add(total, sizes.loaded(Hidden(PREFIX), 0))
+    for size in sizes.computed(Cell(0, 0, PREFIX)).values():
+        _add(total, size, 2)
+    if sizes.work.gen_len > 1:
+        caches = _caches(sizes, [PREFIX], alike=alike)
+        for cache, count in caches.items():
+            _add(total, sizes.stored(cache, 0), count)
+        _add(total, _most([sizes.loaded(cache, 1) for cache in caches]), 2)
+
+
+def _caches(
+    sizes: RunFootprint, batches: Sequence[int], *, alike: bool
+) -> Mapping[Cache, int]:
     """One of the caches whose rows are on the same tiers, and how many of them are."""
     work, policy = sizes.work, sizes.policy
     if alike:
-        return {Cache(0, 0): work.num_decoder_layers * work.num_batches}
+        return {Cache(0, batches[0]): work.num_decoder_layers * len(batches)}
     first: dict[Rows, Cache] = {}
-    caches = itertools.starmap(
-        Cache,
-        itertools.product(range(work.num_decoder_layers), range(work.num_batches)),
-    )
+    layers = range(work.num_decoder_layers)
+    caches = itertools.starmap(Cache, itertools.product(layers, batches))
     return Counter(first.setdefault(cache_rows(policy, work, c), c) for c in caches)
 
 

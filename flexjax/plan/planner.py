@@ -214,7 +214,7 @@ def check_job(job: Job, config: OPTConfig) -> None:
     """
     for field in dataclasses.fields(Job):
         count = getattr(job, field.name)
-        if count < 1:
+        if count < 1 and field.name != "num_shared":
             raise ValueError(f"{field.name} is {count}, expected at least 1")
     length, most = job.prompt_len + job.gen_len, config.max_position_embeddings
     if length > most:

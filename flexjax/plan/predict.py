@@ -7,6 +7,7 @@ from flexjax.memory.footprint import RunFootprint, run_peak_bytes
 from flexjax.memory.layout import WeightLayout
 from flexjax.memory.processor import Processor
 from flexjax.plan.closed_form import (
+    Lengths,
     Model,
     block_form,
     phase_seconds,
@@ -35,32 +36,55 @@ class Job:
     """What is to be generated.
 
     Attributes:
-        prompt_len: tokens of the longest prompt.
+        prompt_len: tokens of the longest prompt, but for those that all share.
         gen_len: tokens that each prompt gets.
         num_prompts: of about this length.
+        num_shared: tokens with which all prompts begin.
     """
 
     prompt_len: int
     gen_len: int
     num_prompts: int
+    num_shared: int = 0
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(self.prompt_len, self.gen_len, self.num_shared)
 
     def num_blocks(self, policy: Policy) -> float:
         """So many blocks of a policy; one that is not full takes about as long."""
         return max(1.0, self.num_prompts / policy.block_size)
 
     def joined(self, other: "Job") -> "Job":
-        """A job that asks for as much as either, of everything."""
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        prompt_len, gen_len, num_prompts = map(max, mine, others)
-        return Job(prompt_len=prompt_len, gen_len=gen_len, num_prompts=num_prompts)
+        """A job that asks for as much as either, of everything.
+
+        What not both share with their own, none shares.
+        """
+        jobs = [job for job in (self, other) if job.num_prompts]
+        if len({job.num_shared for job in jobs}) > 1:
+            jobs = [job._unshared() for job in jobs]
+        return Job(
+            **{
+                field.name: max((getattr(job, field.name) for job in jobs), default=0)
+                for field in dataclasses.fields(Job)
+            }
+        )
+
+    def _unshared(self) -> "Job":
+        prompt_len = bucket(self.prompt_len + self.num_shared)
+        return dataclasses.replace(self, prompt_len=prompt_len, num_shared=0)
 
 
-def job_of(lengths: Sequence[int], gen_len: int) -> Job:
-    """The job of prompts of which each is taken to be as long as the longest."""
+def job_of(lengths: Sequence[int], gen_len: int, num_shared: int = 0) -> Job:
+    """The job of prompts of which each is taken to be as long as the longest.
+
+    Their `lengths` are beyond what they share.
+    """
     return Job(
         prompt_len=bucket(max(lengths, default=1)),
         gen_len=gen_len,
         num_prompts=max(1, len(lengths)),
+        num_shared=num_shared,
     )
 
 
@@ -148,9 +172,7 @@ def predict(
         block = dataclasses.replace(
             policy, batch_size=work.batch_size, num_batches=work.num_batches
         )
-        form = block_form(
-            model, block, hardware, prompt_len=job.prompt_len, gen_len=job.gen_len
-        )
+        form = block_form(model, block, hardware, job.lengths)
         stretch = stretch or _stretch(model, policy, hardware, work, barrier)
         shares = shares_of(policy)
         seconds = form.seconds(shares, hardware.contention)
@@ -239,12 +261,7 @@ def _blocks(
     whole, rest = divmod(job.num_prompts, policy.block_size)
     for num_rows, times in ((policy.block_size, whole), (rest, 1)):
         if num_rows and times:
-            work = layout.workload(
-                policy,
-                prompt_len=job.prompt_len,
-                gen_len=job.gen_len,
-                num_rows=num_rows,
-            )
+            work = layout.workload(policy, num_rows=num_rows, **job.lengths._asdict())
             yield looking_ahead(work, layers_ahead), times
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
-from flexjax.plan.predict import Prediction, combined, predict
+from flexjax.plan.predict import Job, Prediction, combined, predict
 from flexjax.plan.program import STORE, memories
 from flexjax.plan.search import Plan, search
 from flexjax.policy import Kind, Tier, to_json
@@ -115,7 +115,7 @@ def plan_to_text(
     job = plan.job
     lines = [
         f"machine: {hardware.name}",
-        f"job: {job.num_prompts:,} prompts of {job.prompt_len} tokens, {job.gen_len} "
+        f"job: {job.num_prompts:,} prompts of {tokens_in_words(job)}, {job.gen_len} "
         "new ones each",
         *_lines(plan, model, hardware),
         "",
@@ -132,7 +132,7 @@ def parts_to_text(parts: Sequence[tuple[Plan, Model]], hardware: Hardware) -> st
         lines += [
             *([""] if len(parts) > 1 else []),
             f"{name}: prompts: {plan.job.num_prompts:,}, padded to "
-            f"{plan.job.prompt_len} tokens at most; {plan.job.gen_len} new ones each",
+            f"{tokens_in_words(plan.job)} at most; {plan.job.gen_len} new ones each",
             *_lines(plan, model, hardware),
         ]
     whole = _of_all([plan for plan, _ in parts])
@@ -186,6 +186,12 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
                 f"{resource.value:16}{terms[0]:10.1f}{terms[1]:10.1f}"
                 f"{prediction.idle_share(resource):8.0%}{mark}"
             )
+
+
+def tokens_in_words(job: Job) -> str:
+    """How long a job's prompts are."""
+    shared = f" behind {job.num_shared} that all share" if job.num_shared else ""
+    return f"{job.prompt_len} tokens{shared}"
 
 
 def policy_in_words(plan: Plan) -> str:

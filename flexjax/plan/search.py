@@ -279,6 +279,7 @@ def _nothing_fits(
 
     With everything as far away as it goes.
     """
+    length = job.prompt_len + job.num_shared
     alone = dataclasses.replace(template, batch_size=1, num_batches=1)
     policy = with_shares(alone, dict.fromkeys(SHARES, 0.0))
     one = dataclasses.replace(job, num_prompts=1)
@@ -293,7 +294,7 @@ def _nothing_fits(
         (tier, kind), most = max(own.items(), key=lambda item: item[1])
         names = " and ".join(tier.value for tier in tiers)
         return (
-            f"not even one prompt of {job.prompt_len} tokens fits: with all on disk "
+            f"not even one prompt of {length} tokens fits: with all on disk "
             f"that can be there, {names} needs {format_bytes(needed)}, and a plan may "
             f"use {format_bytes(budgets[tiers[0]])} of it, "
             f"{format_bytes(needed - budgets[tiers[0]])} too little; most of it is "

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 
 from flexjax.checkpoint import open_store
-from flexjax.memory.layout import HeadBlocks, WeightLayout
+from flexjax.memory.head_blocks import HeadBlocks
+from flexjax.memory.layout import WeightLayout
 from flexjax.memory.link import DeviceLink
 from flexjax.memory.processor import Processor
 from flexjax.memory.weights import PlacedWeights

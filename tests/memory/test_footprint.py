@@ -16,7 +16,7 @@ from flexjax.memory.footprint import (
     condensed,
     hidden_rows,
 )
-from flexjax.memory.layout import HeadBlocks
+from flexjax.memory.head_blocks import HeadBlocks
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import EMITTERS

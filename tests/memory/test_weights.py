@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from flexjax.checkpoint import open_store
 from flexjax.extents import read_extent
 from flexjax.memory import weights as memory_weights
+from flexjax.memory.head_blocks import HeadBlocks
 from flexjax.memory.lanes import Lane
-from flexjax.memory.layout import HeadBlocks
 from flexjax.models.config import OPTConfig, layer_tensors, tensor_shapes
 from flexjax.policy import Kind, Tier
 from tests.common import LINKS, ApartLink, in_time, poison_buffers
