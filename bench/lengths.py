@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.two_ways import TwoWays
+from bench.two_ways import TwoWays, measure_machine
 from flexjax.checkpoint import WeightStore
 from flexjax.cli import run_command
 from flexjax.llm import LLM
 from flexjax.plan.auto import Asked, choose_policies
-from flexjax.plan.calibrate import calibrated
 from flexjax.policy import Policy, Tier
 from flexjax.prompts import FIRST_ORDINARY_ID
 from flexjax.sampling_params import SamplingParams
@@ -85,10 +84,6 @@ def _in_words(parts: Mapping[str, Any], one: Mapping[str, Any]) -> str:
     )
 
 
-def _calibrate(folder: pathlib.Path) -> None:
-    calibrated(folder, jax.devices()[0], lambda text: print(text, file=sys.stderr))
-
-
 WAYS = TwoWays(
     module="bench.lengths",
     names=("in_parts", "as_one"),
@@ -96,7 +91,7 @@ WAYS = TwoWays(
     run=lambda store, folder, as_one: run_here(store, folder, as_one=as_one),
     settings=lambda: {"lengths": [list(group) for group in GROUPS], "gen_len": GEN_LEN},
     in_words=_in_words,
-    prepare=_calibrate,
+    prepare=measure_machine,
 )
 
 

@@ -8,8 +8,11 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
 
 from bench.machine import describe_machine
 from bench.memory_cap import ensure_can_cap, result_under_cap
@@ -17,8 +20,14 @@ from bench.synthetic import weights_folder
 from checkpoints_tools.resolve import resolve_model
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
+from flexjax.plan.calibrate import calibrated
 from flexjax.safe_files import ensure_writable, write_atomically
 from flexjax.sizes import parse_bytes
+
+
+def measure_machine(folder: pathlib.Path) -> None:
+    """Measures this machine, if it never was before, so that neither way does."""
+    calibrated(folder, jax.devices()[0], lambda text: print(text, file=sys.stderr))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

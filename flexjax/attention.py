@@ -100,6 +100,11 @@ def prefix_attention_flops(num_tokens: int, prefix_slots: int, hidden_size: int)
     return 2 * 2 * num_tokens * prefix_slots * hidden_size
 
 
+def query_chunk(seq: int, prefix_slots: int) -> int:
+    """Queries of a row that attend at a time, where it stands behind a prefix."""
+    return seq if prefix_slots + seq <= WHOLE_ROW else math.gcd(seq, QUERY_CHUNK)
+
+
 def prefill_attention(
     query: Float[Array, "batch heads seq head_dim"],
     key: Float[Array, "batch heads seq head_dim"],
@@ -114,8 +119,7 @@ def prefill_attention(
     WHOLE_ROW]`, and not `[batch, heads, seq, seq]`.
     """
     seq = query.shape[2]
-    num_slots = seq if prefix is None else seq + prefix.key.shape[2]
-    chunk = seq if num_slots <= WHOLE_ROW else math.gcd(seq, QUERY_CHUNK)
+    chunk = query_chunk(seq, 0 if prefix is None else prefix.key.shape[2])
     slots = jnp.arange(seq, dtype=jnp.int32)
 
     def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:

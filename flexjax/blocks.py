@@ -23,7 +23,7 @@ from flexjax.padded_prompts import PaddedPrompts
 from flexjax.policy import Kind, Tier
 from flexjax.sampling import make_controls, penalize, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
-from flexjax.schedule.ops import Cell
+from flexjax.schedule.ops import PREFIX, Cell
 from flexjax.steps import head_step, score_step
 from flexjax.stopping import StopChecker
 from flexjax.workload import Workload, bucket
@@ -248,7 +248,11 @@ def _entry(
 
 
 class ScoreRows:
-    """Rows that are scored: logits of every slot become one log-probability each."""
+    """Rows that are scored: logits of every slot become one log-probability each.
+
+    With `num_shared`, one token more than these is the same in all, so that even the
+    last of them is scored once.
+    """
 
     last_only = False
 
@@ -257,12 +261,16 @@ class ScoreRows:
         sequences: Sequence[Sequence[int]],
         work: Workload,
         layout: WeightLayout,
+        *,
+        num_shared: int,
     ) -> None:
         self._head, self._batch_size = layout.head, work.batch_size
-        self._sequences = sequences
-        self._padded = PaddedPrompts(sequences, work, layout.config.pad_token_id, 0)
+        self._sequences, self._num_shared = sequences, num_shared
+        pad_token_id = layout.config.pad_token_id
+        self._padded = PaddedPrompts(sequences, work, pad_token_id, num_shared)
         self._states: dict[int, ScoreState] = {}
         self._scores: dict[int, np.ndarray] = {}
+        self._prefix_scores: jax.Array | None = None  # [1, slots]
 
     def token_ids(self, step: int, batch: int) -> np.ndarray:
         del step
@@ -277,7 +285,10 @@ class ScoreRows:
     def read_head(
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
     ) -> Any:
-        targets = jnp.asarray(np.roll(self._padded.token_ids(cell.batch), -1, axis=1))
+        following = np.roll(self._padded.token_ids(cell.batch), -1, axis=1)
+        if cell.batch == PREFIX:
+            following[:, -1] = self._sequences[0][self._num_shared]
+        targets = jnp.asarray(following)
         state = self._states.pop(cell.batch, None)
         if state is None:
             state = start_score(targets)
@@ -286,7 +297,10 @@ class ScoreRows:
         if block + 1 < self._head.num_blocks:
             self._states[cell.batch] = state
             return done
-        return finish_score(state)
+        scores = finish_score(state)
+        if cell.batch == PREFIX:
+            self._prefix_scores = scores
+        return scores
 
     def take(self, batch: int, scores: Any) -> None:
         """Keeps the finished scores of a batch."""
@@ -303,10 +317,12 @@ class ScoreRows:
 
     def results(self) -> list[np.ndarray]:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`."""
-        batch_size = self._batch_size
-        found = []
+        shared, found = np.empty(0, np.float32), []
+        if self._prefix_scores is not None:
+            shared = np.asarray(self._prefix_scores)[0, -self._num_shared :]
         for place, sequence in enumerate(self._sequences):
-            batch, row = divmod(place, batch_size)
+            batch, row = divmod(place, self._batch_size)
             scores = self._scores[batch][row]
-            found.append(scores[len(scores) - len(sequence) : -1])
+            num_own = len(sequence) - len(shared)
+            found.append(np.concatenate([shared, scores[len(scores) - num_own : -1]]))
         return found

@@ -1,6 +1,7 @@
 """Token ids in, token ids out: runs blocks of prompts, each as a schedule."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -131,8 +132,8 @@ class Engine:
             ValueError: the policy does not fit.
             OSError: a transfer failed; the message names what and where.
         """
-        lengths = [size.prompt_len for size in sizes]
-        blocks = _blocks(longest_first(lengths), self.policy)
+        places = longest_first([size.prompt_len for size in sizes])
+        blocks = _blocks(places, self.policy)
         workload = functools.partial(self._workload, num_common=num_common)
         works = [workload([sizes[place] for place in block]) for block in blocks]
         num_shared = num_common if any(work.prefix_len for work in works) else 0
@@ -179,8 +180,13 @@ class Engine:
         self,
         sequences: Sequence[Sequence[int]],
         on_tokens: Callable[[int], None] = lambda count: None,
+        *,
+        num_common: int = 0,
     ) -> list[np.ndarray]:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`.
+
+        With `num_common`, one token more than these begins all sequences, and they are
+        scored once a block, as `generate_blocks` computes them once.
 
         Raises:
             ValueError: as `generate`; or attention is sparse.
@@ -195,14 +201,19 @@ class Engine:
         lengths = [len(sequence) for sequence in sequences]
         blocks = _blocks(longest_first(lengths), self.policy)
         sizes = [[RowSize(lengths[place], 1) for place in block] for block in blocks]
-        works = [self._workload(each) for each in sizes]
+        workload = functools.partial(
+            self._workload, num_common=num_common, scores_prefix=True
+        )
+        works = [workload(each) for each in sizes]
+        num_shared = num_common if any(work.prefix_len for work in works) else 0
         results: dict[int, np.ndarray] = {}
         with self._call(works, scores=True) as layers_ahead:
+            self.times.num_shared = num_shared
             for block, each in zip(blocks, sizes, strict=True):
-                work = self._workload(each, layers_ahead=layers_ahead)
-                rows = ScoreRows(
-                    [sequences[i] for i in block], work, self.weights.layout
-                )
+                work = workload(each, layers_ahead=layers_ahead)
+                chosen = [sequences[i] for i in block]
+                layout = self.weights.layout
+                rows = ScoreRows(chosen, work, layout, num_shared=num_shared)
                 self._runner.run(work, rows, self.weights, self.times)
                 results.update(zip(block, rows.results(), strict=True))
                 on_tokens(sum(lengths[i] for i in block))
@@ -225,6 +236,7 @@ class Engine:
         *,
         layers_ahead: int = MOST_LAYERS_AHEAD,
         num_common: int = 0,
+        scores_prefix: bool = False,
     ) -> Workload:
         """A block of rows of such sizes, which begin with so many equal tokens."""
         work = self.weights.layout.workload(
@@ -234,7 +246,8 @@ class Engine:
             num_rows=len(sizes),
             num_shared=num_common,
         )
-        return looking_ahead(work, layers_ahead)
+        ahead = looking_ahead(work, layers_ahead)
+        return dataclasses.replace(ahead, scores_prefix=scores_prefix)
 
     def _fits_room(
         self,

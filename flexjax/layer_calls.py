@@ -223,7 +223,7 @@ class LayerCalls:
     def _leave(self, cell: Cell, params: Params, made: Made) -> Made:
         """What the decoder layer of `cell` gives: the final norm is the last one's."""
         is_last = cell.layer == self._work.num_decoder_layers - 1
-        if is_last and cell.batch != PREFIX:  # of which nobody reads logits
+        if is_last and (cell.batch != PREFIX or self._work.scores_prefix):
             last_only = self._rows.last_only
             made.hidden = made.done = final_step(
                 params, made.hidden, config=self._config, last_only=last_only

@@ -25,7 +25,7 @@ from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
 from flexjax.policy_args import AUTO
-from flexjax.prompts import Prompt, as_list, items
+from flexjax.prompts import CommonTokens, Prompt, as_list, items
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
 from flexjax.tokenizer import Tokenizer
@@ -219,7 +219,7 @@ class LLM:
         )
         with self._bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
-        num_common = requests.num_common
+        num_common = requests.num_shared
         lengths = [size.prompt_len - num_common for size in sizes]
         asked = [size.max_tokens for size in sizes]
         with self._bar(sum(asked), "generating") as bar:
@@ -271,17 +271,23 @@ class LLM:
             for index, ids in enumerate(as_list(token_ids))
         ]
         scores = [np.empty(0, np.float32)] * len(sequences)
-        lengths = [len(sequence) for sequence in sequences]
-        with self._bar(sum(lengths), "scoring") as bar:
+        common = CommonTokens()
+        for sequence in sequences:
+            common.add(sequence)
+        # What follows the last token that is shared has to be the same too.
+        num_common = max(0, common.num_shared - 1)
+        lengths = [len(sequence) - num_common for sequence in sequences]
+        with self._bar(sum(map(len, sequences)), "scoring") as bar:
 
             def run(engine: Engine, places: Sequence[int]) -> None:
                 bar.unpause()
                 chosen = [sequences[place] for place in places]
-                found = engine.score(chosen, _updates(bar, engine))
+                update = _updates(bar, engine)
+                found = engine.score(chosen, update, num_common=num_common)
                 for place, values in zip(places, found, strict=True):
                     scores[place] = values
 
-            self.metrics = self._planned.run(lengths, 1, run)
+            self.metrics = self._planned.run(lengths, 1, run, num_shared=num_common)
         return scores
 
     def _bar(self, total: int, label: str, unit: str = "token") -> tqdm:

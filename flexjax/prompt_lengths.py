@@ -38,7 +38,7 @@ def prompt_lengths(
         requests = Requests(maker, prompts, params=params, indices=None)
         with progress_bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
-    shared = requests.num_common
+    shared = requests.num_shared
     return sorted((size.prompt_len - shared for size in sizes), reverse=True), shared
 
 

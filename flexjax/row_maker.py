@@ -10,13 +10,10 @@ from flexjax.blocks import Row, RowSize
 from flexjax.models.config import OPTConfig
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.prompt_file import PromptFile
-from flexjax.prompts import Prompt, checked_ids, items, one_for_each
+from flexjax.prompts import CommonTokens, Prompt, checked_ids, items, one_for_each
 from flexjax.sampling_params import SamplingParams
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-# Tokens from which on what prompts have in common is worth steps of its own.
-LEAST_COMMON = 64
 
 
 class RowMaker:
@@ -169,7 +166,7 @@ class Requests:
         if indices is not None:
             self._indices = [operator.index(index) for index in indices]
         self._sizes: list[RowSize] = []
-        self._common: list[int] = []  # tokens with which all prompts begin
+        self._common = CommonTokens()
         if len(set(self._indices)) < len(self._indices):
             raise ValueError("indices has a prompt twice; give each once")
         for index in self._indices:
@@ -194,22 +191,15 @@ class Requests:
         share = functools.cache(RowSize)  # a few values, for millions of prompts
         for index in self._indices:
             row = self._row(index)
-            if not self._sizes:
-                self._common = list(row.prompt)
-            del self._common[_num_common(self._common, row.prompt) :]
+            self._common.add(row.prompt)
             self._sizes.append(share(*row.size))
             on_prompts(1)
         return self._sizes
 
     @property
-    def num_common(self) -> int:
-        """Tokens with which all prompts begin, fewer than any has; after `sizes`.
-
-        None if they are too few to be worth sharing, or there is nobody to share with.
-        """
-        shortest = min((size.prompt_len for size in self._sizes), default=1)
-        found = min(len(self._common), shortest - 1)
-        return found if found >= LEAST_COMMON and len(self) > 1 else 0
+    def num_shared(self) -> int:
+        """Tokens with which all prompts begin, see `CommonTokens`; after `sizes`."""
+        return self._common.num_shared
 
     def rows(self, places: Sequence[int]) -> list[Row]:
         """New rows, given their places in `indices`.
@@ -242,15 +232,6 @@ class Requests:
         if isinstance(self._prompts, PromptFile):
             return self._prompts.name(index)
         return f"prompt {index}"
-
-
-def _num_common(one: list[int], other: Sequence[int]) -> int:
-    """With how many equal tokens two prompts begin."""
-    if list(other[: len(one)]) == one:  # so that most of millions are soon told
-        return len(one)
-    pairs = zip(one, other, strict=False)
-    different = (place for place, (left, right) in enumerate(pairs) if left != right)
-    return next(different, len(other))
 
 
 def _cumulative(row: Row) -> float:

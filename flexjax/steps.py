@@ -39,7 +39,7 @@ from flexjax.quant import (
     quantize,
 )
 from flexjax.sparse import SparsePast
-from flexjax.workload import prefill_rows
+from flexjax.workload import prefill_rows, prefix_rows
 
 Hidden = Float[Array, "batch 1 seq hidden"]
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
@@ -136,7 +136,12 @@ def decode_step(
     query, new, cache = _project(params, hidden, config, cache_as)
     sparse, found = None, None
     if isinstance(beside, SharedPrefix):
-        found = attend_to_prefix(query, beside)
+        found = in_groups(
+            functools.partial(attend_to_prefix, prefix=beside),
+            query,
+            prefix_rows(len(query)),
+            batch=len(query),
+        )
     else:
         sparse = beside
     outs, first = [], 0

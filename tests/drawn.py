@@ -21,6 +21,7 @@ def works(draw: st.DrawFn, *, most_tokens: int = 4) -> Workload:
         batch_size=draw(st.integers(1, 6)),
         prompt_len=draw(st.integers(1, 70)),
         prefix_len=draw(st.sampled_from([0, 0, 32])),
+        scores_prefix=draw(st.booleans()),
         gen_len=draw(st.integers(1, most_tokens)),
         reserves=draw(st.booleans()),
     )

@@ -5,7 +5,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from flexjax.attention import MIN_ROWS
+from flexjax.attention import MIN_ROWS, query_chunk
 from flexjax.memory.disk import (
     MAX_TAIL_SLOTS,
     MOST_PASSING,
@@ -22,7 +22,7 @@ from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import Bytes, peak_bytes
 from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
 from flexjax.sparse import kept_slots
-from flexjax.workload import WIDE_ROWS, Workload, prefill_rows
+from flexjax.workload import WIDE_ROWS, Workload, prefill_rows, prefix_rows
 
 
 def weights_at_home(weights: WeightLayout) -> dict[tuple[Tier, Kind], int]:
@@ -176,10 +176,26 @@ class RunFootprint:
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
         nbytes = rows * seq * config.ffn_dim * (5 + factor * self._itemsize)
+        nbytes += self._prefix_attention_bytes(seq)
         size = {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
         if cell.step > 0:
             self._add_attention(size, work.cache_slots(self._true(cell.step) - 1))
         return size
+
+    def _prefix_attention_bytes(self, seq: int) -> int:
+        """What attention to a prefix needs beside it, of rows of `seq` new tokens.
+
+        Scores in float32, and keys or values in it too, into which XLA's CPU backend
+        makes those of 16 bits (its memory analysis, or a little more).
+        """
+        slots, config = self.work.prefix_len, self.config
+        if not slots:
+            return 0
+        queries = query_chunk(seq, slots)
+        if seq == 1:
+            queries = prefix_rows(self.work.batch_size)
+        wide = slots * config.hidden_size * 4 if self._itemsize < 4 else 0
+        return config.num_attention_heads * queries * slots * 4 + wide
 
     def _add_attention(self, size: dict[tuple[Tier, Kind], int], slots: int) -> None:
         """Adds what attention to a cache of `slots` slots needs beside it.

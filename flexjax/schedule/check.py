@@ -97,6 +97,8 @@ class _State:
         self._done[cell.batch] = cell
         cache = Cache(cell.layer, cell.batch)
         if cell.batch == PREFIX:
+            if not work.is_decoder(cell.layer):
+                return
             self.on_device.add(cache)
             self._fresh_prefix.add(cache)
             self._staged[hidden] = cell
@@ -144,9 +146,8 @@ class _State:
 
     def _is_between_steps(self, batch: int) -> bool:
         done = self._done.get(batch)
-        num_layers = self._work.num_layers
-        if batch == PREFIX:
-            num_layers = self._work.num_decoder_layers
+        work = self._work
+        num_layers = work.num_prefix_layers if batch == PREFIX else work.num_layers
         return done is None or done.layer == num_layers - 1
 
     def _before(self, cell: Cell) -> Cell | None:

@@ -225,13 +225,13 @@ class _Prefix:
     """The keys and values that all rows share, a layer at a time."""
 
     def __init__(self, work: Workload, num_rounds: int) -> None:
-        self._num_layers = work.num_decoder_layers if work.prefix_len else 0
+        self._work, self._num_layers = work, work.num_prefix_layers
         self._num_rounds = num_rounds  # in which every layer is visited
         self._has_hidden = False
 
     def load(self, step: int, layer: int, round_number: int) -> Iterator[Op]:
         """Loads what the cells of a layer need that was made in an earlier round."""
-        if round_number > 0 and layer < self._num_layers:
+        if round_number > 0 and self._has_cache(layer):
             yield Load(Cache(layer, PREFIX), step)
         elif round_number == layer == 0 < self._num_layers:
             self._has_hidden = True
@@ -241,15 +241,18 @@ class _Prefix:
         """Makes what they need, in the first round."""
         if round_number == 0 and layer < self._num_layers:
             yield Compute(0, layer, PREFIX)
-            if self._num_rounds > 1:
+            if self._num_rounds > 1 and self._has_cache(layer):
                 yield Store(Cache(layer, PREFIX), 0)
 
     def free(self, layer: int) -> Iterator[Op]:
-        if layer < self._num_layers:
+        if self._has_cache(layer):
             yield Free(Cache(layer, PREFIX))
         if self._has_hidden and layer == self._num_layers - 1:
             self._has_hidden = False
             yield Free(Hidden(PREFIX))
+
+    def _has_cache(self, layer: int) -> bool:
+        return layer < self._num_layers and self._work.is_decoder(layer)
 
 
 def _load_weights(step: int, layer: int, parts: range) -> Iterator[Op]:

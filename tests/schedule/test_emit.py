@@ -166,7 +166,9 @@ def test_a_prefix_is_computed_once_a_layer_and_comes_with_its_weights(emit, draw
     ops = list(emit(work, until(ends)))
     computed = [op for op in ops if is_of_prefix(op)]
     layers = range(work.num_decoder_layers if work.prefix_len else 0)
-    assert computed == [Compute(0, layer, PREFIX) for layer in layers]
+    last = work.num_layers if work.scores_prefix else len(layers)
+    visited = range(last if work.prefix_len else 0)
+    assert computed == [Compute(0, layer, PREFIX) for layer in visited]
     rounds = max(ends) if emit is not row_by_row else sum(ends)
     came = Counter(op.buffer for op in loads(ops, Cache) if op.buffer.batch == PREFIX)
     assert came == {Cache(layer, PREFIX): rounds - 1 for layer in layers if rounds > 1}

@@ -1,0 +1,44 @@
+"""Prompts that begin alike, and such that do not."""
+
+import pytest
+
+from bench import prefixes as module
+from bench.prefixes import make_prompts, run_here
+from checkpoints_tools.resolve import resolve_model
+from flexjax.checkpoint import EMBEDDED_MODEL, open_store
+from tests.test_bench_frontier import run_report
+from tests.test_bench_lengths import compare
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_prompts_differ_in_their_first_token_alone():
+    alike, different = (make_prompts(1000, different=d) for d in (False, True))
+    assert alike == make_prompts(1000, different=False)
+    assert len({tuple(prompt[: module.NUM_COMMON]) for prompt in alike}) == 1
+    assert len({prompt[0] for prompt in different}) == module.NUM_PROMPTS
+    assert [one[1:] for one in alike] == [other[1:] for other in different]
+    least, most = module.OWN
+    assert {len(p) - module.NUM_COMMON for p in alike} <= set(range(least, most + 1))
+
+
+@pytest.mark.parametrize("different", [False, True])
+def test_a_run_says_what_it_took(tmp_path, monkeypatch, different):
+    for name, value in {"NUM_PROMPTS": 4, "NUM_COMMON": 70, "OWN": (2, 9)}.items():
+        monkeypatch.setattr(module, name, value)
+    store = open_store(resolve_model(EMBEDDED_MODEL))
+    found = run_here(store, tmp_path, different=different)
+    assert found["num_shared_tokens"] == (0 if different else 70)
+    assert found["seconds"] == pytest.approx(found["prefill_s"] + found["decode_s"])
+    assert found["policy"].startswith("policy: everything on the device")
+
+
+def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
+    alike = {"seconds": 10.0, "num_shared_tokens": 70}
+    runs = {(): alike, ("--different",): {"seconds": 25.0, "num_shared_tokens": 0}}
+    report = compare(module.WAYS, runs, tmp_path / "prefixes.json", monkeypatch)
+    words = "70 tokens shared: 10.0 s; with nothing in common 25.0 s: 2.5"
+    assert words in capsys.readouterr().out
+    assert report["alike"] == alike
+    assert report["num_common"] == module.NUM_COMMON
+    assert words in run_report(tmp_path / "prefixes.json", tmp_path / "out")

@@ -1,0 +1,276 @@
+"""What prompts have in common is computed once a block, and changes nothing."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexjax import engine as engine_module
+from flexjax import prompts as prompts_module
+from flexjax.checkpoint import open_store
+from flexjax.llm import LLM
+from flexjax.memory import transport
+from flexjax.memory.processor import Processor
+from flexjax.metrics import RunTimes
+from flexjax.policy import Placement, Policy, Schedule, Tier
+from flexjax.row_maker import Requests, RowMaker
+from flexjax.sampling_params import SamplingParams
+from flexjax.schedule.footprint import by_tier
+from tests.common import ApartLink
+from tests.golden_checkpoints import GOLDEN_NAMES
+from tests.test_engine import (
+    GREEDY,
+    PLACEMENTS,
+    in_group,
+    make_engine,
+    make_rows,
+    placements,
+    policy_of,
+)
+
+PARAMS = dataclasses.replace(GREEDY, max_tokens=6)
+NUM_COMMON = 40
+OWN = (1, 30, 7, 2, 19)  # tokens of each prompt behind what all have in common
+NUMBERS = np.random.default_rng(0)
+COMMON = NUMBERS.integers(4, 90, NUM_COMMON).tolist()
+PROMPTS = [COMMON + NUMBERS.integers(4, 90, count).tolist() for count in OWN]
+
+
+def run_with(engine, num_common, prompts=PROMPTS, params=PARAMS):
+    """Tokens and what was seen of each, of prompts that begin alike."""
+    rows = make_rows(prompts, params)
+    engine.generate_blocks(
+        [row.size for row in rows],
+        lambda places: [rows[place] for place in places],
+        num_common=num_common,
+    )
+    needed = by_tier(engine.times.predicted_peak)
+    for tier in Tier:
+        assert engine.ledger.peak(tier) <= needed[tier], tier
+    pairs = [zip(row.logprobs, row.checker.token_ids, strict=True) for row in rows]
+    seen = [[table[token].logprob for table, token in of_row] for of_row in pairs]
+    return [row.checker.token_ids for row in rows], seen
+
+
+def assert_sharing_changes_nothing(store, policy, folder) -> RunTimes:
+    engine = make_engine(open_store(store), policy, folder)
+    try:
+        (tokens, seen), *shared = (run_with(engine, n) for n in (0, NUM_COMMON, 33))
+        for found_tokens, found in shared:
+            assert found_tokens == tokens
+            for one, other in zip(found, seen, strict=True):
+                np.testing.assert_allclose(one, other, atol=2e-4)
+        assert_scores_are_the_same(engine)
+        return engine.times
+    finally:
+        engine.close()
+        assert list(folder.iterdir()) == []
+
+
+def assert_scores_are_the_same(engine) -> None:
+    alone, shared = (engine.score(PROMPTS, num_common=n) for n in (0, 33))
+    for one, other in zip(alone, shared, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    needed = by_tier(engine.times.predicted_peak)
+    for tier in Tier:
+        assert engine.ledger.peak(tier) <= needed[tier], tier
+
+
+CELLS = [
+    *itertools.product(PLACEMENTS, [Schedule.ZIGZAG], [(2, 2)]),
+    *itertools.product(["disk"], Schedule, [(5, 1), (1, 2)]),
+    ("mixed, activations on disk", Schedule.ROW_BY_ROW, (2, 3)),
+]
+
+
+@pytest.mark.parametrize(
+    ("placement", "schedule", "shape"), [in_group("prefixes", *cell) for cell in CELLS]
+)
+def test_sharing_changes_nothing_in_any_placement(
+    placement, schedule, shape, golden, tmp_path
+):
+    policy = policy_of(PLACEMENTS[placement], schedule, shape)
+    store = golden("opt-pre-ln").store
+    times = assert_sharing_changes_nothing(store, policy, tmp_path)
+    assert times.num_shared == 33
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_sharing_changes_nothing_in_any_variant(name, golden, tmp_path):
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (2, 2))
+    assert_sharing_changes_nothing(golden(name).store, policy, tmp_path)
+
+
+@settings(max_examples=8)
+@given(
+    st.tuples(placements(), placements(), placements()),
+    st.sampled_from(list(Schedule)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_sharing_changes_nothing_in_random_cells(
+    golden, tmp_path_factory, drawn, schedule, shape
+):
+    folder = tmp_path_factory.mktemp("spill")
+    policy = policy_of(drawn, schedule, shape)
+    assert_sharing_changes_nothing(golden("opt-pre-ln").store, policy, folder)
+
+
+@pytest.fixture
+def _apart(monkeypatch):
+    """The device has memory of its own, as a GPU has."""
+    monkeypatch.setattr(transport, "DeviceLink", ApartLink)
+    apart = Processor(is_host=False)
+    monkeypatch.setattr(engine_module, "processor_of", lambda device, **_: apart)
+
+
+@pytest.mark.usefixtures("_apart")
+@pytest.mark.parametrize("placement", ["host", "disk", "mixed, activations on disk"])
+def test_sharing_changes_nothing_on_a_device_with_memory_of_its_own(
+    placement, golden, tmp_path
+):
+    policy = policy_of(PLACEMENTS[placement], Schedule.ZIGZAG, (2, 2))
+    store = golden("opt-pre-ln").store
+    times = assert_sharing_changes_nothing(store, policy, tmp_path)
+    assert times.num_shared == 33
+
+
+HOST = Placement(host=1.0)
+
+
+@pytest.mark.usefixtures("_apart")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_cache": HOST, "host_attention": True},
+        {"attention_sparsity": 0.5},
+        {"batch_size": 1, "num_batches": 1},
+    ],
+    ids=str,
+)
+def test_where_a_prefix_cannot_be_shared_it_is_a_part_of_every_prompt(
+    changes, golden, tmp_path
+):
+    policy = dataclasses.replace(Policy(batch_size=2, num_batches=2), **changes)
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    assert run_with(engine, 0) == run_with(engine, NUM_COMMON)
+    assert engine.times.num_shared == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("placement", ["host", "mixed, activations on disk"])
+def test_a_quantized_cache_is_nearer_to_a_wide_one_behind_a_prefix(
+    bits, placement, golden, tmp_path
+):
+    """Which is not quantized: that would save nothing, being one row for all."""
+    policy = policy_of(PLACEMENTS[placement], Schedule.ZIGZAG, (2, 2))
+    store, seen = open_store(golden("opt-pre-ln").store), {}
+    # One token, so that all have seen the same.
+    params = dataclasses.replace(PARAMS, max_tokens=2, stop_token_ids=())
+    for name, num_common, how in (
+        ("wide", 0, {}),
+        ("quantized", 0, {"kv_cache_bits": bits, "group_size": 16}),
+        ("behind", NUM_COMMON, {"kv_cache_bits": bits, "group_size": 16}),
+    ):
+        engine = make_engine(store, dataclasses.replace(policy, **how), tmp_path)
+        _, found = run_with(engine, num_common, params=params)
+        seen[name] = np.array([logprobs[0] for logprobs in found])
+        engine.close()
+    off = {name: np.abs(seen[name] - seen["wide"]).sum() for name in seen}
+    assert off["behind"] < off["quantized"]
+
+
+def test_less_is_kept_and_less_is_predicted(golden, tmp_path):
+    policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (5, 1))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    peaks = []
+    for num_common in (0, NUM_COMMON):
+        run_with(engine, num_common)
+        needed = by_tier(engine.times.predicted_peak)[Tier.DEVICE]
+        peaks.append((engine.ledger.peak(Tier.DEVICE), needed))
+    engine.close()
+    (alone, alone_predicted), (shared, shared_predicted) = peaks
+    assert shared < alone
+    assert shared_predicted < alone_predicted
+
+
+def test_preempted_rows_still_begin_alike(golden, tmp_path):
+    policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (4, 2))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    found = []
+    for num_common in (0, NUM_COMMON):
+        rows = [
+            dataclasses.replace(row, index=index)
+            for index, length in enumerate([60, 1, 2, 1, 3, 60, 2, 1] * 3)
+            for row in make_rows(
+                [PROMPTS[index % 5]], dataclasses.replace(PARAMS, max_tokens=length)
+            )
+        ]
+        engine.generate_blocks(
+            [row.size for row in rows],
+            lambda places, rows=rows: [rows[place] for place in places],
+            num_common=num_common,
+        )
+        assert engine.times.num_preemptions > 0
+        found.append([row.checker.token_ids for row in rows])
+    engine.close()
+    assert found[0] == found[1]
+
+
+def test_prompts_that_do_not_begin_alike_any_more_are_refused(golden, tmp_path):
+    policy = policy_of(PLACEMENTS["host"], Schedule.ZIGZAG, (5, 1))
+    engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
+    prompts = [*PROMPTS, [COMMON[0] + 1, *PROMPTS[0][1:]]]
+    with pytest.raises(ValueError, match="were to share 40 tokens, but prompt 5 does"):
+        run_with(engine, NUM_COMMON, prompts)
+    assert run_with(engine, NUM_COMMON) == run_with(engine, NUM_COMMON)
+    engine.close()
+
+
+@given(
+    common=st.lists(st.integers(4, 6), max_size=8),
+    rests=st.lists(st.lists(st.integers(4, 6), min_size=1, max_size=5), max_size=5),
+    least=st.integers(1, 9),
+)
+def test_what_prompts_have_in_common_is_found(golden, common, rests, least):
+    checkpoint = golden("opt-pre-ln")
+    config = open_store(checkpoint.store).config
+    prompts = [common + rest for rest in rests]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts_module, "LEAST_SHARED", least)
+        maker = RowMaker(config, checkpoint.store, config.max_position_embeddings)
+        requests = Requests(maker, prompts, params=None, indices=None)
+        requests.sizes(lambda count: None)
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        alike = [len(set(column)) == 1 for column in columns]
+        expected = [*alike, False].index(False)
+        # The last token of a prompt is its own, however much of it others have.
+        shortest = min(map(len, prompts), default=1)
+        assert expected <= shortest - 1
+        is_worth_it = expected >= least and len(prompts) > 1
+        assert requests.num_shared == (expected if is_worth_it else 0)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_model_shares_by_itself_and_says_so(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts_module, "LEAST_SHARED", NUM_COMMON)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    with LLM(golden("opt-pre-ln").store, offload_dir=tmp_path) as llm:
+        found = llm.generate(PROMPTS, params)
+        assert llm.metrics["num_shared_tokens"] == NUM_COMMON
+        assert f"behind {NUM_COMMON} that all share" in llm.plan.reason
+        alone = [llm.generate([prompt], params)[0] for prompt in PROMPTS]
+        assert llm.metrics["num_shared_tokens"] == 0
+        shared = llm.score(PROMPTS)
+        assert llm.metrics["num_shared_tokens"] == NUM_COMMON - 1
+        scores = [llm.score([prompt])[0] for prompt in PROMPTS]
+        assert llm.metrics["num_shared_tokens"] == 0
+    for one, other in zip(shared, scores, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    for one, other in zip(found, alone, strict=True):
+        assert one.prompt_token_ids == other.prompt_token_ids
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
