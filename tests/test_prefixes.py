@@ -206,7 +206,7 @@ def test_preempted_rows_still_begin_alike(golden, tmp_path):
     for num_common in (0, NUM_COMMON):
         rows = [
             dataclasses.replace(row, index=index)
-            for index, length in enumerate([60, 1, 1, 1] * 3)
+            for index, length in enumerate([80, 1, 1, 1] * 3)
             for row in make_rows(
                 [PROMPTS[index % 5]], dataclasses.replace(PARAMS, max_tokens=length)
             )
