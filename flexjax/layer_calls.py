@@ -146,10 +146,14 @@ class LayerCalls:
             key, value = shared
             prefix = SharedPrefix(key, value, self._rows.start(PREFIX))
         if cell.step == 0:
-            # A prefix is one row for all: there is nothing to gain where it is kept.
-            cache_as = None if cell.batch == PREFIX else self._cache_as
             state, cache = prefill_step(
-                layer, state, start, prefix, config=config, cache_as=cache_as
+                layer,
+                state,
+                start,
+                prefix,
+                config=config,
+                cache_as=self._cache_as,
+                is_prefix=cell.batch == PREFIX,
             )
             self._add_values(cell, cache, start)
         else:

@@ -38,9 +38,8 @@ class PaddedPrompts:
         for place, prompt in enumerate(prompts):
             if list(prompt[:num_shared]) != shared:
                 raise ValueError(
-                    f"prompts were to share {num_shared} tokens, but prompt {place} of "
-                    "a block does not begin with them any more; leave prompts alone "
-                    "until the run has ended"
+                    f"prompts were said to share {num_shared} tokens, but those of a "
+                    "block do not"
                 )
             at = divmod(place, work.batch_size)
             start[at] = work.prompt_len + num_shared - len(prompt)

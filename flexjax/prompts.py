@@ -105,6 +105,11 @@ class CommonTokens:
             alike = [one == two for one, two in zip(self._tokens, prompt, strict=False)]
             del self._tokens[[*alike, False].index(False) :]
 
+    def begin(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt begins with what is shared."""
+        shared = (self._tokens or [])[: self.num_shared]
+        return list(prompt[: len(shared)]) == shared
+
     @property
     def num_shared(self) -> int:
         """How many are worth computing once; each prompt has at least one of its own.

@@ -205,7 +205,7 @@ class Requests:
         """New rows, given their places in `indices`.
 
         Raises:
-            ValueError: a prompt is no longer as long as it was.
+            ValueError: a prompt is no longer as long as it was, or begins otherwise.
         """
         rows = [self._row(self._indices[place]) for place in places]
         for row, place in zip(rows, places, strict=True):
@@ -214,6 +214,12 @@ class Requests:
                     f"{self._name(row.index)} had {self._sizes[place].prompt_len} "
                     f"tokens when it was first looked up, and has {len(row.prompt)} "
                     "now; leave prompts alone until the run has ended"
+                )
+            if not self._common.begin(row.prompt):
+                raise ValueError(
+                    f"{self._name(row.index)} does not begin any more as all prompts "
+                    "did when they were first looked up; leave prompts alone until the "
+                    "run has ended"
                 )
         return rows
 

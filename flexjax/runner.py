@@ -17,7 +17,7 @@ from flexjax.memory.lanes import Lane
 from flexjax.memory.link import HostLink, Lender
 from flexjax.memory.placed import PlacedArrays
 from flexjax.memory.placement import Rows as PlacedRows
-from flexjax.memory.routes import attends_apart, cache_routes
+from flexjax.memory.routes import DIRECT, cache_routes
 from flexjax.memory.spill import SpillFolder, sweep
 from flexjax.memory.tier import GatherStore, TierStore
 from flexjax.memory.transport import Transport
@@ -147,8 +147,7 @@ class BlockRunner:
     ) -> AttentionApart | None:
         """What attends apart from the layers' steps, if anything does."""
         policy = self._policy
-        device_is_host = self._transport.link.is_shared
-        if not attends_apart(policy, device_is_host=device_is_host):
+        if all(route == DIRECT for route in self._routes.values()):
             return None
         return AttentionApart(
             cache,

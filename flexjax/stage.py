@@ -182,7 +182,7 @@ class LayerStage:
         self._slots.clear()
 
     def _load_token_rows(self, step: int, batch: int) -> PlacedLoan:
-        with self._lanes.working(Lane.HIDDEN, f"token rows, batch {batch}"):
+        with self._lanes.working(Lane.HIDDEN, f"token rows, {_batch_name(batch)}"):
             rows = self._weights.token_rows(self._rows.token_ids(step, batch))
         return PlacedLoan({Tier.DEVICE: ((rows,),)})
 
@@ -197,8 +197,7 @@ class LayerStage:
         tensors, state = _tensors(parts), _state(given)
         segments = () if past is None else past.result().segments
         shared = () if prefix is None else _arrays(prefix)
-        # So that the call's time is its own:
-        jax.block_until_ready((tensors, segments, shared))
+        jax.block_until_ready((tensors, segments))  # so that the call's time is its own
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
             if not self._work.is_decoder(cell.layer):
                 return self._calls.head(cell, tensors, state)
@@ -269,7 +268,11 @@ class LayerStage:
 
 
 def _name(cell: Cell) -> str:
-    return f"step {cell.step}, layer {cell.layer}, batch {cell.batch}"
+    return f"step {cell.step}, layer {cell.layer}, {_batch_name(cell.batch)}"
+
+
+def _batch_name(batch: int) -> str:
+    return "prefix" if batch == PREFIX else f"batch {batch}"
 
 
 def _hidden_of(task: Future[Made]) -> Arrays:
@@ -283,7 +286,7 @@ def _arrays(slot: _Slot) -> Arrays:
     if slot.made is not None:
         return slot.made.result().cache
     assert slot.loaded is not None
-    (segment,) = slot.loaded.result().segments
+    (segment,) = jax.block_until_ready(slot.loaded.result().segments)
     return tuple(array for (array,) in segment)
 
 

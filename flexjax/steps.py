@@ -39,7 +39,7 @@ from flexjax.quant import (
     quantize,
 )
 from flexjax.sparse import SparsePast
-from flexjax.workload import prefill_rows, prefix_rows
+from flexjax.workload import PREFIX_ROWS, prefill_rows
 
 Hidden = Float[Array, "batch 1 seq hidden"]
 SCORE_CHUNK = 256  # tokens whose logits exist at the same time while scoring
@@ -64,7 +64,9 @@ def embed_step(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "cache_as"), donate_argnames="hidden"
+    jax.jit,
+    static_argnames=("config", "cache_as", "is_prefix"),
+    donate_argnames="hidden",
 )
 def prefill_step(
     params: Params,
@@ -74,10 +76,12 @@ def prefill_step(
     *,
     config: OPTConfig,
     cache_as: Quantization | None = None,
+    is_prefix: bool = False,
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on whole prompts; also returns the keys and values to cache.
 
-    Where there is a `prefix`, prompts stand behind it.
+    Where there is a `prefix`, prompts stand behind it; what `is_prefix` is cached as it
+    is attended to, being one row for all, and gives what it would in a cache.
 
     Where the cache is quantized, a prompt attends to what a later token will find
     there: so a prefill computes what decoding the same tokens would.
@@ -95,6 +99,12 @@ def prefill_step(
             return prefill_attention(query, key, value, start, prefix)
 
         out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
+        if is_prefix:
+            key, value = cache
+            return out[:, None], (
+                passed_through(key, cache_as),
+                passed_through(value, cache_as),
+            )
         return out[:, None], _kept(cache, cache_as)
 
     rows = prefill_rows(batch, seq)
@@ -136,12 +146,11 @@ def decode_step(
     query, new, cache = _project(params, hidden, config, cache_as)
     sparse, found = None, None
     if isinstance(beside, SharedPrefix):
-        found = in_groups(
-            functools.partial(attend_to_prefix, prefix=beside),
-            query,
-            prefix_rows(len(query)),
-            batch=len(query),
-        )
+        groups = [
+            attend_to_prefix(query[first : first + PREFIX_ROWS], beside)
+            for first in range(0, len(query), PREFIX_ROWS)
+        ]
+        found = jax.tree.map(lambda *parts: jnp.concatenate(parts), *groups)
     else:
         sparse = beside
     outs, first = [], 0

@@ -168,11 +168,6 @@ def wide_rows(num_rows: int) -> int:
     return _divisor(num_rows, WIDE_ROWS)
 
 
-def prefix_rows(num_rows: int) -> int:
-    """Rows whose tokens attend to a prefix at a time: a divisor of all."""
-    return _divisor(num_rows, PREFIX_ROWS)
-
-
 def _divisor(count: int, most: int) -> int:
     """The largest divisor of `count` up to `most`, but at least 1."""
     most = max(1, min(count, most))

@@ -15,6 +15,7 @@ from flexjax.llm import LLM
 from flexjax.memory import transport
 from flexjax.memory.processor import Processor
 from flexjax.metrics import RunTimes
+from flexjax.plan.predict import Job
 from flexjax.policy import Placement, Policy, Schedule, Tier
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams
@@ -148,7 +149,6 @@ HOST = Placement(host=1.0)
     [
         {"kv_cache": HOST, "host_attention": True},
         {"attention_sparsity": 0.5},
-        {"batch_size": 1, "num_batches": 1},
     ],
     ids=str,
 )
@@ -164,25 +164,15 @@ def test_where_a_prefix_cannot_be_shared_it_is_a_part_of_every_prompt(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("placement", ["host", "mixed, activations on disk"])
-def test_a_quantized_cache_is_nearer_to_a_wide_one_behind_a_prefix(
+def test_a_prefix_gives_what_it_would_in_a_quantized_cache(
     bits, placement, golden, tmp_path
 ):
-    """Which is not quantized: that would save nothing, being one row for all."""
+    """So that nothing depends on what other prompts are in the call."""
     policy = policy_of(PLACEMENTS[placement], Schedule.ZIGZAG, (2, 2))
-    store, seen = open_store(golden("opt-pre-ln").store), {}
-    # One token, so that all have seen the same.
-    params = dataclasses.replace(PARAMS, max_tokens=2, stop_token_ids=())
-    for name, num_common, how in (
-        ("wide", 0, {}),
-        ("quantized", 0, {"kv_cache_bits": bits, "group_size": 16}),
-        ("behind", NUM_COMMON, {"kv_cache_bits": bits, "group_size": 16}),
-    ):
-        engine = make_engine(store, dataclasses.replace(policy, **how), tmp_path)
-        _, found = run_with(engine, num_common, params=params)
-        seen[name] = np.array([logprobs[0] for logprobs in found])
-        engine.close()
-    off = {name: np.abs(seen[name] - seen["wide"]).sum() for name in seen}
-    assert off["behind"] < off["quantized"]
+    policy = dataclasses.replace(policy, kv_cache_bits=bits, group_size=16)
+    store = golden("opt-pre-ln").store
+    times = assert_sharing_changes_nothing(store, policy, tmp_path, scores=True)
+    assert times.num_shared == 33
 
 
 def test_less_is_kept_and_less_is_predicted(golden, tmp_path):
@@ -222,11 +212,24 @@ def test_preempted_rows_still_begin_alike(golden, tmp_path):
     assert found[0] == found[1]
 
 
-def test_prompts_that_do_not_begin_alike_any_more_are_refused(golden, tmp_path):
+def test_prompts_that_do_not_begin_alike_any_more_are_named(
+    golden, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prompts_module, "LEAST_SHARED", 2)
+    prompts = [[5, 6, 7], [5, 6, 8]]
+    with LLM(golden("opt-pre-ln").store, offload_dir=tmp_path) as llm:
+        requests = Requests(llm._rows, prompts, params=None, indices=None)
+        requests.sizes(lambda count: None)
+        prompts[1] = [5, 4, 8]
+        with pytest.raises(ValueError, match="prompt 1 does not begin any more as all"):
+            requests.rows([0, 1])
+
+
+def test_prompts_that_do_not_begin_alike_are_refused(golden, tmp_path):
     policy = policy_of(PLACEMENTS["host"], Schedule.ZIGZAG, (5, 1))
     engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
     prompts = [[COMMON[0] + 1, *PROMPTS[0][1:]], *PROMPTS[1:]]
-    with pytest.raises(ValueError, match="were to share 40 tokens, but prompt 4 of a"):
+    with pytest.raises(ValueError, match="were said to share 40 tokens"):
         run_with(engine, NUM_COMMON, prompts)
     assert run_with(engine, NUM_COMMON) == run_with(engine, NUM_COMMON)
     engine.close()
@@ -254,6 +257,15 @@ def test_what_prompts_have_in_common_is_found(golden, common, rests, least):
         assert expected <= shortest - 1
         is_worth_it = expected >= least and len(prompts) > 1
         assert requests.num_shared == (expected if is_worth_it else 0)
+
+
+def test_a_plan_for_prompts_that_share_does_for_those_that_share_less():
+    jobs = [
+        Job(prompt_len=own, gen_len=8, num_prompts=9, num_shared=shared)
+        for own, shared in ((128, 1200), (128, 1199), (64, 0))
+    ]
+    first, *others = jobs
+    assert all(first.joined(job) == first for job in others)
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -22,7 +22,7 @@ from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import Bytes, peak_bytes
 from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
 from flexjax.sparse import kept_slots
-from flexjax.workload import WIDE_ROWS, Workload, prefill_rows, prefix_rows
+from flexjax.workload import PREFIX_ROWS, WIDE_ROWS, Workload, prefill_rows
 
 
 def weights_at_home(weights: WeightLayout) -> dict[tuple[Tier, Kind], int]:
@@ -119,6 +119,9 @@ class RunFootprint:
             row_bytes = max(work.prompt_len, MAX_TAIL_SLOTS) * slot_bytes
             # As many stripes as can be under way: their number grows with the tokens.
             nbytes = passing_bytes(rows, row_bytes, stripes=MOST_PASSING)
+            # All of a prefix is one stripe, and stores pass one after the other.
+            prefix_bytes = work.prefix_len * self.of_prefix.cache_slot_bytes // 2
+            nbytes = max(nbytes, prefix_bytes)
             # What is loaded passes too once a tail was written behind the prompt.
             is_short = work.gen_len <= tail_slots(rows * slot_bytes)
             yield Kind.KV_CACHE, nbytes if is_short else 2 * nbytes
@@ -191,9 +194,9 @@ class RunFootprint:
         slots, config = self.work.prefix_len, self.config
         if not slots:
             return 0
-        queries = query_chunk(seq, slots)
-        if seq == 1:
-            queries = prefix_rows(self.work.batch_size)
+        is_prefill = seq == self.work.prompt_len
+        at_once = min(PREFIX_ROWS, self.work.batch_size)
+        queries = query_chunk(seq, slots) if is_prefill else at_once
         wide = slots * config.hidden_size * 4 if self._itemsize < 4 else 0
         return config.num_attention_heads * queries * slots * 4 + wide
 

@@ -43,19 +43,10 @@ def cache_routes(policy: Policy, *, device_is_host: bool) -> dict[Tier, Route]:
     }
 
 
-def attends_apart(policy: Policy, *, device_is_host: bool) -> bool:
-    """Whether some caches are not attended to in the step of a layer."""
-    routes = cache_routes(policy, device_is_host=device_is_host)
-    return any(route != DIRECT for route in routes.values())
-
-
 def shares_prefixes(policy: Policy, *, device_is_host: bool) -> bool:
     """Whether a block computes only once what all its prompts begin with.
 
-    Not where attention is sparse, or on the host, or there is nobody to share with.
+    Not where attention is sparse, or on the host of a device.
     """
-    return (
-        policy.block_size > 1
-        and policy.attention_sparsity == 1
-        and not attends_apart(policy, device_is_host=device_is_host)
-    )
+    on_host = policy.host_attention and not device_is_host
+    return policy.attention_sparsity == 1 and not on_host

@@ -17,6 +17,11 @@ from flexjax.schedule.resources import Resource, Seconds, add_seconds
 from flexjax.sparse import kept_slots
 from flexjax.workload import Workload, prefill_rows
 
+# As long as so many reads it takes XLA on a CPU to multiply with keys and values of 16
+# bits beside the products themselves, since it makes them wide first: of 10 MB 1.9 ms
+# for 2 rows to 64, where attention reads 22 GB/s (2 cores with AVX-512).
+WIDE_READS = 4
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunCosts:
@@ -80,6 +85,7 @@ class RunCosts:
         else:
             seconds[Resource.COMPUTE] += self._layer_s(work.batch_size)
             seconds[Resource.COMPUTE] += self._prefix_s(work.batch_size)
+            seconds[Resource.COMPUTE] += self._read_prefix_s
             add_seconds(seconds, self._attention(cell))
         return seconds
 
@@ -204,6 +210,14 @@ class RunCosts:
         hidden_size, slots = self.weights.config.hidden_size, self.work.prefix_len
         flops = prefix_attention_flops(num_tokens, slots, hidden_size)
         return flops / self.hardware.prefill_attention_flops_per_s
+
+    @functools.cached_property
+    def _read_prefix_s(self) -> float:
+        """To read the prefix in a decode call, once for all rows."""
+        slot_bytes = self.run.of_prefix.cache_slot_bytes
+        reads = WIDE_READS if self.run.device_is_host else 1
+        nbytes = reads * self.work.prefix_len * slot_bytes
+        return nbytes / self.hardware.attention_bytes_per_s[WHOLE_BITS]
 
     def _layer_s(self, rows: int) -> float:
         """Of all but attention in a call of a decoder layer."""

@@ -19,7 +19,8 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
 
     Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, or in
     place of each `blocks_per_layer` blocks of the head; two caches; and two hidden
-    states, or of one batch, whose hidden state stays, one and what is made of it.
+    states, or of one batch, whose hidden state stays, one and what is made of it; and
+    the same of a prefix, as of one batch.
 
     Args:
         sizes: of a run.

@@ -214,9 +214,11 @@ def check_job(job: Job, config: OPTConfig) -> None:
     """
     for field in dataclasses.fields(Job):
         count = getattr(job, field.name)
-        if count < 1 and field.name != "num_shared":
-            raise ValueError(f"{field.name} is {count}, expected at least 1")
-    length, most = job.prompt_len + job.gen_len, config.max_position_embeddings
+        least = 0 if field.name == "num_shared" else 1
+        if count < least:
+            raise ValueError(f"{field.name} is {count}, expected at least {least}")
+    length = job.num_shared + job.prompt_len + job.gen_len
+    most = config.max_position_embeddings
     if length > most:
         raise ValueError(
             f"prompt_len and gen_len make {length} tokens, but the model has {most} "

@@ -56,23 +56,10 @@ class Job:
         return max(1.0, self.num_prompts / policy.block_size)
 
     def joined(self, other: "Job") -> "Job":
-        """A job that asks for as much as either, of everything.
-
-        What not both share with their own, none shares.
-        """
-        jobs = [job for job in (self, other) if job.num_prompts]
-        if len({job.num_shared for job in jobs}) > 1:
-            jobs = [job._unshared() for job in jobs]
-        return Job(
-            **{
-                field.name: max((getattr(job, field.name) for job in jobs), default=0)
-                for field in dataclasses.fields(Job)
-            }
-        )
-
-    def _unshared(self) -> "Job":
-        prompt_len = bucket(self.prompt_len + self.num_shared)
-        return dataclasses.replace(self, prompt_len=prompt_len, num_shared=0)
+        """A job that asks for as much as either, of everything."""
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        names = [field.name for field in dataclasses.fields(Job)]
+        return Job(**dict(zip(names, map(max, mine, others), strict=True)))
 
 
 def job_of(lengths: Sequence[int], gen_len: int, num_shared: int = 0) -> Job:

@@ -132,7 +132,7 @@ def _pipeline(
     before it is through with one. Only at the end of such a step it is freed at once,
     after everything else that the next cell needs was asked for. At most
     `layers_ahead + 1` layers' weights, or as much of smaller ones, two caches and two
-    hidden states are on the device.
+    hidden states are on the device, and of a prefix two caches and one state.
     """
     turn = next(turns, None)
     if turn is None:

@@ -125,16 +125,19 @@ def test_attention_on_the_host_takes_a_round_trip_and_the_host_s_own_rates(bits)
     assert found[Resource.HOST_ATTENTION] == pytest.approx(expected)
 
 
-@given(policy=policies(), hardware=hardware_drawn)
+@given(policy=policies(), hardware=hardware_drawn, shared=num_shared)
 @settings(deadline=None)
-def test_seconds_of_mixed_placements_are_within_a_tensor_and_a_row(policy, hardware):
+def test_seconds_of_mixed_placements_are_within_a_tensor_and_a_row(
+    policy, hardware, shared
+):
     """By one tensor's bytes in every step, and one row's in every pair of calls."""
-    costs, sizes, form = run_of(policy, hardware)
+    costs, sizes, form = run_of(policy, hardware, num_shared=shared)
     work, weights = costs.work, sizes.weights
     tensor = max(entry.nbytes for entry in weights.tensors.values())
     # How much of the table of logits travels, and in how many blocks, is rounded too.
     tensor += weights.tensors[CONFIG.head_table].nbytes
     row = work.cache_slots(work.gen_len) * sizes.cache_slot_bytes
+    row += work.prefix_len * sizes.of_prefix.cache_slot_bytes
     hidden = 2 * work.num_decoder_layers * work.prompt_len * sizes.hidden_bytes
     found, exact = form.prefill.at(shares_of(policy)), steps_s(costs, [0])
     for resource, rate, slack in (
