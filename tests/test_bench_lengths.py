@@ -53,7 +53,6 @@ def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
         (): {"seconds": 2.0, "predicted_s": 2.2, "parts": [3, 4]},
         ("--as-one",): {"seconds": 5.0, "predicted_s": None, "parts": []},
     }
-    monkeypatch.setattr(module, "calibrated", lambda *_: None)
     report = compare(module.WAYS, runs, tmp_path / "lengths.json", monkeypatch)
     assert "parts: 2; 2.0 s, predicted 2.2 s; as one 5.0 s: 2.50 times as long" in (
         capsys.readouterr().out
@@ -67,6 +66,7 @@ def test_both_runs_are_compared(tmp_path, monkeypatch, capsys):
 
 def compare(ways, runs, path, monkeypatch):
     """What is written of runs that are told beforehand, by their switches."""
+    monkeypatch.setattr(two_ways, "calibrated", lambda *_: None)
     monkeypatch.setattr(two_ways, "ensure_can_cap", lambda cap_bytes: None)
     monkeypatch.setattr(two_ways, "weights_folder", lambda name: None)
     monkeypatch.setattr(

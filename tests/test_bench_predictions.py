@@ -115,6 +115,7 @@ def test_a_policy_is_predicted_and_run(tmp_path):
         "prompt_len": PROMPT_LEN,
         "gen_len": GEN_LEN,
         "num_prompts": 2,
+        "num_shared": 0,
     }
     measured = found["measured"]
     total_s = measured["prefill_s"] + measured["decode_s"]

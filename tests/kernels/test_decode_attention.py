@@ -154,7 +154,7 @@ def test_attention_is_a_softmax_over_what_may_be_seen(
     seed=st.integers(0, 1000),
     heads=st.integers(1, 4),
     slots=st.sampled_from([1, 63, 200]),
-    scale=st.sampled_from([0.1, 1, 10]),
+    scale=st.sampled_from([0.1, 1]),
 )
 @settings(max_examples=20)
 def test_attention_goes_on_from_what_was_found_elsewhere(
