@@ -75,7 +75,7 @@ class RunFootprint:
 
     @functools.cached_property
     def of_prefix(self) -> "RunFootprint":
-        """Of the work on the prefix, which is not quantized."""
+        """Of the work on the prefix, whose keys and values are kept wide."""
         policy = dataclasses.replace(self.policy, kv_cache_bits=None)
         work = self.work.of_prefix
         return dataclasses.replace(self, work=work, policy=policy, skipped=0)
