@@ -60,7 +60,7 @@ def drawn(seed, rows, inputs, outputs, how):
 
 
 @given(**PRODUCTS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_product_is_that_of_the_wide_weights(
     seed, rows, halves, outputs, bits, group_size
 ):
@@ -127,7 +127,7 @@ def test_what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_zero():
 
 
 @given(**PRODUCTS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     seed, rows, halves, outputs, bits, group_size
 ):
