@@ -23,7 +23,7 @@ MIXED = [1500] * 20 + [60] * 5000
 
 @pytest.fixture(scope="module")
 def allowed():
-    return [(find_model("facebook/opt-6.7b", platform="cpu").model(Policy()), Policy())]
+    return [(find_model("facebook/opt-2.7b", platform="cpu").model(Policy()), Policy())]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_few_long_prompts_do_not_slow_down_all_others(allowed, cut):
         second.job,
         layers_ahead=whole.layers_ahead,
     )
-    assert second.prediction.total_s < under_whole.total_s / 3
+    assert second.prediction.total_s < under_whole.total_s / 2
     assert second == dataclasses.replace(
         best_plan(allowed, HARDWARE, second.job)[0], prediction=second.prediction
     )
@@ -81,7 +81,7 @@ def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
 
 def test_what_is_longer_than_any_memory_is_refused(allowed):
     small = dataclasses.replace(
-        HARDWARE, device_memory_bytes=10**9, host_memory_bytes=10**9
+        HARDWARE, device_memory_bytes=10**8, host_memory_bytes=10**8
     )
     with pytest.raises(ValueError, match="not even one prompt of 2048 tokens fits"):
         plan_parts(allowed, small, [2000, 5, 5], gen_len=GEN_LEN)
