@@ -9,7 +9,8 @@ from flexjax.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 FIRST_ORDINARY_ID = 4  # OPT's; those before it have a meaning of their own
-# Tokens from which on what prompts have in common is worth steps of its own.
+# Fewer that prompts have in common are left where they are: they would save little
+# beside what it takes to compile steps for their shapes.
 LEAST_SHARED = 64
 
 

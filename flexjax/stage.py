@@ -196,7 +196,7 @@ class LayerStage:
     ) -> Made:
         tensors, state = _tensors(parts), _state(given)
         segments = () if past is None else past.result().segments
-        shared = () if prefix is None else _arrays(prefix)
+        shared = () if prefix is None else _prefix_arrays(prefix)
         jax.block_until_ready((tensors, segments))  # so that the call's time is its own
         with self._lanes.working(Lane.DISPATCH, _name(cell)):
             if not self._work.is_decoder(cell.layer):
@@ -281,7 +281,7 @@ def _hidden_of(task: Future[Made]) -> Arrays:
     return (hidden,)
 
 
-def _arrays(slot: _Slot) -> Arrays:
+def _prefix_arrays(slot: _Slot) -> Arrays:
     """Key and value of the one row of a prefix, made or loaded."""
     if slot.made is not None:
         return slot.made.result().cache

@@ -180,12 +180,15 @@ def placements(draw) -> Placement:
     return Placement(device=device, host=host)
 
 
-@settings(max_examples=8)
-@given(
+random_cells = given(
     st.tuples(placements(), placements(), placements()),
     st.sampled_from(list(Schedule)),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )
+
+
+@settings(max_examples=8)
+@random_cells
 def test_random_cells_give_hugging_faces_answers(
     golden, tmp_path_factory, drawn, schedule, shape
 ):

@@ -27,8 +27,8 @@ from tests.test_engine import (
     in_group,
     make_engine,
     make_rows,
-    placements,
     policy_of,
+    random_cells,
 )
 
 PARAMS = dataclasses.replace(GREEDY, max_tokens=6)
@@ -110,11 +110,7 @@ def test_sharing_changes_nothing_in_any_variant(name, golden, tmp_path):
 
 
 @settings(max_examples=3)
-@given(
-    st.tuples(placements(), placements(), placements()),
-    st.sampled_from(list(Schedule)),
-    st.tuples(st.integers(1, 3), st.integers(1, 3)),
-)
+@random_cells
 def test_sharing_changes_nothing_in_random_cells(
     golden, tmp_path_factory, drawn, schedule, shape
 ):

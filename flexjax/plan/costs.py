@@ -215,7 +215,8 @@ class RunCosts:
     def _read_prefix_s(self) -> float:
         """To read the prefix in a decode call, once for all rows."""
         slot_bytes = self.run.of_prefix.cache_slot_bytes
-        reads = WIDE_READS if self.run.device_is_host else 1
+        is_widened = self.run.device_is_host and self.weights.dtype.itemsize < 4
+        reads = WIDE_READS if is_widened else 1
         nbytes = reads * self.work.prefix_len * slot_bytes
         return nbytes / self.hardware.attention_bytes_per_s[WHOLE_BITS]
 

@@ -233,7 +233,7 @@ class _Prefix:
         """Loads what the cells of a layer need that was made in an earlier round."""
         if round_number > 0 and self._has_cache(layer):
             yield Load(Cache(layer, PREFIX), step)
-        elif round_number == layer == 0 < self._num_layers:
+        elif (round_number, layer) == (0, 0) and self._num_layers > 0:
             self._has_hidden = True
             yield Load(Hidden(PREFIX), step)
 
