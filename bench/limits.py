@@ -11,6 +11,7 @@ from bench.cases import Case
 from bench.compute_limit import ComputeLimit, mean_limit, measure_compute
 from bench.copy_routes import compare_routes
 from bench.disk_limit import DiskRate, measure_read, measure_write
+from flexjax.arrangement import shape_of
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.layout import WeightLayout, lay_out
 from flexjax.memory.link import Device, processor_of
@@ -94,9 +95,9 @@ def setting_of(
         policy=case.policy,
         work=layout.workload(
             case.policy,
+            shape_of(case.policy, case.policy.block_size),
             prompt_len=case.prompt_len,
             gen_len=case.gen_len,
-            num_rows=case.policy.block_size,
         ),
         layout=layout,
         disk_tensors=on_disk or [*layout.tiers],

@@ -26,6 +26,7 @@ from bench.report_values import bits_in_words
 from bench.step_shapes import workspace_bytes
 from bench.synthetic import weights_folder
 from checkpoints_tools.resolve import resolve_for
+from flexjax.arrangement import shape_of
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import WeightStore, open_store
 from flexjax.cli import run_command
@@ -114,7 +115,10 @@ def compare(
         metrics = llm.metrics
     layout = model.layout(policy, hardware.processor)
     work = layout.workload(
-        policy, prompt_len=prompt_len, gen_len=gen_len, num_rows=job.num_prompts
+        policy,
+        shape_of(policy, job.num_prompts),
+        prompt_len=prompt_len,
+        gen_len=gen_len,
     )
     counted = metrics["peak_bytes"]
     workspace = workspace_bytes(policy, work, layout)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexjax.arrangement import Block
 from flexjax.logprobs import (
     ScoreState,
     TokenLogprobs,
@@ -23,7 +24,7 @@ from flexjax.padded_prompts import PaddedPrompts
 from flexjax.policy import Kind, Tier
 from flexjax.sampling import make_controls, penalize, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
-from flexjax.schedule.ops import PREFIX, Cell
+from flexjax.schedule.ops import Cell, is_prefix
 from flexjax.steps import head_step, score_step
 from flexjax.stopping import StopChecker
 from flexjax.workload import Workload, bucket
@@ -65,39 +66,33 @@ class Row:
 class GenerateRows:
     """Rows that generate: logits of the last slot become the next token.
 
-    The first `num_shared` tokens are the same in all. A block ends when its rows have
-    ended, or earlier where `is_worth_preempting` says so, given them and how many had
-    ended, summed over the steps so far.
+    A block ends when its rows have ended, or earlier where `is_worth_preempting` says
+    so, given them and how many had ended, summed over the steps so far.
     """
 
     last_only = True
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        block: Block[Row],
         work: Workload,
         layout: WeightLayout,
         *,
-        num_shared: int,
         seed: int,
         ledger: Ledger,
         on_tokens: Callable[[int], None],
         is_worth_preempting: Callable[[Sequence[Row], int], bool],
     ) -> None:
-        self._rows, self._head = rows, layout.head
+        self._rows, self._head = block.rows, layout.head
         config = layout.config
         self._ledger, self._on_tokens = ledger, on_tokens
         self._is_worth_preempting = is_worth_preempting
         self._num_steps = [0] * work.num_batches  # that each batch has its tokens of
         self._num_idle, self._is_over = 0, False
-        self._padded = PaddedPrompts(
-            [row.tokens for row in rows], work, config.pad_token_id, num_shared
-        )
+        prompts = block.of([row.tokens for row in self._rows])
+        self._padded = PaddedPrompts(prompts, work, config.pad_token_id)
         self._batches = [
-            _BatchSampler(
-                rows[first : first + work.batch_size], work, config, seed=seed
-            )
-            for first in range(0, len(rows), work.batch_size)
+            _BatchSampler(rows, work, config, seed=seed) for rows in block.batches
         ]
         self._logits: dict[int, list[jax.Array]] = {}
 
@@ -250,27 +245,23 @@ def _entry(
 class ScoreRows:
     """Rows that are scored: logits of every slot become one log-probability each.
 
-    With `num_shared`, one token more than these is the same in all, so that even the
-    last of them is scored once.
+    Where they share what they begin with, one token more is the same in all, so that
+    even the last that is shared is scored once.
     """
 
     last_only = False
 
     def __init__(
         self,
-        sequences: Sequence[Sequence[int]],
+        sequences: Block[Sequence[int]],
         work: Workload,
         layout: WeightLayout,
-        *,
-        num_shared: int,
     ) -> None:
-        self._head, self._batch_size = layout.head, work.batch_size
-        self._sequences, self._num_shared = sequences, num_shared
+        self._head, self._work, self._sequences = layout.head, work, sequences
         pad_token_id = layout.config.pad_token_id
-        self._padded = PaddedPrompts(sequences, work, pad_token_id, num_shared)
+        self._padded = PaddedPrompts(sequences, work, pad_token_id)
         self._states: dict[int, ScoreState] = {}
-        self._scores: dict[int, np.ndarray] = {}
-        self._prefix_scores: jax.Array | None = None  # [1, slots]
+        self._scores: dict[int, jax.Array | np.ndarray] = {}
 
     def token_ids(self, step: int, batch: int) -> np.ndarray:
         del step
@@ -286,8 +277,8 @@ class ScoreRows:
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
     ) -> Any:
         following = np.roll(self._padded.token_ids(cell.batch), -1, axis=1)
-        if cell.batch == PREFIX:
-            following[:, -1] = self._sequences[0][self._num_shared]
+        if is_prefix(cell.batch):
+            following[:, -1] = self._behind(cell.batch)
         targets = jnp.asarray(following)
         state = self._states.pop(cell.batch, None)
         if state is None:
@@ -298,9 +289,14 @@ class ScoreRows:
             self._states[cell.batch] = state
             return done
         scores = finish_score(state)
-        if cell.batch == PREFIX:
-            self._prefix_scores = scores
+        if is_prefix(cell.batch):
+            self._scores[cell.batch] = scores
         return scores
+
+    def _behind(self, prefix: int) -> int:
+        """The token that comes in all rows behind what they share."""
+        batch = self._work.prefix_ends[~prefix] - 1
+        return self._sequences.batches[batch][0][self._sequences.num_shared[~prefix]]
 
     def take(self, batch: int, scores: Any) -> None:
         """Keeps the finished scores of a batch."""
@@ -317,12 +313,14 @@ class ScoreRows:
 
     def results(self) -> list[np.ndarray]:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`."""
-        shared, found = np.empty(0, np.float32), []
-        if self._prefix_scores is not None:
-            shared = np.asarray(self._prefix_scores)[0, -self._num_shared :]
-        for place, sequence in enumerate(self._sequences):
-            batch, row = divmod(place, self._batch_size)
-            scores = self._scores[batch][row]
-            num_own = len(sequence) - len(shared)
-            found.append(np.concatenate([shared, scores[len(scores) - num_own : -1]]))
+        found = []
+        for number, batch in enumerate(self._sequences.batches):
+            shared, prefix = np.empty(0, np.float32), self._work.prefix_of(number)
+            if prefix is not None:
+                count = self._sequences.shared_by(number)
+                shared = np.asarray(self._scores[prefix])[0, -count:]
+            scored = np.asarray(self._scores[number])
+            for scores, sequence in zip(scored, batch, strict=False):
+                first = len(scores) - (len(sequence) - len(shared))
+                found.append(np.concatenate([shared, scores[first:-1]]))
         return found

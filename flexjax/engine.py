@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import pathlib
 import threading
 from collections import Counter
@@ -11,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from flexjax.arrangement import Block, Group, blocks_of, one_block
 from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
 from flexjax.checkpoint import WeightStore
-from flexjax.memory.capacity import free_bytes, give_back_freed, shortage
 from flexjax.memory.footprint import run_peak_bytes, weights_at_home
 from flexjax.memory.layout import lay_out
 from flexjax.memory.link import Device, processor_of
+from flexjax.memory.room import Room
+from flexjax.memory.routes import shares_prefixes
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
@@ -24,7 +25,7 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.preemption import Waiting
 from flexjax.runner import BlockRunner
 from flexjax.schedule.footprint import Bytes
-from flexjax.workload import MOST_LAYERS_AHEAD, Workload, longest_first, looking_ahead
+from flexjax.workload import MOST_LAYERS_AHEAD, Workload, looking_ahead
 
 CLOSED = "this model is closed; make a new one to run it again"
 
@@ -62,7 +63,6 @@ class Engine:
         self.config, self.policy, self._seed = store.config, policy, seed
         self._running, self._closed = threading.Lock(), False
         self._layers_ahead = layers_ahead
-        self._device, self._offload_dir = device, offload_dir
         processor = processor_of(device, is_quantized=store.quantization is not None)
         self._device_is_host = processor.is_host
         layout = lay_out(
@@ -70,8 +70,6 @@ class Engine:
         )
         homes = weights_at_home(layout)
         del homes[Tier.DISK, Kind.WEIGHTS]  # where the store is already
-        if refusal := self._shortage(homes):
-            raise ValueError(refusal)
         with contextlib.ExitStack() as undo:
             self._transport = Transport(device, keeps_spans=keeps_spans)
             undo.callback(self._transport.close)
@@ -80,6 +78,11 @@ class Engine:
                 self._transport.timeline,
             )
             self.times = RunTimes(self.ledger, self.timeline)
+            self._room = Room(
+                device, offload_dir, self.ledger, device_is_host=processor.is_host
+            )
+            if refusal := self._room.shortage(homes):
+                raise ValueError(refusal)
             self._runner = BlockRunner(policy, self._transport, offload_dir)
             undo.callback(self._runner.close)
             self.weights = PlacedWeights(
@@ -111,7 +114,7 @@ class Engine:
         on_rows: Callable[[Sequence[Row]], object] = lambda rows: None,
         on_tokens: Callable[[int], None] = lambda count: None,
         may_preempt: bool = True,
-        num_common: int = 0,
+        groups: Sequence[Group] = (),
     ) -> None:
         """Runs rows that are there until they have ended.
 
@@ -125,25 +128,30 @@ class Engine:
             on_tokens: called whenever a batch has tokens, with their number.
             may_preempt: whether rows may go on in another block; else each block takes
                 as long as its last row.
-            num_common: tokens with which all prompts begin, fewer than any has; where
-                attention can share them, they are computed once a block.
+            groups: of rows whose prompts begin alike, with fewer tokens than any has;
+                where attention can share these, they are computed once a block. Every
+                row is in one of them, if there are any.
 
         Raises:
             ValueError: the policy does not fit.
             OSError: a transfer failed; the message names what and where.
         """
-        places = longest_first([size.prompt_len for size in sizes])
-        blocks = _blocks(places, self.policy)
-        workload = functools.partial(self._workload, num_common=num_common)
-        works = [workload([sizes[place] for place in block]) for block in blocks]
-        num_shared = num_common if any(work.prefix_len for work in works) else 0
+        groups = self._sharing(groups, len(sizes))
+        blocks = blocks_of(groups, [size.prompt_len for size in sizes], self.policy)
+        works = [
+            self._workload(block.of([sizes[i] for i in block.rows])) for block in blocks
+        ]
+        num_shared = groups[0].num_shared if len(groups) == 1 else 0
+
+        def alike(sizes: Sequence[RowSize], **ahead: int) -> Workload:
+            """Of rows that are preempted, whatever their group."""
+            return self._workload(one_block(sizes, self.policy, num_shared), **ahead)
 
         def count(num_tokens: int) -> None:
             self.times.num_tokens += num_tokens
             on_tokens(num_tokens)
 
         with self._call(works, scores=False) as layers_ahead:
-            self.times.num_shared = num_shared
             planned = {looking_ahead(work, layers_ahead) for work in works}
             waiting = Waiting(
                 blocks,
@@ -151,20 +159,22 @@ class Engine:
                 policy=self.policy,
                 num_shared=num_shared,
                 fits=self._fits_room(
-                    sizes, functools.partial(workload, layers_ahead=layers_ahead)
+                    sizes, functools.partial(alike, layers_ahead=layers_ahead)
                 ),
                 may_preempt=may_preempt,
             )
-            while rows := waiting.next_block():
-                work = workload([row.size for row in rows], layers_ahead=layers_ahead)
+            while block := waiting.next_block():
+                rows = block.rows
+                work = self._workload(
+                    block.of([row.size for row in rows]), layers_ahead=layers_ahead
+                )
                 if work not in planned:
                     self._clear()  # what is kept of other sizes is not reckoned with
                     self.times.expect(self.predict(work, scores=False))
                 sampler = GenerateRows(
-                    rows,
+                    block,
                     work,
                     self.weights.layout,
-                    num_shared=num_shared,
                     seed=self._seed,
                     ledger=self.ledger,
                     on_tokens=count,
@@ -173,6 +183,7 @@ class Engine:
                 self._runner.run(work, sampler, self.weights, self.times)
                 if work not in planned:
                     self._clear()
+                self.times.num_shared += block.num_spared
                 self.times.num_preemptions += waiting.preempt(rows)
                 on_rows([row for row in rows if row.has_ended])
 
@@ -181,12 +192,12 @@ class Engine:
         sequences: Sequence[Sequence[int]],
         on_tokens: Callable[[int], None] = lambda count: None,
         *,
-        num_common: int = 0,
+        groups: Sequence[Group] = (),
     ) -> list[np.ndarray]:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`.
 
-        With `num_common`, one token more than these begins all sequences, and they are
-        scored once a block, as `generate_blocks` computes them once.
+        With `groups`, as of `generate_blocks`, one token more than these share begins
+        all sequences of each.
 
         Raises:
             ValueError: as `generate`; or attention is sparse.
@@ -199,24 +210,25 @@ class Engine:
                 "with attention_sparsity=1.0"
             )
         lengths = [len(sequence) for sequence in sequences]
-        blocks = _blocks(longest_first(lengths), self.policy)
-        sizes = [[RowSize(lengths[place], 1) for place in block] for block in blocks]
-        workload = functools.partial(
-            self._workload, num_common=num_common, scores_prefix=True
-        )
-        works = [workload(each) for each in sizes]
-        num_shared = num_common if any(work.prefix_len for work in works) else 0
+        groups = self._sharing(groups, len(sequences))
+        blocks = blocks_of(groups, lengths, self.policy)
+        works = [
+            dataclasses.replace(
+                self._workload(block.of([RowSize(lengths[i], 1) for i in block.rows])),
+                scores_prefixes=True,
+            )
+            for block in blocks
+        ]
         results: dict[int, np.ndarray] = {}
         with self._call(works, scores=True) as layers_ahead:
-            self.times.num_shared = num_shared
-            for block, each in zip(blocks, sizes, strict=True):
-                work = workload(each, layers_ahead=layers_ahead)
-                chosen = [sequences[i] for i in block]
-                layout = self.weights.layout
-                rows = ScoreRows(chosen, work, layout, num_shared=num_shared)
-                self._runner.run(work, rows, self.weights, self.times)
-                results.update(zip(block, rows.results(), strict=True))
-                on_tokens(sum(lengths[i] for i in block))
+            for block, work in zip(blocks, works, strict=True):
+                ahead, places = looking_ahead(work, layers_ahead), block.rows
+                chosen = block.of([sequences[i] for i in places])
+                rows = ScoreRows(chosen, ahead, self.weights.layout)
+                self._runner.run(ahead, rows, self.weights, self.times)
+                self.times.num_shared += block.num_spared
+                results.update(zip(places, rows.results(), strict=True))
+                on_tokens(sum(lengths[i] for i in places))
         return [results[i] for i in range(len(sequences))]
 
     def predict(self, work: Workload, *, scores: bool) -> dict[tuple[Tier, Kind], int]:
@@ -232,22 +244,28 @@ class Engine:
 
     def _workload(
         self,
-        sizes: Sequence[RowSize],
+        block: Block[RowSize],
         *,
         layers_ahead: int = MOST_LAYERS_AHEAD,
-        num_common: int = 0,
-        scores_prefix: bool = False,
     ) -> Workload:
-        """A block of rows of such sizes, which begin with so many equal tokens."""
+        """A block of rows of such sizes."""
         work = self.weights.layout.workload(
             self.policy,
-            prompt_len=max(size.prompt_len for size in sizes) - num_common,
-            gen_len=max(size.max_tokens for size in sizes),
-            num_rows=len(sizes),
-            num_shared=num_common,
+            block.shape,
+            prompt_len=max(
+                max(size.prompt_len for size in batch) - block.shared_by(number)
+                for number, batch in enumerate(block.batches)
+            ),
+            gen_len=max(size.max_tokens for size in block.rows),
+            num_shared=max(block.num_shared),
         )
-        ahead = looking_ahead(work, layers_ahead)
-        return dataclasses.replace(ahead, scores_prefix=scores_prefix)
+        return looking_ahead(work, layers_ahead)
+
+    def _sharing(self, groups: Sequence[Group], num_rows: int) -> Sequence[Group]:
+        """Groups that are heeded: all rows as one where attention cannot share."""
+        if groups and shares_prefixes(self.policy, device_is_host=self._device_is_host):
+            return groups
+        return [Group(0, range(num_rows))]
 
     def _fits_room(
         self,
@@ -256,37 +274,22 @@ class Engine:
     ) -> Callable[[Sequence[RowSize]], bool]:
         """Tells whether a block needs no more memory than a call may take.
 
-        It may take what its blocks need, or if that was free when it began, also what
-        one needs whose prompts have become as long as they can. So nothing else that
-        goes on meanwhile changes what comes out.
+        It may take what its blocks need, or if that is free, also what one needs whose
+        prompts have become as long as they can.
         """
-        free = Counter(free_bytes(self._device, self._offload_dir))
-        for tier, kind in itertools.product(Tier, Kind):
-            free[self._memory(tier)] += self.ledger.held(tier, kind)
-        planned = Counter(self.times.predicted_peak)
-        num_rows = min(len(sizes), self.policy.block_size)
 
-        @functools.cache
-        def room() -> Counter[Tier]:
-            most = max(sum(size) for size in sizes)
-            longest = workload([RowSize(most, 1)] * num_rows)
-            hoped = planned | Counter(self.predict(longest, scores=False))
-            is_free = shortage(hoped, free, device_is_host=self._device_is_host) is None
-            found: Counter[Tier] = Counter()
-            for (tier, _), nbytes in (hoped if is_free else planned).items():
-                found[self._memory(tier)] += nbytes
-            return found
+        def longest() -> Bytes:
+            most = RowSize(max(sum(size) for size in sizes), 1)
+            rows = [most] * min(len(sizes), self.policy.block_size)
+            return self.predict(workload(rows), scores=False)
+
+        takes = self._room.still_takes(self.times.predicted_peak, longest)
 
         @functools.cache
         def fits(work: Workload) -> bool:
-            peak = self.predict(work, scores=False)
-            return shortage(peak, room(), device_is_host=self._device_is_host) is None
+            return takes(self.predict(work, scores=False))
 
         return lambda sizes: fits(workload(sizes))
-
-    def _memory(self, tier: Tier) -> Tier:
-        """The tier that stands for the memory of one, which may be that of two."""
-        return Tier.DEVICE if tier is Tier.HOST and self._device_is_host else tier
 
     def _start(self, works: Sequence[Workload], *, scores: bool) -> int:
         """Refuses a call that does not fit before it does.
@@ -301,24 +304,11 @@ class Engine:
             peak = Counter(weights_at_home(self.weights.layout))
             for work in dict.fromkeys(ahead):
                 peak |= Counter(self.predict(work, scores=scores))
-            refusal = self._shortage(
-                {key: peak[key] - self.ledger.held(*key) for key in peak}
-            )
+            refusal = self._room.shortage(self._room.beyond_held(peak))
             if refusal is None:
                 self.times = RunTimes(self.ledger, self.timeline, dict(peak))
                 return layers_ahead
         raise ValueError(refusal)
-
-    def _shortage(self, needed: Bytes) -> str | None:
-        """What is not free of `needed`, even if all that was freed is given back."""
-        if self._not_free(needed) is None:
-            return None
-        give_back_freed()
-        return self._not_free(needed)
-
-    def _not_free(self, needed: Bytes) -> str | None:
-        free = free_bytes(self._device, self._offload_dir)
-        return shortage(needed, free, device_is_host=self._device_is_host)
 
     @contextlib.contextmanager
     def _call(self, works: Sequence[Workload], *, scores: bool) -> Iterator[int]:
@@ -342,8 +332,3 @@ class Engine:
         """Gives back the buffers that are kept from block to block."""
         self.weights.clear()
         self._runner.clear()
-
-
-def _blocks[T](rows: Sequence[T], policy: Policy) -> list[Sequence[T]]:
-    size = policy.block_size
-    return [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -14,7 +14,7 @@ from flexjax.memory.placed import Arrays
 from flexjax.models.config import OPTConfig
 from flexjax.models.opt import Params, unflatten
 from flexjax.quant import Quantization
-from flexjax.schedule.ops import PREFIX, Cache, Cell, Hidden
+from flexjax.schedule.ops import Cache, Cell, Hidden, is_prefix
 from flexjax.sparse import SparsePast
 from flexjax.steps import (
     decode_step,
@@ -30,7 +30,7 @@ Tensors = dict[str, jax.Array]  # the weights of a layer and of what comes with 
 
 
 class Rows(Protocol):
-    """The rows of a block, as the stage sees them; `PREFIX` is a batch of one row."""
+    """The rows of a block, as the stage sees them; a prefix is a batch of one."""
 
     last_only: bool  # whether the head reads the last slot alone
 
@@ -141,10 +141,10 @@ class LayerCalls:
         params, layer = _cut(tensors, cell)
         state = self._enter(cell, params, state)
         config, start = self._config, self._rows.start(cell.batch)
-        prefix = None
-        if shared:
+        prefix, number = None, self._work.prefix_of(cell.batch)
+        if number is not None:
             key, value = shared
-            prefix = SharedPrefix(key, value, self._rows.start(PREFIX))
+            prefix = SharedPrefix(key, value, self._rows.start(number))
         if cell.step == 0:
             state, cache = prefill_step(
                 layer,
@@ -153,7 +153,7 @@ class LayerCalls:
                 prefix,
                 config=config,
                 cache_as=self._cache_as,
-                is_prefix=cell.batch == PREFIX,
+                is_prefix=is_prefix(cell.batch),
             )
             self._add_values(cell, cache, start)
         else:
@@ -227,7 +227,7 @@ class LayerCalls:
     def _leave(self, cell: Cell, params: Params, made: Made) -> Made:
         """What the decoder layer of `cell` gives: the final norm is the last one's."""
         is_last = cell.layer == self._work.num_decoder_layers - 1
-        if is_last and (cell.batch != PREFIX or self._work.scores_prefix):
+        if is_last and (self._work.scores_prefixes or not is_prefix(cell.batch)):
             last_only = self._rows.last_only
             made.hidden = made.done = final_step(
                 params, made.hidden, config=self._config, last_only=last_only

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from checkpoints_tools.progress import progress_bar
 from checkpoints_tools.resolve import resolve_for
+from flexjax.arrangement import Group
 from flexjax.blocks import Row
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
@@ -25,9 +26,10 @@ from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
 from flexjax.policy_args import AUTO
-from flexjax.prompts import CommonTokens, Prompt, as_list, items
+from flexjax.prompts import Prompt, as_list, items
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
+from flexjax.shared_prefixes import SharedPrefixes
 from flexjax.tokenizer import Tokenizer
 
 
@@ -219,8 +221,6 @@ class LLM:
         )
         with self._bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
-        num_common = requests.num_shared
-        lengths = [size.prompt_len - num_common for size in sizes]
         asked = [size.max_tokens for size in sizes]
         with self._bar(sum(asked), "generating") as bar:
 
@@ -229,7 +229,7 @@ class LLM:
                     bar.total -= row.params.max_tokens - len(row.checker.token_ids)
                 on_outputs(requests.outputs(rows))
 
-            def run(engine: Engine, places: Sequence[int]) -> None:
+            def run(engine: Engine, places: Sequence[int], alike: list[Group]) -> None:
                 bar.unpause()  # whatever it took to plan and to load
                 engine.generate_blocks(
                     [sizes[place] for place in places],
@@ -237,15 +237,15 @@ class LLM:
                     on_rows=give,
                     on_tokens=_updates(bar, engine, on_tokens),
                     may_preempt=math.isinf(block_latency_s),
-                    num_common=num_common,
+                    groups=alike,
                 )
 
             max_tokens = max(asked, default=1)
             self.metrics = self._planned.run(
-                lengths,
+                [size.prompt_len for size in sizes],
                 max_tokens,
                 run,
-                num_shared=num_common,
+                groups=requests.groups(self._batch_size),
                 most_block_s=block_latency_s,
             )
 
@@ -271,24 +271,33 @@ class LLM:
             for index, ids in enumerate(as_list(token_ids))
         ]
         scores = [np.empty(0, np.float32)] * len(sequences)
-        common = CommonTokens()
+        shared = SharedPrefixes()
         for sequence in sequences:
-            common.add(sequence)
+            shared.add(sequence)
         # What follows the last token that is shared has to be the same too.
-        num_common = max(0, common.num_shared - 1)
-        lengths = [len(sequence) - num_common for sequence in sequences]
-        with self._bar(sum(map(len, sequences)), "scoring") as bar:
+        groups = [
+            group._replace(num_shared=max(0, group.num_shared - 1))
+            for group in shared.groups(1, self._batch_size)
+        ]
+        lengths = list(map(len, sequences))
+        with self._bar(sum(lengths), "scoring") as bar:
 
-            def run(engine: Engine, places: Sequence[int]) -> None:
+            def run(engine: Engine, places: Sequence[int], alike: list[Group]) -> None:
                 bar.unpause()
                 chosen = [sequences[place] for place in places]
                 update = _updates(bar, engine)
-                found = engine.score(chosen, update, num_common=num_common)
+                found = engine.score(chosen, update, groups=alike)
                 for place, values in zip(places, found, strict=True):
                     scores[place] = values
 
-            self.metrics = self._planned.run(lengths, 1, run, num_shared=num_common)
+            self.metrics = self._planned.run(lengths, 1, run, groups=groups)
         return scores
+
+    @property
+    def _batch_size(self) -> int | None:
+        """Of the policy, if one was given."""
+        policy = self._planned.policy
+        return None if policy is None or self._planned.is_auto else policy.batch_size
 
     def _bar(self, total: int, label: str, unit: str = "token") -> tqdm:
         return progress_bar(total, label, unit, is_shown=self._progress)

@@ -59,8 +59,8 @@ class RunTimes:
             steps of all blocks in a row.
         num_tokens: tokens that prompts asked for and got; padding does not count.
         num_preemptions: how often a row was left to a later block.
-        num_shared: tokens with which all prompts began and that each block computed
-            once.
+        num_shared: tokens of prompts that were not computed for them, since another
+            one of their block begins with them too.
         predicted_peak: bytes, of each kind what the block that needs most of it was
             predicted to need.
     """
@@ -155,7 +155,7 @@ def joined_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "seconds": seconds,
         "num_tokens": num_tokens,
         "num_preemptions": sum(report["num_preemptions"] for report in reports),
-        "num_shared_tokens": max(report["num_shared_tokens"] for report in reports),
+        "num_shared_tokens": sum(report["num_shared_tokens"] for report in reports),
         "tokens_per_s": num_tokens / seconds if seconds else 0.0,
         "slowest": max(Lane, key=lambda lane: busy_s[lane.value]).value,
         "bytes_moved": dict(_added(report["bytes_moved"] for report in reports)),

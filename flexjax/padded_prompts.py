@@ -6,58 +6,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.schedule.ops import PREFIX
+from flexjax.arrangement import Block
 from flexjax.workload import Workload
 
 
 class PaddedPrompts:
-    """Prompts of a block, left-padded, in batches; the last batch is filled up.
+    """Prompts of a block, left-padded; batches that are not full are filled up.
 
     Args of the constructor:
         prompts: whole ones.
-        work: the block's shape.
+        work: the block's shape; what its batches share are rows of their own.
         pad_token_id: what they are filled up with.
-        num_shared: with how many tokens all of them begin; these are a row of their
-            own, `PREFIX`.
 
     Raises:
-        ValueError: they do not begin with the same `num_shared` tokens.
+        ValueError: prompts that are to share what they begin with do not.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        work: Workload,
-        pad_token_id: int,
-        num_shared: int,
+    def __init__[Tokens: Sequence[int]](
+        self, prompts: Block[Tokens], work: Workload, pad_token_id: int
     ) -> None:
-        size = (work.num_batches, work.batch_size)
-        self._ids = np.full((*size, work.prompt_len), pad_token_id, np.int32)
-        start = np.full(size, work.prompt_len - 1, np.int32)
-        shared = list(prompts[0][:num_shared])
-        for place, prompt in enumerate(prompts):
-            if list(prompt[:num_shared]) != shared:
-                raise ValueError(
-                    f"prompts were said to share {num_shared} tokens, but those of a "
-                    "block do not"
-                )
-            at = divmod(place, work.batch_size)
-            start[at] = work.prompt_len + num_shared - len(prompt)
-            self._ids[at][start[at] :] = prompt[num_shared:]
-        self._start = {number: jnp.asarray(batch) for number, batch in enumerate(start)}
-        self._origin = {
-            number: jnp.asarray(batch - num_shared)
-            for number, batch in enumerate(start)
-        }
-        if num_shared:
-            first = work.prefix_len - num_shared
-            self._prefix = np.full((1, work.prefix_len), pad_token_id, np.int32)
-            self._prefix[0, first:] = shared
-            self._start[PREFIX] = self._origin[PREFIX] = jnp.asarray([first], jnp.int32)
+        self._pad_token_id = pad_token_id
+        self._ids: dict[int, np.ndarray] = {}
+        self._start: dict[int, jax.Array] = {}
+        self._origin: dict[int, jax.Array] = {}
+        shared: dict[int, list[int]] = {}
+        for number, batch in enumerate(prompts.batches):
+            count, prefix = 0, work.prefix_of(number)
+            if prefix is not None:
+                count = prompts.shared_by(number)
+                begin = shared.setdefault(prefix, list(batch[0][:count]))
+                if any(list(prompt[:count]) != begin for prompt in batch):
+                    raise ValueError(
+                        f"prompts of a block are to begin with the same {count} tokens "
+                        "and do not, or not any more; leave prompts alone until the "
+                        "run has ended"
+                    )
+            own = [prompt[count:] for prompt in batch]
+            self._add(number, own, (work.batch_size, work.prompt_len), before=count)
+        for prefix, begin in shared.items():
+            self._add(prefix, [begin], (1, work.prefix_len), before=0)
+
+    def _add(
+        self,
+        batch: int,
+        rows: Sequence[Sequence[int]],
+        size: tuple[int, int],
+        *,
+        before: int,
+    ) -> None:
+        """Pads `rows`, before each of which so many tokens stand."""
+        ids = np.full(size, self._pad_token_id, np.int32)
+        start = np.full(size[0], size[1] - 1, np.int32)
+        for place, tokens in enumerate(rows):
+            start[place] = size[1] - len(tokens)
+            ids[place, start[place] :] = tokens
+        self._ids[batch], self._start[batch] = ids, jnp.asarray(start)
+        self._origin[batch] = jnp.asarray(start - before)
 
     def token_ids(self, batch: int) -> np.ndarray:
         """Int32 `[batch, slots]`."""
-        return self._prefix if batch == PREFIX else self._ids[batch]
+        return self._ids[batch]
 
     def start(self, batch: int) -> jax.Array:
         """See `Rows.start`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from flexjax.arrangement import Group, within
 from flexjax.checkpoint import WeightStore
 from flexjax.engine import CLOSED, Engine
 from flexjax.memory.capacity import give_back_freed
@@ -19,7 +20,8 @@ from flexjax.memory.lanes import Span
 from flexjax.memory.link import Device
 from flexjax.metrics import joined_reports, metrics_report
 from flexjax.placement_report import placement_report
-from flexjax.plan.auto import Asked, Choice, choose_policies
+from flexjax.plan.auto import Choice, choose_policies
+from flexjax.plan.parts import Asked, asks
 from flexjax.plan.predict import NOTHING, Prediction, combined
 from flexjax.plan.report import format_seconds, prediction_to_json
 from flexjax.policy import Kind, Policy, Tier, to_json
@@ -45,6 +47,7 @@ class PlannedEngine:
         loading: see `Loading`.
 
     Attributes:
+        is_auto: whether policies are planned.
         policy: of the engine; None before there is one.
         choice: how it was planned, if it was.
         spans: what every lane did in the last run; empty unless they are kept.
@@ -64,10 +67,10 @@ class PlannedEngine:
     ) -> None:
         self._store, self._device, self._offload_dir = store, device, offload_dir
         self._seed, self._keeps_spans, self._loading = seed, keeps_spans, loading
-        self._is_auto, self._planned_for = policy is None, NOTHING
+        self.is_auto, self._planned_for = policy is None, NOTHING
         self._lock, self._is_closed = threading.Lock(), False
         self._running_in: int | None = None  # the thread that holds the lock
-        self._chosen_for: list[int] = []  # lengths of prompts, the longest first
+        self._chosen_for: Asked | None = None  # the longest first
         self._was_cut = False  # into parts, when it was planned last
         self.spans: list[Span] = []
         self._layers_ahead = MOST_LAYERS_AHEAD
@@ -82,9 +85,9 @@ class PlannedEngine:
         self,
         lengths: Sequence[int],
         gen_len: int,
-        run: Callable[[Engine, Sequence[int]], object],
+        run: Callable[[Engine, Sequence[int], list[Group]], object],
         *,
-        num_shared: int = 0,
+        groups: Sequence[Group],
         most_block_s: float = math.inf,
     ) -> dict[str, Any]:
         """Runs prompts under the policy that was given, or under what is planned.
@@ -92,11 +95,12 @@ class PlannedEngine:
         One call runs at a time, since a plan may replace the engine.
 
         Args:
-            lengths: tokens of each prompt, beyond those that all share.
+            lengths: tokens of each prompt.
             gen_len: tokens to generate for each, at most.
-            run: called with the engine and the places in `lengths` of what it is to
-                run: once, or once for each plan, the longest prompts first.
-            num_shared: tokens with which all prompts begin.
+            run: called with the engine, the places in `lengths` of what it is to run,
+                and the groups of these: once, or once for each plan, the longest
+                prompts first.
+            groups: of all prompts.
             most_block_s: seconds that a block may take where policies are searched.
 
         Returns:
@@ -107,7 +111,9 @@ class PlannedEngine:
             OSError: the disk failed.
             MemoryError: what was planned to fit does not; the message has the account.
         """
-        asked = Asked(lengths, gen_len, num_shared, most_block_s)
+        wanted = [(Asked(lengths, gen_len, 0, 0, most_block_s), range(len(lengths)))]
+        if self.is_auto:
+            wanted = asks(lengths, gen_len, groups, most_block_s)
         reports: list[dict[str, Any]] = []
         parts: list[dict[str, Any]] = []
         predictions: list[tuple[float, Prediction]] = []
@@ -115,14 +121,16 @@ class PlannedEngine:
             if self._is_closed:
                 raise ValueError(CLOSED)
             self.spans = []
-            for places in self._parts(asked):
+            for asked, chosen in self._parts(wanted):
                 assert self.engine is not None
                 assert self.policy is not None
-                self._run_part(functools.partial(run, self.engine, places), self.engine)
-                reports.append(metrics_report(self.engine.times, self.engine.ledger))
+                places, engine = list(chosen), self.engine
+                alike = within(groups, places)
+                self._run_part(functools.partial(run, engine, places, alike), engine)
+                reports.append(metrics_report(engine.times, engine.ledger))
                 what = {"num_prompts": len(places), "policy": to_json(self.policy)}
                 parts.append(what | reports[-1])
-                if prediction := self._prediction_of(places, asked):
+                if prediction := self._prediction_of(asked):
                     predictions.append((1.0, prediction))
         report = joined_reports(reports)
         if len(parts) > 1:
@@ -131,57 +139,71 @@ class PlannedEngine:
             report["predicted"] = prediction_to_json(combined(predictions))
         return report
 
-    def _prediction_of(self, places: Sequence[int], asked: Asked) -> Prediction | None:
+    def _prediction_of(self, asked: Asked) -> Prediction | None:
         """What was predicted of just these prompts, if they were planned for."""
         plan = None if self.choice is None else self.choice.plan
-        planned = plan and (plan.job.gen_len, plan.job.num_shared)
-        if plan is None or planned != (asked.gen_len, asked.num_shared):
-            return None
-        ran = sorted((asked.lengths[place] for place in places), reverse=True)
-        return plan.prediction if ran == self._chosen_for else None
+        in_order = asked._replace(lengths=sorted(asked.lengths, reverse=True))
+        return plan.prediction if plan and in_order == self._chosen_for else None
 
     def _run_part(self, run: Callable[[], object], engine: Engine) -> None:
         before = engine.timeline.spans
         try:
             run()
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if self._is_auto and _is_shortage(error):
+            if self.is_auto and _is_shortage(error):
                 raise MemoryError(_account(engine)) from error
             raise
         finally:
             if engine.timeline.spans is not before:  # else it was refused
                 self.spans += engine.timeline.spans
 
-    def _parts(self, asked: Asked) -> Iterator[Sequence[int]]:
-        """Places of what runs under one policy, each when the engine has it."""
+    def _parts(
+        self, wanted: Sequence[tuple[Asked, Sequence[int]]]
+    ) -> Iterator[tuple[Asked, Sequence[int]]]:
+        """What runs under one policy, and its places, each when the engine has it."""
+        for asked, places in wanted:
+            for chosen in self._parts_of(asked, is_one_of_many=len(wanted) > 1):
+                lengths = [asked.lengths[number] for number in chosen]
+                yield (
+                    asked._replace(lengths=lengths),
+                    [places[number] for number in chosen],
+                )
+
+    def _parts_of(
+        self, asked: Asked, *, is_one_of_many: bool
+    ) -> Iterator[Sequence[int]]:
+        """The parts of prompts that are planned for together."""
         lengths, most_block_s = asked.lengths, asked.most_block_s
         if not most_block_s > 0:
             raise ValueError(
                 f"block_latency_s is {most_block_s!r}, expected more than 0 seconds"
             )
         if math.isfinite(most_block_s):
-            if not self._is_auto:
+            if not self.is_auto:
                 raise ValueError(
                     "block_latency_s bounds what is planned, but there is a policy; "
                     "leave out one of them"
                 )
-            yield from self._cut(asked)
+            yield from self._cut(asked, is_one_of_many=is_one_of_many)
             return
         job = asked.job
         wanted = self._planned_for.joined(job)
-        if not self._is_auto or wanted == self._planned_for:
+        if not self.is_auto or wanted == self._planned_for:
             yield range(len(lengths))
-        elif wanted == job or self._was_cut:
-            yield from self._cut(asked)
+        elif wanted == job or self._was_cut or is_one_of_many:
+            yield from self._cut(asked, is_one_of_many=is_one_of_many)
         else:  # what was asked for before may be again
-            several = [wanted.prompt_len] * wanted.num_prompts
-            (choice,) = self._choose(
-                Asked(several, wanted.gen_len, wanted.num_shared, most_block_s)
+            several = Asked(
+                [wanted.prompt_len] * wanted.num_prompts,
+                wanted.gen_len,
+                wanted.num_shared,
+                wanted.rows_per_prefix,
             )
-            self._take(choice, for_lengths=several)
+            (choice,) = self._choose(several)
+            self._take(choice, several)
             yield range(len(lengths))
 
-    def _cut(self, asked: Asked) -> Iterator[Sequence[int]]:
+    def _cut(self, asked: Asked, *, is_one_of_many: bool) -> Iterator[Sequence[int]]:
         """The parts of just these prompts, the longest first."""
         lengths = asked.lengths
         rest, is_first = longest_first(lengths), True
@@ -189,11 +211,12 @@ class PlannedEngine:
             choices = self._choose(
                 asked._replace(lengths=[lengths[place] for place in rest])
             )
-            self._was_cut = not is_first or len(choices) > 1
+            self._was_cut = is_one_of_many or not is_first or len(choices) > 1
             for number, choice in enumerate(choices):
                 places = rest[: choice.job.num_prompts]
+                part = asked._replace(lengths=[lengths[place] for place in places])
                 try:
-                    self._take(choice, for_lengths=[lengths[place] for place in places])
+                    self._take(choice, part)
                 except ValueError:
                     if number == 0:
                         raise
@@ -252,8 +275,8 @@ class PlannedEngine:
             )
         return choices
 
-    def _take(self, choice: Choice, *, for_lengths: list[int]) -> None:
-        """Makes the engine run under what was chosen."""
+    def _take(self, choice: Choice, asked: Asked) -> None:
+        """Makes the engine run under what was chosen for what was asked."""
         # What was searched takes long, or is far from what a user would expect.
         level = logging.INFO if choice.plan is None else logging.WARNING
         logger.log(level, "%s", choice.reason)
@@ -262,7 +285,7 @@ class PlannedEngine:
             self._stop()
             self._start(choice.policy, ahead)
         self.choice, self._planned_for = choice, choice.job
-        self._chosen_for = for_lengths
+        self._chosen_for = asked
 
     def _stop(self) -> None:
         if self.engine is not None:

@@ -11,6 +11,7 @@ import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from flexjax.arrangement import Block, one_block
 from flexjax.blocks import Row, RowSize
 from flexjax.policy import Policy, Schedule
 from flexjax.workload import bucket
@@ -23,7 +24,7 @@ class Waiting:
 
     Args of the constructor:
         blocks: places of the rows to be made, in the order in which they run.
-        make_rows: makes the rows of a block.
+        make_rows: makes rows, given their places.
         policy: that blocks run under.
         fits: whether there is memory for a block of rows of such sizes; if so, also for
             one of fewer of them.
@@ -34,7 +35,7 @@ class Waiting:
 
     def __init__(
         self,
-        blocks: Iterable[Sequence[int]],
+        blocks: Iterable[Block[int]],
         make_rows: Callable[[Sequence[int]], Sequence[Row]],
         *,
         policy: Policy,
@@ -43,8 +44,8 @@ class Waiting:
         may_preempt: bool = True,
     ) -> None:
         self._blocks, self._make_rows = deque(blocks), make_rows
-        self._num_to_make = sum(map(len, self._blocks))
-        self._block_size, self._fits = policy.block_size, fits
+        self._num_to_make = sum(len(block.rows) for block in self._blocks)
+        self._policy, self._fits = policy, fits
         self._num_shared = num_shared
         # Steps are compiled for a size of batches, so few sizes are to occur.
         self._quantum = -(-policy.batch_size // NUM_SIZES)
@@ -56,23 +57,26 @@ class Waiting:
         )
         self._preempted: list[Row] = []
 
-    def next_block(self) -> Sequence[Row]:
-        """The rows of the next block, taken away from here; none when there are none.
+    def next_block(self) -> Block[Row] | None:
+        """The next block, whose rows are taken away from here; None if there is none.
 
         Preempted rows come when they fill a block, or when nothing else is left.
         """
-        if self._blocks and len(self._preempted) < self._block_size:
-            places = self._blocks.popleft()
+        if self._blocks and len(self._preempted) < self._policy.block_size:
+            block = self._blocks.popleft()
+            places = block.rows
             self._num_to_make -= len(places)
-            return self._make_rows(places)
+            return block.of(self._make_rows(places))
+        if not self._preempted:
+            return None
         longest_first = sorted(self._preempted, key=lambda row: -row.size.prompt_len)
         count = self._num_that_fit([row.size for row in longest_first])
         self._preempted = longest_first[count:]
-        return longest_first[:count]
+        return one_block(longest_first[:count], self._policy, self._num_shared)
 
     def _num_that_fit(self, sizes: Sequence[RowSize]) -> int:
         """How many of the first of these rows a block takes."""
-        most = min(len(sizes), self._block_size)
+        most = min(len(sizes), self._policy.block_size)
         step = self._quantum
         counts = [*range(1, min(step, most)), *range(step, most, step), most]
         place = bisect.bisect_left(

@@ -4,6 +4,7 @@ import pathlib
 
 from checkpoints_tools.hub import download_tokenizer
 from checkpoints_tools.progress import progress_bar
+from flexjax.arrangement import Group
 from flexjax.models.config import OPTConfig, published_name
 from flexjax.prompt_file import PromptFile
 from flexjax.row_maker import Requests, RowMaker
@@ -12,10 +13,8 @@ from flexjax.sampling_params import SamplingParams
 
 def prompt_lengths(
     path: pathlib.Path, model: str, config: OPTConfig, gen_len: int
-) -> tuple[list[int], int]:
-    """Tokens of each prompt of a file, the longest first; and what all share.
-
-    The lengths are of what comes behind so many tokens with which all begin.
+) -> tuple[list[int], list[Group]]:
+    """Tokens of each prompt of a file, and which prompts begin alike.
 
     Args:
         path: of the file, see `PromptFile`.
@@ -38,8 +37,7 @@ def prompt_lengths(
         requests = Requests(maker, prompts, params=params, indices=None)
         with progress_bar(len(requests), "reading", "prompt") as bar:
             sizes = requests.sizes(bar.update)
-    shared = requests.num_shared
-    return sorted((size.prompt_len - shared for size in sizes), reverse=True), shared
+    return [size.prompt_len for size in sizes], requests.groups()
 
 
 def _tokenizer_folder(path: pathlib.Path, model: str) -> pathlib.Path:

@@ -9,9 +9,6 @@ from flexjax.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 FIRST_ORDINARY_ID = 4  # OPT's; those before it have a meaning of their own
-# Fewer that prompts have in common are left where they are: they would save little
-# beside what it takes to compile steps for their shapes.
-LEAST_SHARED = 64
 
 
 def as_list(prompts: Any) -> list[Any]:
@@ -87,35 +84,3 @@ def checked_ids(name: str, ids: list[Any], vocab_size: int) -> list[int]:
                 f"0..{vocab_size - 1}"
             )
     return [int(token) for token in ids]
-
-
-class CommonTokens:
-    """With how many tokens all of many prompts begin, which are told one by one."""
-
-    def __init__(self) -> None:
-        self._tokens: list[int] | None = None
-        self._num_prompts, self._shortest = 0, 0
-
-    def add(self, prompt: Sequence[int]) -> None:
-        if self._tokens is None:
-            self._tokens, self._shortest = list(prompt), len(prompt)
-        self._num_prompts += 1
-        self._shortest = min(self._shortest, len(prompt))
-        count = len(self._tokens)
-        if list(prompt[:count]) != self._tokens:  # seldom, where they are many
-            alike = [one == two for one, two in zip(self._tokens, prompt, strict=False)]
-            del self._tokens[[*alike, False].index(False) :]
-
-    def begin(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt begins with what is shared."""
-        shared = (self._tokens or [])[: self.num_shared]
-        return list(prompt[: len(shared)]) == shared
-
-    @property
-    def num_shared(self) -> int:
-        """How many are worth computing once; each prompt has at least one of its own.
-
-        None where they are few, or where there is nobody to share them with.
-        """
-        found = min(len(self._tokens or ()), self._shortest - 1)
-        return found if found >= LEAST_SHARED and self._num_prompts > 1 else 0

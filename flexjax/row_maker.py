@@ -6,12 +6,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flexjax.arrangement import Group
 from flexjax.blocks import Row, RowSize
 from flexjax.models.config import OPTConfig
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.prompt_file import PromptFile
-from flexjax.prompts import CommonTokens, Prompt, checked_ids, items, one_for_each
+from flexjax.prompts import Prompt, checked_ids, items, one_for_each
 from flexjax.sampling_params import SamplingParams
+from flexjax.shared_prefixes import SharedPrefixes
 from flexjax.stopping import StopChecker
 from flexjax.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
@@ -166,7 +168,7 @@ class Requests:
         if indices is not None:
             self._indices = [operator.index(index) for index in indices]
         self._sizes: list[RowSize] = []
-        self._common = CommonTokens()
+        self._shared = SharedPrefixes()
         if len(set(self._indices)) < len(self._indices):
             raise ValueError("indices has a prompt twice; give each once")
         for index in self._indices:
@@ -191,21 +193,25 @@ class Requests:
         share = functools.cache(RowSize)  # a few values, for millions of prompts
         for index in self._indices:
             row = self._row(index)
-            self._common.add(row.prompt)
+            self._shared.add(row.prompt)
             self._sizes.append(share(*row.size))
             on_prompts(1)
         return self._sizes
 
-    @property
-    def num_shared(self) -> int:
-        """Tokens with which all prompts begin, see `CommonTokens`; after `sizes`."""
-        return self._common.num_shared
+    def groups(self, batch_size: int | None = None) -> list[Group]:
+        """Groups of all rows, see `SharedPrefixes`; after `sizes`.
+
+        Args:
+            batch_size: if there is a policy.
+        """
+        gen_len = max((size.max_tokens for size in self._sizes), default=1)
+        return self._shared.groups(gen_len, batch_size)
 
     def rows(self, places: Sequence[int]) -> list[Row]:
         """New rows, given their places in `indices`.
 
         Raises:
-            ValueError: a prompt is no longer as long as it was, or begins otherwise.
+            ValueError: a prompt is no longer as long as it was.
         """
         rows = [self._row(self._indices[place]) for place in places]
         for row, place in zip(rows, places, strict=True):
@@ -214,12 +220,6 @@ class Requests:
                     f"{self._name(row.index)} had {self._sizes[place].prompt_len} "
                     f"tokens when it was first looked up, and has {len(row.prompt)} "
                     "now; leave prompts alone until the run has ended"
-                )
-            if not self._common.begin(row.prompt):
-                raise ValueError(
-                    f"{self._name(row.index)} does not begin any more as all prompts "
-                    "did when they were first looked up; leave prompts alone until the "
-                    "run has ended"
                 )
         return rows
 

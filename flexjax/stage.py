@@ -15,7 +15,7 @@ from flexjax.memory.placed import Arrays, PlacedArrays, PlacedLoan
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import Loans, PlacedWeights
 from flexjax.policy import Kind, Tier
-from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights, is_prefix
 from flexjax.workload import Workload
 
 
@@ -96,7 +96,9 @@ class LayerStage:
         key = Cache(cell.layer, cell.batch)
         cache, attended = self._slots.get(key), None
         past = None if cache is None else cache.loaded
-        prefix = self._slots.get(Cache(cell.layer, PREFIX))
+        prefix, number = None, self._work.prefix_of(cell.batch)
+        if number is not None:
+            prefix = self._slots.get(Cache(cell.layer, number))
         if past is not None and self._calls.attends_apart:
             projected = self._lanes.submit(
                 Lane.PROJECT, self._project, cell, parts, given, past
@@ -124,8 +126,8 @@ class LayerStage:
 
     def store(self, buffer: Cache | Hidden, step: int) -> None:
         slot, work = self._slots[buffer], self._work
-        if buffer.batch == PREFIX:
-            work = work.of_prefix
+        if is_prefix(buffer.batch):
+            work = work.of_prefixes
         made = slot.made
         assert made is not None
         if isinstance(buffer, Cache):
@@ -272,7 +274,7 @@ def _name(cell: Cell) -> str:
 
 
 def _batch_name(batch: int) -> str:
-    return "prefix" if batch == PREFIX else f"batch {batch}"
+    return f"prefix {~batch}" if is_prefix(batch) else f"batch {batch}"
 
 
 def _hidden_of(task: Future[Made]) -> Arrays:

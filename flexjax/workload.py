@@ -6,6 +6,7 @@ layer of a run is worth a transfer of its own. Vocabulary blocks come last: each
 its part of the logits, and the last one ends a step.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -37,10 +38,11 @@ class Workload:
         num_batches: batches that share one load of a layer's weights.
         batch_size: rows of a batch.
         prompt_len: slots of a padded prompt; behind the prefix, if there is one.
-        prefix_len: slots of the padded prefix that all rows share; 0 if they share
-            none.
-        scores_prefix: whether the prefix is scored, as rows are; else nobody reads its
-            logits.
+        prefix_len: slots of a padded prefix that rows share; 0 if they share none.
+        prefix_ends: for each prefix, the batch behind the last one that begins with it;
+            each batch begins with one, or none does.
+        scores_prefixes: whether prefixes are scored, as rows are; else nobody reads
+            their logits.
         gen_len: tokens that are generated for every row; 1 also scores a prompt.
         reserves: whether a cache has room for the whole run from the start, where
             attention reads what is in use alone. Else it grows, so as not to be read
@@ -56,7 +58,8 @@ class Workload:
     batch_size: int = 1
     prompt_len: int = 1
     prefix_len: int = 0
-    scores_prefix: bool = False
+    prefix_ends: tuple[int, ...] = ()
+    scores_prefixes: bool = False
     gen_len: int = 1
     reserves: bool = False
 
@@ -65,24 +68,36 @@ class Workload:
         return self.num_decoder_layers + self.num_head_blocks
 
     @property
-    def of_prefix(self) -> "Workload":
-        """The part of this one that works on the prefix, as on a batch of one row."""
+    def prefixes(self) -> range:
+        """The numbers of all prefixes, see `flexjax.schedule.ops.is_prefix`."""
+        return range(-1, -1 - len(self.prefix_ends), -1)
+
+    def prefix_of(self, batch: int) -> int | None:
+        """The number of what a batch begins with; None if it shares nothing."""
+        if batch < 0 or not self.prefix_ends:
+            return None
+        return ~bisect.bisect_right(self.prefix_ends, batch)
+
+    @property
+    def of_prefixes(self) -> "Workload":
+        """The part of this one that works on prefixes, as on batches of one row."""
         return dataclasses.replace(
             self,
-            num_batches=1,
+            num_batches=len(self.prefix_ends),
             batch_size=1,
             prompt_len=self.prefix_len,
             prefix_len=0,
-            scores_prefix=False,
+            prefix_ends=(),
+            scores_prefixes=False,
             gen_len=1,
         )
 
     @property
     def num_prefix_layers(self) -> int:
-        """Layers that work on the prefix."""
-        if not self.prefix_len:
+        """Layers that work on prefixes."""
+        if not self.prefix_ends:
             return 0
-        return self.num_layers if self.scores_prefix else self.num_decoder_layers
+        return self.num_layers if self.scores_prefixes else self.num_decoder_layers
 
     def is_decoder(self, layer: int) -> bool:
         return layer < self.num_decoder_layers

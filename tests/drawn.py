@@ -11,17 +11,21 @@ def works(draw: st.DrawFn, *, most_tokens: int = 4) -> Workload:
     """Small workloads: single layers, batches and tokens among them."""
     num_decoder_layers = draw(st.integers(1, 4))
     num_head_blocks = draw(st.integers(1, 3))
+    num_batches = draw(st.integers(1, 5))
+    prefix_len = draw(st.sampled_from([0, 0, 32]))
+    ends = draw(st.sets(st.integers(1, num_batches))) | {num_batches}
     return Workload(
         num_decoder_layers=num_decoder_layers,
         num_head_blocks=num_head_blocks,
         num_parts=draw(st.integers(1, 5)),
         layers_ahead=draw(st.integers(1, num_decoder_layers + num_head_blocks - 1)),
         blocks_per_layer=draw(st.integers(1, 3)),
-        num_batches=draw(st.integers(1, 5)),
+        num_batches=num_batches,
         batch_size=draw(st.integers(1, 6)),
         prompt_len=draw(st.integers(1, 70)),
-        prefix_len=draw(st.sampled_from([0, 0, 32])),
-        scores_prefix=draw(st.booleans()),
+        prefix_len=prefix_len,
+        prefix_ends=tuple(sorted(ends)) if prefix_len else (),
+        scores_prefixes=draw(st.booleans()),
         gen_len=draw(st.integers(1, most_tokens)),
         reserves=draw(st.booleans()),
     )

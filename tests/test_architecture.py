@@ -23,6 +23,7 @@ STAIRS = [
     "policy",
     "policy_args",
     "workload",
+    "arrangement",
     "sampling_params",
     "sampling_args",
     "outputs",
@@ -88,6 +89,7 @@ STAIRS = [
     "memory.placed",
     "memory.weights",
     "memory.capacity",
+    "memory.room",
     "memory.footprint",
     # run
     "value_sums",
@@ -127,6 +129,7 @@ STAIRS = [
     "checkpoints_tools.train_embedded",
     "prompts",
     "prompt_file",
+    "shared_prefixes",
     "row_maker",
     "prompt_lengths",
     "placement_report",

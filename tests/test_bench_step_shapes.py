@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bench.step_shapes import workspace_bytes
+from flexjax.arrangement import shape_of
 from flexjax.memory.footprint import RunFootprint
 from flexjax.memory.processor import Processor
 from flexjax.models.config import OPTConfig
@@ -29,7 +30,10 @@ def test_workspaces_are_counted(batch_size, prompt_len, kv_cache_bits):
     model = Found(CONFIG, np.dtype("bfloat16")).model(policy)
     layout = model.layout(policy, Processor(is_host=True))
     work = layout.workload(
-        policy, prompt_len=prompt_len, gen_len=8, num_rows=batch_size
+        policy,
+        shape_of(policy, batch_size),
+        prompt_len=prompt_len,
+        gen_len=8,
     )
     sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
     counted = [sum(sizes.workspace(Cell(step, 0, 0)).values()) for step in (0, 7)]

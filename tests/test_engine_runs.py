@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     golden, tmp_path, monkeypatch
 ):
     free = dict.fromkeys(Tier, 10_000)
-    monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+    monkeypatch.setattr("flexjax.memory.room.free_bytes", lambda *_: free)
     store = open_store(golden("opt-pre-ln").store)
     monkeypatch.setattr(type(store), "read_rows", None)
     policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (1, 1))
@@ -121,7 +121,7 @@ def test_what_was_freed_is_given_back_before_a_call_is_refused(
     policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (2, 1))
     engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
     free = dict.fromkeys(Tier, 0)
-    monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+    monkeypatch.setattr("flexjax.memory.room.free_bytes", lambda *_: free)
 
     def give_back():
         free.update(dict.fromkeys(Tier, 1 << 40))
@@ -139,7 +139,7 @@ def test_a_run_that_does_not_fit_names_the_tier_and_the_kind(
     policy = policy_of(PLACEMENTS["disk"], Schedule.ZIGZAG, (3, 2))
     engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
     free = {Tier.DEVICE: 1 << 40, Tier.HOST: 1 << 40, Tier.DISK: 1000}
-    monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+    monkeypatch.setattr("flexjax.memory.room.free_bytes", lambda *_: free)
     with pytest.raises(ValueError, match="on disk.*kv_cache.*offload_dir"):
         engine.generate(make_rows(golden("opt-pre-ln").prompts))
     engine.close()
@@ -184,7 +184,9 @@ def test_weights_are_asked_for_as_far_ahead_as_memory_allows(
     plenty = dict.fromkeys(Tier, 1 << 40)
     device = plenty
     for ahead in (2, 1, 0):
-        monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_, free=device: free)
+        monkeypatch.setattr(
+            "flexjax.memory.room.free_bytes", lambda *_, free=device: free
+        )
         rows, before = make_rows(checkpoint.prompts[:4]), len(works)
         if ahead == 0:
             with pytest.raises(ValueError, match="the policy needs .* on device and"):

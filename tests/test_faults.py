@@ -308,7 +308,7 @@ def test_a_full_disk_is_one_sentence_and_room_helps(
     # Somebody else may fill the disk once a run has begun.
     with monkeypatch.context() as patch:
         patch.setattr(
-            "flexjax.engine.free_bytes", lambda *_: dict.fromkeys(Tier, 1 << 40)
+            "flexjax.memory.room.free_bytes", lambda *_: dict.fromkeys(Tier, 1 << 40)
         )
         with pytest.raises(OSError, match=f"could not be written in {folder}.* space"):
             run.generate()

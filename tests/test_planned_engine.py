@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flexjax.llm import LLM
+from flexjax.memory.room import Room
 from flexjax.plan import auto, parts, search
 from flexjax.plan.hardware import read_hardware
 from flexjax.planned_engine import PlannedEngine
@@ -124,7 +125,7 @@ def test_prompts_of_very_different_lengths_are_planned_apart(
         prefills = [span.name for span in llm.trace if span.name.startswith("step 0,")]
         assert len(prefills) > len(set(prefills)), "the trace has both parts"
         with monkeypatch.context() as patch:
-            patch.setattr(type(llm._planned.engine), "_shortage", lambda *_: "no room")
+            patch.setattr(Room, "shortage", lambda *_: "no room")
             with pytest.raises(ValueError, match="no room"):
                 llm.generate(prompts[:3], GREEDY)
         assert llm.trace == [], "nothing ran"

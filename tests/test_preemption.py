@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexjax.arrangement import one_block, shape_of
 from flexjax.blocks import Row
 from flexjax.checkpoint import open_store
 from flexjax.engine import Engine
@@ -49,13 +50,17 @@ class Blocks:
         """Every block's rows, in turn."""
         size = self.policy.block_size
         waiting = Waiting(
-            itertools.batched(range(len(self.rows)), size),
+            [
+                one_block(places, self.policy)
+                for places in itertools.batched(range(len(self.rows)), size)
+            ],
             lambda places: [self.rows[place] for place in places],
             policy=self.policy,
             fits=self.fits,
         )
         blocks = []
-        while rows := waiting.next_block():
+        while block := waiting.next_block():
+            rows = block.rows
             assert len(rows) <= size
             has_begun = [len(row.checker.token_ids) > 0 for row in rows]
             assert all(has_begun) or not any(has_begun)
@@ -115,10 +120,11 @@ def test_blocks_of_preempted_rows_have_few_sizes(num_rows, most_rows):
     assert waiting.preempt(rows) == num_rows
     found = []
     while block := waiting.next_block():
-        assert len(block) <= max(1, most_rows)
-        found += block
+        rows = block.rows
+        assert len(rows) <= max(1, most_rows)
+        found += rows
         is_all = len(found) == num_rows
-        assert is_all or len(block) % 6 == 0 or most_rows < 6
+        assert is_all or len(rows) % 6 == 0 or most_rows < 6
     assert {row.index for row in found} == set(range(num_rows))
 
 
@@ -189,14 +195,16 @@ def test_preempted_rows_take_no_more_memory_than_was_there(
     engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
     rows = [new_row(i, [7] * 30, 80 if i % 8 < 2 else 1) for i in range(40)]
     first = looking_ahead(
-        engine.weights.layout.workload(policy, prompt_len=30, gen_len=80, num_rows=8)
+        engine.weights.layout.workload(
+            policy, shape_of(policy, 8), prompt_len=30, gen_len=80
+        )
     )
     needed = engine.predict(first, scores=False)
     most_bytes = sum(needed.values())
     if is_tight:
         held = sum(engine.ledger.held(*key) for key in needed)
         free = dict.fromkeys(Tier, most_bytes - held)
-        monkeypatch.setattr("flexjax.engine.free_bytes", lambda *_: free)
+        monkeypatch.setattr("flexjax.memory.room.free_bytes", lambda *_: free)
     sizes = []
     run = engine._runner.run
 

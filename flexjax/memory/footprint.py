@@ -20,7 +20,7 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.quant import Quantization, cache_quantization, cache_slot_bytes
 from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import Bytes, peak_bytes
-from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights, is_prefix
 from flexjax.sparse import kept_slots
 from flexjax.workload import PREFIX_ROWS, WIDE_ROWS, Workload, prefill_rows
 
@@ -32,8 +32,8 @@ def weights_at_home(weights: WeightLayout) -> dict[tuple[Tier, Kind], int]:
 
 def cache_rows(policy: Policy, work: Workload, buffer: Cache) -> Rows:
     """Which rows of a batch have their keys and values on which tier."""
-    if buffer.batch == PREFIX:
-        work, buffer = work.of_prefix, Cache(buffer.layer, 0)
+    if is_prefix(buffer.batch):
+        work, buffer = work.of_prefixes, Cache(buffer.layer, ~buffer.batch)
     index = buffer.layer * work.num_batches + buffer.batch
     return place_rows(policy.kv_cache, work.batch_size, index)
 
@@ -74,10 +74,10 @@ class RunFootprint:
     skipped: int = 0
 
     @functools.cached_property
-    def of_prefix(self) -> "RunFootprint":
-        """Of the work on the prefix, whose keys and values are kept wide."""
+    def of_prefixes(self) -> "RunFootprint":
+        """Of the work on prefixes, whose keys and values are kept wide."""
         policy = dataclasses.replace(self.policy, kv_cache_bits=None)
-        work = self.work.of_prefix
+        work = self.work.of_prefixes
         return dataclasses.replace(self, work=work, policy=policy, skipped=0)
 
     @property
@@ -120,7 +120,7 @@ class RunFootprint:
             # As many stripes as can be under way: their number grows with the tokens.
             nbytes = passing_bytes(rows, row_bytes, stripes=MOST_PASSING)
             # All of a prefix is one stripe, and stores pass one after the other.
-            prefix_bytes = work.prefix_len * self.of_prefix.cache_slot_bytes // 2
+            prefix_bytes = work.prefix_len * self.of_prefixes.cache_slot_bytes // 2
             nbytes = max(nbytes, prefix_bytes)
             # What is loaded passes too once a tail was written behind the prompt.
             is_short = work.gen_len <= tail_slots(rows * slot_bytes)
@@ -134,10 +134,10 @@ class RunFootprint:
         match buffer:
             case Weights(layer, part):
                 return self.weights.staged_bytes(layer, part)
-            case Cache(layer, batch) if batch == PREFIX:
-                return self.of_prefix.loaded(Cache(layer, 0), 1)
-            case Hidden(batch) if batch == PREFIX:
-                return self.of_prefix.loaded(Hidden(0), 0)
+            case Cache(layer, batch) if is_prefix(batch):
+                return self.of_prefixes.loaded(Cache(layer, ~batch), 1)
+            case Hidden(batch) if is_prefix(batch):
+                return self.of_prefixes.loaded(Hidden(~batch), 0)
             case Cache():
                 rows = cache_rows(self.policy, work, buffer)
                 slots = work.cache_slots(self._true(step) - 1)
@@ -155,10 +155,10 @@ class RunFootprint:
         work = self.work
         if not work.is_decoder(cell.layer):
             return {}
-        if cell.batch == PREFIX:
-            found = self.of_prefix.computed(cell._replace(batch=0))
+        if is_prefix(cell.batch):
+            found = self.of_prefixes.computed(cell._replace(batch=0))
             hidden, cache = found[Hidden(0)], found[Cache(cell.layer, 0)]
-            return {Hidden(PREFIX): hidden, Cache(cell.layer, PREFIX): cache}
+            return {Hidden(cell.batch): hidden, Cache(cell.layer, cell.batch): cache}
         slots = work.batch_size * work.seq_len(cell.step)
         hidden = {(Tier.DEVICE, Kind.ACTIVATIONS): slots * self.hidden_bytes}
         cache = {(Tier.DEVICE, Kind.KV_CACHE): slots * self.cache_slot_bytes}
@@ -173,8 +173,8 @@ class RunFootprint:
         work, config = self.work, self.config
         if not work.is_decoder(cell.layer):
             return {}
-        if cell.batch == PREFIX:
-            return self.of_prefix.workspace(cell._replace(batch=0))
+        if is_prefix(cell.batch):
+            return self.of_prefixes.workspace(cell._replace(batch=0))
         seq = work.seq_len(cell.step)
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
@@ -228,8 +228,8 @@ class RunFootprint:
 
     def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
         work = self.work
-        if isinstance(buffer, Cache) and buffer.batch == PREFIX:
-            return self.of_prefix.stored(Cache(buffer.layer, 0), 0)
+        if isinstance(buffer, Cache) and is_prefix(buffer.batch):
+            return self.of_prefixes.stored(Cache(buffer.layer, ~buffer.batch), 0)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
             slot_bytes = work.seq_len(step) * self.hidden_bytes

@@ -6,12 +6,12 @@ so what a run will need can be told before a weight is read.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexjax.arrangement import BlockShape
 from flexjax.memory.head_blocks import HeadBlocks, head_blocks
 from flexjax.memory.placement import effective, partition, place_tensors
 from flexjax.memory.processor import (
@@ -222,23 +222,23 @@ class WeightLayout:
     def workload(
         self,
         policy: Policy,
+        shape: BlockShape,
         *,
         prompt_len: int,
         gen_len: int,
-        num_rows: int,
         num_shared: int = 0,
     ) -> Workload:
         """A block of rows.
 
         Args:
             policy: that it runs under.
-            prompt_len: tokens of the longest prompt, but for those that all share.
+            shape: its batches.
+            prompt_len: tokens of the longest prompt, but for those that it shares.
             gen_len: tokens that are generated for every row.
-            num_rows: of the block.
-            num_shared: tokens with which all prompts begin; where the policy's
-                attention cannot share them, they are a part of every prompt.
+            num_shared: tokens with which those begin that begin alike, at most; where
+                the policy's attention cannot share them, they are a part of every
+                prompt.
         """
-        batch_size = min(policy.batch_size, num_rows)
         if not shares_prefixes(policy, device_is_host=self.device_is_host):
             prompt_len, num_shared = prompt_len + num_shared, 0
         return Workload(
@@ -246,10 +246,11 @@ class WeightLayout:
             num_head_blocks=self.head.num_blocks,
             num_parts=self.num_parts,
             blocks_per_layer=self._blocks_per_layer,
-            num_batches=math.ceil(num_rows / batch_size),
-            batch_size=batch_size,
+            num_batches=shape.num_batches,
+            batch_size=shape.batch_size,
             prompt_len=bucket(prompt_len),
             prefix_len=bucket(num_shared) if num_shared else 0,
+            prefix_ends=shape.prefix_ends if num_shared else (),
             gen_len=gen_len,
             # What is on disk is loaded whole.
             reserves=self.attends_by_kernel(policy) and policy.kv_cache.disk == 0,

@@ -16,7 +16,7 @@ from flexjax.plan.hardware import (
     hardware_to_json,
     read_hardware,
 )
-from flexjax.plan.parts import plan_parts
+from flexjax.plan.parts import Asked, asks, plan_parts
 from flexjax.plan.planner import (
     Found,
     allowed_policies,
@@ -149,15 +149,14 @@ def main(args: argparse.Namespace) -> None:
     found = find_model(args.model, platform="cpu" if is_cpu else "gpu")
     given = {name: getattr(args, name) for name in _JOB}
     job = Job(**_JOB | {name: n for name, n in given.items() if n is not None})
-    lengths: list[int] | None = None
+    wanted: list[Asked] = []
     if args.prompts is None:
         check_job(job, found.config)
     else:
         check_job(dataclasses.replace(job, prompt_len=1), found.config)
-        lengths, num_shared = _lengths(args, found, job.gen_len)
-        job = dataclasses.replace(job, num_shared=num_shared)
+        wanted = _wanted(args, found, job.gen_len)
     hardware = _with_budgets(args, hardware or _measured(args, anew=False))
-    plans, values, text = _planned(args, found, hardware, job, lengths)
+    plans, values, text = _planned(args, found, hardware, job, wanted)
     print(text)
     if args.json is not None:
         _write(args.json, values)
@@ -175,9 +174,9 @@ def _planned(
     found: Found,
     hardware: Hardware,
     job: Job,
-    lengths: list[int] | None,
+    wanted: list[Asked],
 ) -> tuple[list[Plan], dict[str, Any], str]:
-    """The plans of a job, or of prompts of such lengths, as JSON values and as text."""
+    """The plans of what is wanted, or else of a job, as JSON values and as text."""
     allowed = allowed_policies(
         quantized=bool(args.allow_quantized),
         host_attention=not hardware.device_is_host,
@@ -185,34 +184,35 @@ def _planned(
         base=found.template,
     )
     most_block_s = math.inf if args.block_latency is None else args.block_latency
-    if lengths is None:
+    if not wanted:
         plan, model = make_plan(
             found, hardware, job, allowed, most_block_s=most_block_s
         )
         saved = saved_s(plan, model, hardware, most_block_s=most_block_s)
         text = plan_to_text(plan, model, hardware, saved)
         return [plan], plan_to_json(plan, hardware, saved), text
-    plans = plan_parts(
-        storable(found, allowed),
-        hardware,
-        lengths,
-        gen_len=job.gen_len,
-        num_shared=job.num_shared,
-        most_block_s=most_block_s,
-    )
+    plans = [
+        plan
+        for asked in wanted
+        for plan in plan_parts(storable(found, allowed), hardware, asked)
+    ]
     parts = [(plan, found.model(plan.policy)) for plan in plans]
     return plans, parts_to_json(plans, hardware), parts_to_text(parts, hardware)
 
 
-def _lengths(
-    args: argparse.Namespace, found: Found, gen_len: int
-) -> tuple[list[int], int]:
+def _wanted(args: argparse.Namespace, found: Found, gen_len: int) -> list[Asked]:
+    """Of the prompts of a file, the longest of each first."""
     # Slow to load.
     from flexjax.prompt_file import prompts_path
     from flexjax.prompt_lengths import prompt_lengths
 
     path = prompts_path(args.prompts)
-    return prompt_lengths(path, args.model, found.config, gen_len)
+    lengths, groups = prompt_lengths(path, args.model, found.config, gen_len)
+    most_block_s = math.inf if args.block_latency is None else args.block_latency
+    return [
+        asked._replace(lengths=sorted(asked.lengths, reverse=True))
+        for asked, _ in asks(lengths, gen_len, groups, most_block_s)
+    ]
 
 
 def _write(name: str, values: object) -> None:

@@ -1,9 +1,8 @@
 """The policy of a run that names none: all on the device, or what a search finds."""
 
 import dataclasses
-import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flexjax.checkpoint import WeightStore
@@ -12,9 +11,9 @@ from flexjax.memory.link import Device, processor_of
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.parts import plan_parts
+from flexjax.plan.parts import Asked, plan_parts
 from flexjax.plan.planner import allowed_policies, template_of
-from flexjax.plan.predict import Job, job_of
+from flexjax.plan.predict import Job
 from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words, tokens_in_words
 from flexjax.plan.scratch import store_read_rate
@@ -36,26 +35,6 @@ class Choice(NamedTuple):
     job: Job
     reason: str
     plan: Plan | None = None
-
-
-class Asked(NamedTuple):
-    """What a call wants.
-
-    Attributes:
-        lengths: tokens of each prompt, beyond those that all share.
-        gen_len: tokens to generate for each, at most.
-        num_shared: tokens with which all prompts begin.
-        most_block_s: seconds that a block may take where policies are searched.
-    """
-
-    lengths: Sequence[int]
-    gen_len: int
-    num_shared: int = 0
-    most_block_s: float = math.inf
-
-    @property
-    def job(self) -> Job:
-        return job_of(self.lengths, self.gen_len, self.num_shared)
 
 
 def choose_policies(
@@ -95,7 +74,7 @@ def choose_policies(
         more = sum(held[tier] for tier in tiers)
         free |= {tier: free[tier] + more for tier in tiers}
     budgets = memory_budgets(free, device_is_host=shared)
-    for batch_size in _device_sizes(job.num_prompts):
+    for batch_size in _device_sizes(job.rows_per_prefix or job.num_prompts):
         policy = dataclasses.replace(template, batch_size=batch_size)
         if fits(model, policy, budgets, job, processor):
             return [Choice(policy, job, _all_on_device(policy, job))]
@@ -110,14 +89,8 @@ def choose_policies(
         quantized=False, host_attention=not shared, base=template
     )
     models = [(model, policy) for policy in allowed]
-    plans = plan_parts(
-        models,
-        hardware,
-        asked.lengths or [1],
-        gen_len=asked.gen_len,
-        num_shared=asked.num_shared,
-        most_block_s=asked.most_block_s,
-    )
+    wanted = asked._replace(lengths=asked.lengths or [1])
+    plans = plan_parts(models, hardware, wanted)
     return [
         Choice(plan.policy, plan.job, _as_planned(plan, hardware), plan)
         for plan in plans

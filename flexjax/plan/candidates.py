@@ -44,8 +44,9 @@ def candidates(
     budgets: Mapping[Tier, int],
 ) -> Iterator[Candidate]:
     """Solved sizes of blocks: for each batch size, more batches while that helps."""
-    for batch_size in _batch_sizes(job.num_prompts):
-        most = min(MOST_BATCHES, math.ceil(job.num_prompts / batch_size))
+    for batch_size in _batch_sizes(job):
+        num_rows = job.num_rows(dataclasses.replace(template, batch_size=batch_size))
+        most = min(MOST_BATCHES, math.ceil(num_rows / batch_size))
         best_s = math.inf
         for num_batches in _doubling(most):
             policy = dataclasses.replace(
@@ -87,10 +88,17 @@ def _solved(
             break
 
 
-def _batch_sizes(num_prompts: int) -> list[int]:
-    """Sizes to try; the last one holds all prompts, where there are few."""
-    smaller = [size for size in BATCH_SIZES if size < num_prompts]
-    return smaller + ([num_prompts] if num_prompts <= BATCH_SIZES[-1] else [])
+def _batch_sizes(job: Job) -> list[int]:
+    """Sizes to try; the last one holds all prompts, where there are few.
+
+    Of those that begin alike, each batch gets as many as the others.
+    """
+    alike = job.rows_per_prefix or job.num_prompts
+    smaller = [size for size in BATCH_SIZES if size < alike]
+    sizes = smaller + ([alike] if alike <= BATCH_SIZES[-1] else [])
+    if job.rows_per_prefix:
+        sizes = [math.ceil(alike / math.ceil(alike / size)) for size in sizes]
+    return sorted(set(sizes))
 
 
 def _doubling(most: int) -> list[int]:

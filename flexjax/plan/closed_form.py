@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexjax.arrangement import shape_of
 from flexjax.memory.footprint import RunFootprint
 from flexjax.memory.layout import MOST_PARTS, WeightLayout, lay_out
 from flexjax.memory.processor import Processor, Tensors
@@ -22,9 +23,9 @@ from flexjax.plan.hardware import Hardware
 from flexjax.plan.peak import Counted, peak_from_above
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.schedule.emit import hidden_stays
-from flexjax.schedule.ops import PREFIX, Cache, Cell, Hidden
+from flexjax.schedule.ops import Cache, Cell, Hidden
 from flexjax.schedule.resources import DISK, Contention, Resource, add_seconds
-from flexjax.workload import MOST_LAYERS_AHEAD, looking_ahead
+from flexjax.workload import MOST_LAYERS_AHEAD, Workload, looking_ahead
 
 # The variables: the share of a kind on a tier; the rest is on disk.
 SHARES = tuple((kind, tier) for kind in Kind for tier in (Tier.DEVICE, Tier.HOST))
@@ -134,11 +135,29 @@ def with_shares(policy: Policy, shares: Mapping[tuple[Kind, Tier], float]) -> Po
 
 
 class Lengths(NamedTuple):
-    """Tokens of a block's longest row: beyond what all share, new ones, and shared."""
+    """Tokens of a block's longest row.
+
+    Attributes:
+        prompt_len: of a prompt, beyond what it shares.
+        gen_len: that are new.
+        num_shared: with which prompts begin alike.
+        rows_per_prefix: how many do; 0 stands for all.
+    """
 
     prompt_len: int
     gen_len: int
     num_shared: int = 0
+    rows_per_prefix: int = 0
+
+    def workload(self, layout: WeightLayout, policy: Policy, num_rows: int) -> Workload:
+        """A block of so many rows of about these lengths."""
+        return layout.workload(
+            policy,
+            shape_of(policy, num_rows, self.rows_per_prefix),
+            prompt_len=self.prompt_len,
+            gen_len=self.gen_len,
+            num_shared=self.num_shared,
+        )
 
 
 def block_form(
@@ -175,7 +194,7 @@ def _corners(
 ) -> "Iterator[_Corner]":
     for corner in _corner_policies(policy):
         layout = model.layout(corner, hardware.processor)
-        work = layout.workload(corner, num_rows=corner.block_size, **lengths._asdict())
+        work = lengths.workload(layout, corner, corner.block_size)
         work = looking_ahead(work, layers_ahead)
         sizes = RunFootprint(work=work, policy=corner, weights=layout, scores=False)
         yield _Corner(sizes, hardware)
@@ -247,21 +266,23 @@ class _Corner:
             costs.store(cache, step) if work.keeps_cache(step) else {},
         ):
             add_seconds(total, seconds, cells)
-        if work.prefix_len:
-            self._add_prefix(total, step)
+        if work.prefixes:
+            self._add_prefixes(total, step)
         return total
 
-    def _add_prefix(self, total: dict[Resource, float], step: int) -> None:
-        """Adds what is done once a layer for what all rows share."""
-        costs, cache = self._costs, Cache(0, PREFIX)
+    def _add_prefixes(self, total: dict[Resource, float], step: int) -> None:
+        """Adds what is done once a layer for each prefix."""
+        work, costs = self._work, self._costs
+        first, count = work.prefixes[0], len(work.prefixes)
+        cache = Cache(0, first)
         if step == 0:
-            add_seconds(total, costs.load(Hidden(PREFIX), 0))
-            each = [costs.compute(Cell(0, 0, PREFIX))]
-            each += [costs.store(cache, 0)] if self._work.gen_len > 1 else []
+            add_seconds(total, costs.load(Hidden(first), 0), count)
+            each = [costs.compute(Cell(0, 0, first))]
+            each += [costs.store(cache, 0)] if work.gen_len > 1 else []
         else:
             each = [costs.load(cache, step)]
         for seconds in each:
-            add_seconds(total, seconds, self._work.num_decoder_layers)
+            add_seconds(total, seconds, count * work.num_decoder_layers)
 
     @functools.cached_property
     def _weights_s(self) -> dict[Resource, float]:

@@ -12,7 +12,7 @@ from flexjax.plan.hardware import WHOLE_BITS, Hardware
 from flexjax.policy import Policy, Tier
 from flexjax.quant import cache_slot_bytes
 from flexjax.schedule.emit import hidden_stays
-from flexjax.schedule.ops import PREFIX, Buffer, Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import Buffer, Cache, Cell, Hidden, Weights, is_prefix
 from flexjax.schedule.resources import Resource, Seconds, add_seconds
 from flexjax.sparse import kept_slots
 from flexjax.workload import Workload, prefill_rows
@@ -43,16 +43,16 @@ class RunCosts:
         return self.run.weights
 
     @functools.cached_property
-    def _of_prefix(self) -> "RunCosts":
-        return dataclasses.replace(self, run=self.run.of_prefix)
+    def _of_prefixes(self) -> "RunCosts":
+        return dataclasses.replace(self, run=self.run.of_prefixes)
 
     def load(self, buffer: Buffer, step: int) -> Seconds:
         match buffer:
             case Weights(layer, part):
                 return self._load_weights(self.weights.moved(layer, part))
-            case Cache(layer, batch) if batch == PREFIX:
-                return self._of_prefix.load(Cache(layer, 0), 1)
-            case Hidden(batch) if batch == PREFIX:
+            case Cache(layer, batch) if is_prefix(batch):
+                return self._of_prefixes.load(Cache(layer, ~batch), 1)
+            case Hidden(batch) if is_prefix(batch):
                 rows = Rows(0, 1, 0)  # none but token rows come
                 return self._load_rows(
                     rows, self.work.prefix_len * self.run.hidden_bytes
@@ -68,8 +68,8 @@ class RunCosts:
                 )
 
     def compute(self, cell: Cell) -> Seconds:
-        if cell.batch == PREFIX:
-            return self._of_prefix.compute(cell._replace(batch=0))
+        if is_prefix(cell.batch):
+            return self._of_prefixes.compute(cell._replace(batch=0))
         work, hardware = self.work, self.hardware
         seconds = {Resource.COMPUTE: 0.0}
         if not work.is_decoder(cell.layer):
@@ -91,8 +91,8 @@ class RunCosts:
 
     def store(self, buffer: Cache | Hidden, step: int) -> Seconds:
         work = self.work
-        if isinstance(buffer, Cache) and buffer.batch == PREFIX:
-            return self._of_prefix.store(Cache(buffer.layer, 0), 0)
+        if isinstance(buffer, Cache) and is_prefix(buffer.batch):
+            return self._of_prefixes.store(Cache(buffer.layer, ~buffer.batch), 0)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
             return self._store_rows(rows, work.seq_len(step) * self.run.hidden_bytes)
@@ -206,15 +206,15 @@ class RunCosts:
         return products_s + attention_s + self._prefix_s(batch * seq)
 
     def _prefix_s(self, num_tokens: int) -> float:
-        """Of the attention of so many tokens to the prefix that rows share."""
+        """Of the attention of so many tokens to the prefix before them."""
         hidden_size, slots = self.weights.config.hidden_size, self.work.prefix_len
         flops = prefix_attention_flops(num_tokens, slots, hidden_size)
         return flops / self.hardware.prefill_attention_flops_per_s
 
     @functools.cached_property
     def _read_prefix_s(self) -> float:
-        """To read the prefix in a decode call, once for all rows."""
-        slot_bytes = self.run.of_prefix.cache_slot_bytes
+        """To read a prefix in a decode call, once for all rows."""
+        slot_bytes = self.run.of_prefixes.cache_slot_bytes
         is_widened = self.run.device_is_host and self.weights.dtype.itemsize < 4
         reads = WIDE_READS if is_widened else 1
         nbytes = reads * self.work.prefix_len * slot_bytes

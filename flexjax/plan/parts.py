@@ -9,13 +9,15 @@ they are far too small for the others: under a plan for 1536 tokens, prompts of 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from flexjax.arrangement import Group
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
 from flexjax.plan.planner import best_plan
-from flexjax.plan.predict import Prediction, combined, job_of, predict
+from flexjax.plan.predict import Job, Prediction, combined, job_of, predict
 from flexjax.plan.search import MOST_SPENT, Plan
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.workload import bucket
@@ -28,38 +30,88 @@ NUM_PREDICTED = 4  # lengths of blocks, of all that occur
 LEAST_GAIN = 0.05  # below this the prediction may be wrong about which is faster
 
 
-def plan_parts(
-    allowed: Sequence[tuple[Model, Policy]],
-    hardware: Hardware,
+class Asked(NamedTuple):
+    """What a call wants.
+
+    Attributes:
+        lengths: tokens of each prompt, beyond those that it shares.
+        gen_len: tokens to generate for each, at most.
+        num_shared: tokens with which prompts begin alike, at most.
+        rows_per_prefix: how many of them do, on average; 0 stands for all.
+        most_block_s: seconds that a block may take where policies are searched.
+    """
+
+    lengths: Sequence[int]
+    gen_len: int
+    num_shared: int = 0
+    rows_per_prefix: int = 0
+    most_block_s: float = math.inf
+
+    @property
+    def job(self) -> Job:
+        return job_of(self.lengths, self.gen_len, self.num_shared, self.rows_per_prefix)
+
+
+def asks(
     lengths: Sequence[int],
-    *,
     gen_len: int,
-    num_shared: int = 0,
+    groups: Sequence[Group],
     most_block_s: float = math.inf,
+) -> list[tuple[Asked, list[int]]]:
+    """What is to be planned: prompts that begin like others, and those that do not.
+
+    Args:
+        lengths: tokens of each prompt.
+        gen_len: tokens to generate for each, at most.
+        groups: of all prompts.
+        most_block_s: seconds that a block may take.
+
+    Returns:
+        What is wanted, and the places of the prompts that it is wanted for.
+    """
+    found = []
+    for is_shared in (False, True):
+        some = [group for group in groups if (group.num_shared > 0) == is_shared]
+        if not some:
+            continue
+        own = [lengths[p] - group.num_shared for group in some for p in group.places]
+        asked = Asked(
+            own,
+            gen_len,
+            num_shared=max(group.num_shared for group in some),
+            rows_per_prefix=math.ceil(len(own) / len(some)) if len(some) > 1 else 0,
+            most_block_s=most_block_s,
+        )
+        found.append((asked, [place for group in some for place in group.places]))
+    return found
+
+
+def plan_parts(
+    allowed: Sequence[tuple[Model, Policy]], hardware: Hardware, asked: Asked
 ) -> list[Plan]:
     """Plans that follow one another, each for as many prompts as its job says.
 
     Of all ways to cut the prompts where they, with their new tokens, have become half
     as long (or a fourth, or an eighth), the fastest as predicted, with the time to load
-    what each part keeps in memory.
+    what each part keeps in memory. Each part is taken to have some prompts of each
+    prefix.
 
     Args:
         allowed: models and policies to choose from, as of `best_plan`.
         hardware: that runs them.
-        lengths: tokens of each prompt beyond what all share, the longest first; at
-            least one.
-        gen_len: tokens to generate for each.
-        num_shared: tokens with which all prompts begin.
-        most_block_s: seconds that a block may take.
+        asked: the longest prompt first; at least one.
 
     Raises:
         ValueError: not even one prompt fits, or none is done in time.
     """
+    lengths, gen_len = asked.lengths, asked.gen_len
 
     def plan(first: int, last: int) -> Plan:
-        job = job_of(lengths[first:last], gen_len, num_shared)
-        plan, model = best_plan(allowed, hardware, job, most_block_s=most_block_s)
-        prediction = _predicted(plan, model, hardware, lengths=lengths[first:last])
+        some = lengths[first:last]
+        alike = math.ceil(asked.rows_per_prefix * len(some) / len(lengths))
+        job = asked._replace(lengths=some, rows_per_prefix=alike).job
+        plan, model = best_plan(allowed, hardware, job, most_block_s=asked.most_block_s)
+        prediction = _predicted(plan, model, hardware, lengths=some)
         return dataclasses.replace(plan, prediction=prediction)
 
     def seconds(plan: Plan) -> float:
@@ -108,7 +160,8 @@ def _predicted(
 
     Only some lengths are predicted, and what is between them is interpolated.
     """
-    blocks = [bucket(length) for length in lengths[:: plan.policy.block_size]]
+    at_once = plan.job.num_at_once(plan.policy)
+    blocks = [bucket(length) for length in lengths[::at_once]]
     last = len(blocks) - 1
     nodes = {blocks[last * i // (NUM_PREDICTED - 1)] for i in range(NUM_PREDICTED)}
     weighed: list[tuple[float, Prediction]] = []

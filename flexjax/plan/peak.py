@@ -9,7 +9,7 @@ from flexjax.memory.placement import Rows
 from flexjax.policy import Kind, Tier
 from flexjax.schedule.emit import hidden_stays
 from flexjax.schedule.footprint import Bytes
-from flexjax.schedule.ops import PREFIX, Cache, Cell, Hidden, Weights
+from flexjax.schedule.ops import Cache, Cell, Hidden, Weights
 
 Counted = Counter[tuple[Tier, Kind]]
 
@@ -20,7 +20,8 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     Beside what is at home, `zigzag` holds `layers_ahead + 1` layers' weights, or in
     place of each `blocks_per_layer` blocks of the head; two caches; and two hidden
     states, or of one batch, whose hidden state stays, one and what is made of it; and
-    the same of a prefix, as of one batch.
+    of prefixes two caches made and two loaded, and the states of all, as they are made
+    of their tokens and then of each other.
 
     Args:
         sizes: of a run.
@@ -49,20 +50,23 @@ def peak_from_above(sizes: RunFootprint, *, alike: bool = False) -> Counted:
     for size in sizes.computed(Cell(0, 0, 0)).values():
         _add(total, size, 2)
     cells = [Cell(0, 0, 0), Cell(last, 0, 0)]
-    if work.prefix_len:
-        cells.append(Cell(0, 0, PREFIX))
-        _add_prefix(total, sizes, alike=alike)
+    if work.prefixes:
+        cells.append(Cell(0, 0, work.prefixes[0]))
+        _add_prefixes(total, sizes, alike=alike)
     _add(total, _most([sizes.workspace(cell) for cell in cells]))
     return total
 
 
-def _add_prefix(total: Counted, sizes: RunFootprint, *, alike: bool) -> None:
-    """Adds what rows share: of two layers made or loaded, of all at home."""
-    _add(total, sizes.loaded(Hidden(PREFIX), 0))
-    for size in sizes.computed(Cell(0, 0, PREFIX)).values():
-        _add(total, size, 2)
+def _add_prefixes(total: Counted, sizes: RunFootprint, *, alike: bool) -> None:
+    """Adds what rows share: two made or loaded, of all layers at home."""
+    prefixes = sizes.work.prefixes
+    computed = sizes.computed(Cell(0, 0, prefixes[0]))
+    for buffer, size in computed.items():
+        # All states stay, and one more is made of one.
+        _add(total, size, 2 if isinstance(buffer, Cache) else len(prefixes) + 1)
+    _add(total, sizes.loaded(Hidden(prefixes[0]), 0), len(prefixes))
     if sizes.work.gen_len > 1:
-        caches = _caches(sizes, [PREFIX], alike=alike)
+        caches = _caches(sizes, prefixes, alike=alike)
         for cache, count in caches.items():
             _add(total, sizes.stored(cache, 0), count)
         _add(total, _most([sizes.loaded(cache, 1) for cache in caches]), 2)

@@ -1,8 +1,10 @@
 """What a policy will do with a job: its seconds, and its peak bytes."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from flexjax.arrangement import shape_of
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
 from flexjax.memory.layout import WeightLayout
 from flexjax.memory.processor import Processor
@@ -36,42 +38,70 @@ class Job:
     """What is to be generated.
 
     Attributes:
-        prompt_len: tokens of the longest prompt, but for those that all share.
+        prompt_len: tokens of the longest prompt, but for those that it shares.
         gen_len: tokens that each prompt gets.
         num_prompts: of about this length.
-        num_shared: tokens with which all prompts begin.
+        num_shared: tokens with which prompts begin alike.
+        rows_per_prefix: how many of them do; 0 stands for all.
     """
 
     prompt_len: int
     gen_len: int
     num_prompts: int
     num_shared: int = 0
+    rows_per_prefix: int = 0
 
     @property
     def lengths(self) -> Lengths:
-        return Lengths(self.prompt_len, self.gen_len, self.num_shared)
+        return Lengths(
+            self.prompt_len, self.gen_len, self.num_shared, self.rows_per_prefix
+        )
+
+    def num_rows(self, policy: Policy) -> int:
+        """Rows of all blocks, with those that fill up batches behind a prefix."""
+        alike = self.rows_per_prefix
+        if not 0 < alike < self.num_prompts:
+            return self.num_prompts
+        size = min(policy.batch_size, alike)
+        return math.ceil(self.num_prompts / alike * math.ceil(alike / size)) * size
 
     def num_blocks(self, policy: Policy) -> float:
         """So many blocks of a policy; one that is not full takes about as long."""
-        return max(1.0, self.num_prompts / policy.block_size)
+        shape = shape_of(policy, policy.block_size, self.rows_per_prefix)
+        rows = shape.batch_size * shape.num_batches
+        return max(1.0, self.num_rows(policy) / rows)
+
+    def num_at_once(self, policy: Policy) -> int:
+        """Prompts of a block."""
+        return round(self.num_prompts / self.num_blocks(policy))
 
     def joined(self, other: "Job") -> "Job":
         """A job that asks for as much as either, of everything."""
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        names = [field.name for field in dataclasses.fields(Job)]
-        return Job(**dict(zip(names, map(max, mine, others), strict=True)))
+        sharing = [job for job in (self, other) if job.num_shared]
+        fewest = [job.rows_per_prefix for job in sharing if job.rows_per_prefix]
+        return Job(
+            prompt_len=max(self.prompt_len, other.prompt_len),
+            gen_len=max(self.gen_len, other.gen_len),
+            num_prompts=max(self.num_prompts, other.num_prompts),
+            num_shared=max(self.num_shared, other.num_shared),
+            rows_per_prefix=min(fewest, default=0),
+        )
 
 
-def job_of(lengths: Sequence[int], gen_len: int, num_shared: int = 0) -> Job:
+def job_of(
+    lengths: Sequence[int], gen_len: int, num_shared: int = 0, rows_per_prefix: int = 0
+) -> Job:
     """The job of prompts of which each is taken to be as long as the longest.
 
     Their `lengths` are beyond what they share.
     """
+    num_prompts = max(1, len(lengths))
     return Job(
         prompt_len=bucket(max(lengths, default=1)),
         gen_len=gen_len,
-        num_prompts=max(1, len(lengths)),
+        num_prompts=num_prompts,
         num_shared=num_shared,
+        rows_per_prefix=rows_per_prefix if rows_per_prefix < num_prompts else 0,
     )
 
 
@@ -245,10 +275,12 @@ def _blocks(
     layout: WeightLayout, policy: Policy, job: Job, layers_ahead: int
 ) -> Iterator[tuple[Workload, int]]:
     """The shapes of a job's blocks, and how often each occurs."""
-    whole, rest = divmod(job.num_prompts, policy.block_size)
-    for num_rows, times in ((policy.block_size, whole), (rest, 1)):
+    shape = shape_of(policy, policy.block_size, job.rows_per_prefix)
+    most = shape.batch_size * shape.num_batches
+    whole, rest = divmod(job.num_rows(policy), most)
+    for num_rows, times in ((most, whole), (rest, 1)):
         if num_rows and times:
-            work = layout.workload(policy, num_rows=num_rows, **job.lengths._asdict())
+            work = job.lengths.workload(layout, policy, num_rows)
             yield looking_ahead(work, layers_ahead), times
 
 

@@ -190,7 +190,8 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
 
 def tokens_in_words(job: Job) -> str:
     """How long a job's prompts are."""
-    shared = f" behind {job.num_shared} that all share" if job.num_shared else ""
+    alike = f"{job.rows_per_prefix or 'all'} share"
+    shared = f" behind {job.num_shared} that {alike}" if job.num_shared else ""
     return f"{job.prompt_len} tokens{shared}"
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from flexjax.schedule.ops import (
-    PREFIX,
     Buffer,
     Cache,
     Cell,
@@ -14,6 +13,7 @@ from flexjax.schedule.ops import (
     Op,
     Store,
     Weights,
+    is_prefix,
 )
 from flexjax.workload import Workload
 
@@ -62,7 +62,7 @@ class _State:
     def load(self, op: Op, buffer: Buffer, step: int) -> None:
         _require(buffer not in self.on_device, op, f"{buffer} is there already")
         match buffer:
-            case Cache(_, batch) if batch == PREFIX:
+            case Cache(_, batch) if is_prefix(batch):
                 is_stored = self._cached_step.get(buffer) is not None
                 _require(is_stored, op, f"{buffer} was never stored")
             case Cache():
@@ -96,15 +96,15 @@ class _State:
         _require(held == self._input(cell), op, f"{hidden} holds what {held} made")
         self._done[cell.batch] = cell
         cache = Cache(cell.layer, cell.batch)
-        if cell.batch == PREFIX:
+        if is_prefix(cell.batch):
             if not work.is_decoder(cell.layer):
                 return
             self.on_device.add(cache)
             self._fresh_prefix.add(cache)
             self._staged[hidden] = cell
         elif work.is_decoder(cell.layer):
-            if work.prefix_len:
-                self._on_device(op, Cache(cell.layer, PREFIX))
+            if (prefix := work.prefix_of(cell.batch)) is not None:
+                self._on_device(op, Cache(cell.layer, prefix))
             if cell.step > 0:
                 self._on_device(op, cache)
                 came = self._loaded_step.get(cache)
@@ -147,7 +147,7 @@ class _State:
     def _is_between_steps(self, batch: int) -> bool:
         done = self._done.get(batch)
         work = self._work
-        num_layers = work.num_prefix_layers if batch == PREFIX else work.num_layers
+        num_layers = work.num_prefix_layers if is_prefix(batch) else work.num_layers
         return done is None or done.layer == num_layers - 1
 
     def _before(self, cell: Cell) -> Cell | None:

@@ -5,8 +5,9 @@ others are tested against. `row_by_row` and `zigzag` look ahead: while a cell co
 the inputs of the next one and the weights of the next layer are on their way. They
 differ only in the order of their cells.
 
-Where rows share a prefix, its keys and values are computed when a layer is first there,
-stored if it comes again, and loaded with it then. Its hidden state stays on the device.
+Where batches begin with a prefix, its keys and values are computed when the first of
+them is first at a layer, stored if one comes there again, and loaded then, once for all
+that follow one another. Its hidden state stays on the device.
 
 An emitter may be told who is still `alive`: it asks once a step for each batch, as late
 as it can, and leaves out the batches that have ended.
@@ -17,7 +18,6 @@ from typing import NamedTuple
 
 from flexjax.policy import Schedule
 from flexjax.schedule.ops import (
-    PREFIX,
     Cache,
     Cell,
     Compute,
@@ -43,15 +43,18 @@ def always(step: int, batch: int) -> bool:
 
 def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
     """Load, compute, store, one after the other: slow, and plainly right."""
-    prefix = _Prefix(work, num_rounds=work.gen_len)
+    prefixes = _Prefixes(work)
     for step in range(work.gen_len):
         batches = [batch for batch in range(work.num_batches) if alive(step, batch)]
         for layer in range(work.num_layers if batches else 0):
             yield from _load_weights(step, layer, range(work.num_parts))
-            yield from prefix.load(step, layer, round_number=step)
-            yield from prefix.compute(layer, round_number=step)
-            for batch in batches:
-                cell = Cell(step, layer, batch)
+            cells = [Cell(step, layer, batch) for batch in batches]
+            for before, cell, after in zip(
+                [None, *cells], cells, [*cells[1:], None], strict=False
+            ):
+                batch = cell.batch
+                yield from prefixes.load(cell, before)
+                yield from prefixes.compute(cell, before)
                 yield from _load_cache(work, cell)
                 yield Load(Hidden(batch), step)
                 yield Compute(*cell)
@@ -59,7 +62,7 @@ def serial(work: Workload, alive: Alive = always) -> Iterator[Op]:
                 yield from _store_hidden(work, cell)
                 yield from _free_cache(work, cell)
                 yield Free(Hidden(batch))
-            yield from prefix.free(layer)
+                yield from prefixes.free(cell, after)
             yield from _free_weights(layer, range(work.num_parts))
 
 
@@ -92,7 +95,7 @@ def row_by_row(work: Workload, alive: Alive = always) -> Iterator[Op]:
                     yield _Turn(Cell(step, layer, batch), 1, 1)
 
     num_visits = work.num_batches * work.gen_len * work.num_layers
-    return _pipeline(work, turns(), num_visits=num_visits)
+    return _pipeline(work, turns(), num_visits=num_visits, one_by_one=True)
 
 
 EMITTERS: dict[Schedule, Callable[[Workload, Alive], Iterator[Op]]] = {
@@ -118,7 +121,11 @@ class _Turn(NamedTuple):
 
 
 def _pipeline(
-    work: Workload, turns: Iterator[_Turn], *, num_visits: int
+    work: Workload,
+    turns: Iterator[_Turn],
+    *,
+    num_visits: int,
+    one_by_one: bool = False,
 ) -> Iterator[Op]:
     """Runs `turns` with the next cell's inputs and the next layers' weights under way.
 
@@ -132,38 +139,38 @@ def _pipeline(
     before it is through with one. Only at the end of such a step it is freed at once,
     after everything else that the next cell needs was asked for. At most
     `layers_ahead + 1` layers' weights, or as much of smaller ones, two caches and two
-    hidden states are on the device, and of a prefix two caches and one state.
+    hidden states are on the device; of prefixes two caches, and the states of all. With
+    `one_by_one` a batch has had all its steps before the next one comes.
     """
     turn = next(turns, None)
     if turn is None:
         return
     weights = _WeightsAhead(work, num_visits)
-    prefix = _Prefix(work, num_rounds=num_visits // work.num_layers)
+    prefixes = _Prefixes(work, one_by_one=one_by_one)
     cell = turn.cell
     yield from weights.load_ahead(0)
-    yield from prefix.load(cell.step, cell.layer, round_number=0)
+    yield from prefixes.load(cell, None)
     yield Load(Hidden(cell.batch), cell.step)
     before: Cell | None = None
     visit = 0  # of the cell's layer
     while turn is not None:
         cell = turn.cell
-        if turn.turn == 1:
-            yield from prefix.compute(cell.layer, visit // work.num_layers)
+        yield from prefixes.compute(cell, before)
         yield Compute(*cell)
         yield from _store_cache(work, cell)
         if before is not None:
             yield from _free_cache(work, before)
+            yield from prefixes.free(before, cell)
             if before.layer != cell.layer:
-                yield from prefix.free(before.layer)
                 yield from weights.free_first()
         yield from weights.load_ahead(visit, turn.turn, turn.num_turns)
         turn = next(turns, None)
         after = None if turn is None else turn.cell
         if after is not None:
             yield from _load_cache(work, after)
+            yield from prefixes.load(after, cell)
             if after.layer != cell.layer:
                 visit += 1
-                yield from prefix.load(*after[:2], visit // work.num_layers)
                 yield from weights.load_ahead(visit)
         if before is not None and before.batch != cell.batch:
             yield Free(Hidden(before.batch))
@@ -175,7 +182,7 @@ def _pipeline(
                 yield Load(Hidden(after.batch), after.step)
         before = cell
     yield from _free_cache(work, cell)
-    yield from prefix.free(cell.layer)
+    yield from prefixes.free(cell, None)
     yield from weights.free_all()
 
 
@@ -221,38 +228,65 @@ class _WeightsAhead:
         return Weights(layer, part), step % self._work.gen_len
 
 
-class _Prefix:
-    """The keys and values that all rows share, a layer at a time."""
+class _Prefixes:
+    """The keys and values that batches share, a layer at a time."""
 
-    def __init__(self, work: Workload, num_rounds: int) -> None:
+    def __init__(self, work: Workload, *, one_by_one: bool = False) -> None:
         self._work, self._num_layers = work, work.num_prefix_layers
-        self._num_rounds = num_rounds  # in which every layer is visited
-        self._has_hidden = False
+        self._one_by_one = one_by_one
+        self._made_for: dict[int, int] = {}  # the batch in whose turn one is computed
 
-    def load(self, step: int, layer: int, round_number: int) -> Iterator[Op]:
-        """Loads what the cells of a layer need that was made in an earlier round."""
-        if round_number > 0 and self._has_cache(layer):
-            yield Load(Cache(layer, PREFIX), step)
-        elif (round_number, layer) == (0, 0) and self._num_layers > 0:
-            self._has_hidden = True
-            yield Load(Hidden(PREFIX), step)
+    def load(self, cell: Cell, before: Cell | None) -> Iterator[Op]:
+        """Loads what a cell needs, and the one before it did not."""
+        prefix = self._work.prefix_of(cell.batch)
+        if prefix is None or self._are_alike(cell, before):
+            return
+        if self._is_made_in(cell):
+            if cell.layer == 0:
+                yield Load(Hidden(prefix), cell.step)
+        elif self._work.is_decoder(cell.layer):
+            yield Load(Cache(cell.layer, prefix), cell.step)
 
-    def compute(self, layer: int, round_number: int) -> Iterator[Op]:
-        """Makes what they need, in the first round."""
-        if round_number == 0 and layer < self._num_layers:
-            yield Compute(0, layer, PREFIX)
-            if self._num_rounds > 1 and self._has_cache(layer):
-                yield Store(Cache(layer, PREFIX), 0)
+    def compute(self, cell: Cell, before: Cell | None) -> Iterator[Op]:
+        """Makes it in the prefill of the first batch that needs it."""
+        prefix = self._work.prefix_of(cell.batch)
+        if prefix is None or self._are_alike(cell, before):
+            return
+        if self._is_made_in(cell):
+            yield Compute(0, cell.layer, prefix)
+            if self._work.is_decoder(cell.layer) and self._comes_again(prefix):
+                yield Store(Cache(cell.layer, prefix), 0)
 
-    def free(self, layer: int) -> Iterator[Op]:
-        if self._has_cache(layer):
-            yield Free(Cache(layer, PREFIX))
-        if self._has_hidden and layer == self._num_layers - 1:
-            self._has_hidden = False
-            yield Free(Hidden(PREFIX))
+    def free(self, cell: Cell, after: Cell | None) -> Iterator[Op]:
+        """Frees what a cell needed, and the one after it does not."""
+        prefix = self._work.prefix_of(cell.batch)
+        if prefix is None or self._are_alike(cell, after):
+            return
+        if self._work.is_decoder(cell.layer):
+            yield Free(Cache(cell.layer, prefix))
+        if self._is_made_in(cell) and cell.layer == self._num_layers - 1:
+            yield Free(Hidden(prefix))
 
-    def _has_cache(self, layer: int) -> bool:
-        return layer < self._num_layers and self._work.is_decoder(layer)
+    def _is_made_in(self, cell: Cell) -> bool:
+        """Whether a cell is of the round in which its prefix is computed."""
+        prefix = self._work.prefix_of(cell.batch)
+        if cell.step > 0 or cell.layer >= self._num_layers or prefix is None:
+            return False
+        first = self._made_for.setdefault(prefix, cell.batch)
+        return not self._one_by_one or cell.batch == first
+
+    def _comes_again(self, prefix: int) -> bool:
+        """Whether a batch comes to a layer after the round that computes its prefix."""
+        ends = (0, *self._work.prefix_ends)
+        is_shared = ends[~prefix + 1] - ends[~prefix] > 1
+        return self._work.gen_len > 1 or (self._one_by_one and is_shared)
+
+    def _are_alike(self, cell: Cell, other: Cell | None) -> bool:
+        """Whether the same keys and values, or states, serve both of two neighbours."""
+        if other is None or cell[:2] != other[:2]:
+            return False
+        prefix_of = self._work.prefix_of
+        return prefix_of(cell.batch) == prefix_of(other.batch)
 
 
 def _load_weights(step: int, layer: int, parts: range) -> Iterator[Op]:

@@ -3,8 +3,13 @@
 import dataclasses
 from typing import NamedTuple
 
-# The number of what is no batch of the rows, but the one row of what all begin with.
-PREFIX = -1
+
+def is_prefix(batch: int) -> bool:
+    """Whether a number is no batch's, but that of one row that batches begin with.
+
+    The prefixes of a block are counted down, so that prefix `k` is `~k`.
+    """
+    return batch < 0
 
 
 class Cell(NamedTuple):

@@ -16,7 +16,6 @@ from typing import Protocol
 
 from flexjax.schedule.emit import Alive
 from flexjax.schedule.ops import (
-    PREFIX,
     Buffer,
     Cache,
     Cell,
@@ -117,7 +116,7 @@ def simulate(
     it, whether it needs it or not, but for what the last call made and is being stored,
     as FlexGen's does (arXiv 2303.06865, algorithm 1).
     """
-    run = _Run(costs, contention)
+    run = _Run(work, costs, contention)
     stored: list[_Task] = []  # since the last compute call was issued
     for op in emit(work, run.alive):
         match op:
@@ -143,8 +142,8 @@ def simulate(
 class _Run:
     """The lanes, what is in them, and the time."""
 
-    def __init__(self, costs: Costs, contention: Contention) -> None:
-        self._costs = costs
+    def __init__(self, work: Workload, costs: Costs, contention: Contention) -> None:
+        self._work, self._costs = work, costs
         # There are few ways to share: each is found once.
         self._speeds = functools.cache(contention.speeds)
         self._queues: dict[_Queue, collections.deque[_Task]] = {
@@ -198,8 +197,9 @@ class _Run:
         cache, hidden = Cache(cell.layer, cell.batch), Hidden(cell.batch)
         weights = self._layer_parts[cell.layer]
         used: list[Buffer] = [*weights, hidden]
-        if (prefix := Cache(cell.layer, PREFIX)) in self._uses:  # it is there
-            used.append(prefix)
+        if (prefix := self._work.prefix_of(cell.batch)) is not None:
+            shared = Cache(cell.layer, prefix)
+            used += [shared] if shared in self._uses else []  # none of a head block
         inputs = [*used, cache]
         after = [self._loads[buffer] for buffer in inputs if buffer in self._loads]
         if cell.batch in self._computed:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flexjax import Placement, Policy
+from flexjax.arrangement import shape_of
 from flexjax.memory.layout import lay_out
 from flexjax.memory.processor import Processor
 from flexjax.models.config import named_config
@@ -33,7 +34,7 @@ def test_a_block_goes_through_a_buffer_of_a_layer(name, how):
     assert sum(sizes) == table.nbytes
     for nbytes in sizes[:-1]:  # the last one may be small
         assert layout.buffer_bytes(config.head_table, nbytes) == largest
-    work = layout.workload(policy, prompt_len=8, gen_len=2, num_rows=1)
+    work = layout.workload(policy, shape_of(policy, 1), prompt_len=8, gen_len=2)
     assert work.blocks_per_layer == 2  # fc1's and fc2's
 
 
@@ -48,5 +49,5 @@ def test_where_no_block_goes_through_a_buffer_one_counts_as_a_layer(placement):
         policy,
         processor=Processor(is_host=False),
     )
-    work = layout.workload(policy, prompt_len=8, gen_len=2, num_rows=1)
+    work = layout.workload(policy, shape_of(policy, 1), prompt_len=8, gen_len=2)
     assert work.blocks_per_layer == 1

@@ -8,6 +8,7 @@ import pytest
 
 from checkpoints_tools.resolve import resolve_for
 from flexjax import Placement, Policy
+from flexjax.arrangement import shape_of
 from flexjax.kernels.products import fitting_groups, is_multiplied
 from flexjax.memory import link
 from flexjax.memory.layout import lay_out
@@ -100,7 +101,7 @@ def test_a_cache_has_room_at_once_where_the_kernel_attends_to_all_of_it(
     for has_kernel in (True, False):
         processor = Processor(is_host=True, has_attention_kernel=has_kernel)
         layout = model.layout(policy, processor)
-        work = layout.workload(policy, prompt_len=100, gen_len=100, num_rows=8)
+        work = layout.workload(policy, shape_of(policy, 8), prompt_len=100, gen_len=100)
         assert layout.attends_by_kernel(policy) == (attends and has_kernel)
         assert work.reserves == (reserves and has_kernel)
         assert work.cache_slots(0) == (bucket(227) if work.reserves else bucket(129))

@@ -72,7 +72,10 @@ def policies(draw: st.DrawFn, where=placements) -> Policy:
 
 
 hardware_drawn = st.sampled_from([APART, SHARED])
-num_shared = st.sampled_from([0, 0, 40])
+# With nothing in common, one prefix for all, and one for each two rows.
+prefixes = st.sampled_from([{}, {}, {"num_shared": 40}]) | st.just(
+    {"num_shared": 40, "rows_per_prefix": 2}
+)
 
 
 def run_of(policy, hardware, **lengths):
@@ -80,7 +83,7 @@ def run_of(policy, hardware, **lengths):
     model = Found(CONFIG, np.dtype(np.float16)).model(policy)
     layout = model.layout(policy, hardware.processor)
     asked = Lengths(**{"prompt_len": 20, "gen_len": 5} | lengths)
-    work = layout.workload(policy, num_rows=policy.block_size, **asked._asdict())
+    work = asked.workload(layout, policy, policy.block_size)
     work = dataclasses.replace(work, layers_ahead=min(2, work.num_layers - 1))
     sizes = RunFootprint(work=work, policy=policy, weights=layout, scores=False)
     form = block_form(model, policy, hardware, asked)
@@ -96,13 +99,13 @@ def steps_s(costs, steps):
 @given(
     policy=policies(st.sampled_from(CORNERS)),
     hardware=hardware_drawn,
-    shared=num_shared,
+    shared=prefixes,
 )
 @settings(deadline=None, max_examples=30)
 def test_seconds_of_whole_placements_are_those_of_the_ops(
     policy, hardware, gen_len, shared
 ):
-    costs, _, form = run_of(policy, hardware, gen_len=gen_len, num_shared=shared)
+    costs, _, form = run_of(policy, hardware, gen_len=gen_len, **shared)
     shares = shares_of(policy)
     assert form.prefill.at(shares) == pytest.approx(steps_s(costs, [0]), abs=1e-9)
     decode = steps_s(costs, range(1, costs.work.gen_len))
@@ -125,19 +128,19 @@ def test_attention_on_the_host_takes_a_round_trip_and_the_host_s_own_rates(bits)
     assert found[Resource.HOST_ATTENTION] == pytest.approx(expected)
 
 
-@given(policy=policies(), hardware=hardware_drawn, shared=num_shared)
+@given(policy=policies(), hardware=hardware_drawn, shared=prefixes)
 @settings(deadline=None)
 def test_seconds_of_mixed_placements_are_within_a_tensor_and_a_row(
     policy, hardware, shared
 ):
     """By one tensor's bytes in every step, and one row's in every pair of calls."""
-    costs, sizes, form = run_of(policy, hardware, num_shared=shared)
+    costs, sizes, form = run_of(policy, hardware, **shared)
     work, weights = costs.work, sizes.weights
     tensor = max(entry.nbytes for entry in weights.tensors.values())
     # How much of the table of logits travels, and in how many blocks, is rounded too.
     tensor += weights.tensors[CONFIG.head_table].nbytes
     row = work.cache_slots(work.gen_len) * sizes.cache_slot_bytes
-    row += work.prefix_len * sizes.of_prefix.cache_slot_bytes
+    row += work.prefix_len * sizes.of_prefixes.cache_slot_bytes
     hidden = 2 * work.num_decoder_layers * work.prompt_len * sizes.hidden_bytes
     found, exact = form.prefill.at(shares_of(policy)), steps_s(costs, [0])
     for resource, rate, slack in (
@@ -155,31 +158,31 @@ def test_seconds_of_mixed_placements_are_within_a_tensor_and_a_row(
     policy=policies(),
     hardware=hardware_drawn,
     gen_len=st.integers(1, 40),
-    shared=num_shared,
+    shared=prefixes,
 )
 @settings(deadline=None)
 def test_the_quick_peak_is_never_below_the_schedule_s_own(
     policy, hardware, gen_len, shared
 ):
-    _, sizes, _ = run_of(policy, hardware, gen_len=gen_len, num_shared=shared)
+    _, sizes, _ = run_of(policy, hardware, gen_len=gen_len, **shared)
     above = peak_from_above(sizes)
     exact = run_peak_bytes(sizes.work, policy, sizes.weights)
     for key, nbytes in exact.items():
         assert nbytes <= above[key], key
     # Nor is it above it by more than a layer, and a few calls' rows and workspaces.
     layer = sizes.loaded(Weights(0, 0), 0)
-    rows = policy.batch_size + (shared > 0)
+    rows = policy.batch_size + 2 * len(sizes.work.prefixes)
     room = 3 * sum(layer.values()) + 6 * rows * 64 * 6 * CONFIG.ffn_dim
     held, most = by_tier(exact), by_tier(above)
     for tier in Tier:
         assert most[tier] <= 1.25 * held[tier] + room, tier
 
 
-@given(policy=policies(), hardware=hardware_drawn, shared=num_shared)
+@given(policy=policies(), hardware=hardware_drawn, shared=prefixes)
 @settings(deadline=None)
 def test_a_simulated_block_takes_at_least_what_the_form_says(policy, hardware, shared):
     """By the terms of its own ops, so that rounding plays no part."""
-    costs, _, _ = run_of(policy, hardware, num_shared=shared)
+    costs, _, _ = run_of(policy, hardware, **shared)
     run = simulate(zigzag, costs.work, costs, hardware.contention)
     steps = range(costs.work.gen_len)
     bound_s = phase_seconds(steps_s(costs, steps), hardware.contention)

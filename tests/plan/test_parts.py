@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexjax.plan import parts
 from flexjax.plan.hardware import read_hardware
-from flexjax.plan.parts import plan_parts
+from flexjax.plan.parts import Asked, plan_parts
 from flexjax.plan.planner import best_plan, find_model
 from flexjax.plan.predict import Job, combined, predict
 from flexjax.policy import Policy
@@ -29,12 +29,12 @@ def allowed():
 @pytest.fixture(scope="module")
 def cut(allowed):
     """Plans for `MIXED`."""
-    return plan_parts(allowed, HARDWARE, MIXED, gen_len=GEN_LEN)
+    return plan_parts(allowed, HARDWARE, Asked(MIXED, GEN_LEN))
 
 
 def test_prompts_of_one_length_get_one_plan(allowed):
     job = Job(prompt_len=512, gen_len=GEN_LEN, num_prompts=4000)
-    (plan,) = plan_parts(allowed, HARDWARE, [500] * 4000, gen_len=GEN_LEN)
+    (plan,) = plan_parts(allowed, HARDWARE, Asked([500] * 4000, GEN_LEN))
     assert plan == best_plan(allowed, HARDWARE, job)[0]
 
 
@@ -59,11 +59,11 @@ def test_a_few_long_prompts_do_not_slow_down_all_others(allowed, cut):
 
 def test_no_block_of_a_part_takes_longer_than_it_may(allowed, cut):
     most_s = 0.3 * cut[1].prediction.block_s
-    found = plan_parts(allowed, HARDWARE, MIXED, gen_len=GEN_LEN, most_block_s=most_s)
+    found = plan_parts(allowed, HARDWARE, Asked(MIXED, GEN_LEN, most_block_s=most_s))
     assert sum(plan.job.num_prompts for plan in found) == len(MIXED)
     assert all(plan.prediction.block_s <= most_s for plan in found)
     with pytest.raises(ValueError, match="no block is done within 0.1 s"):
-        plan_parts(allowed, HARDWARE, MIXED[:1], gen_len=2, most_block_s=0.1)
+        plan_parts(allowed, HARDWARE, Asked(MIXED[:1], 2, most_block_s=0.1))
 
 
 def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_job_that_is_short_is_not_searched_for_long(allowed, monkeypatch):
         return best_plan(*args, **options)
 
     monkeypatch.setattr(parts, "best_plan", counted)
-    (plan,) = plan_parts(allowed, HARDWARE, [1500, 60, 60], gen_len=GEN_LEN)
+    (plan,) = plan_parts(allowed, HARDWARE, Asked([1500, 60, 60], GEN_LEN))
     assert plan.job == Job(prompt_len=1536, gen_len=GEN_LEN, num_prompts=3)
     assert len(searched) == 1
 
@@ -84,12 +84,12 @@ def test_what_is_longer_than_any_memory_is_refused(allowed):
         HARDWARE, device_memory_bytes=10**8, host_memory_bytes=10**8
     )
     with pytest.raises(ValueError, match="not even one prompt of 2048 tokens fits"):
-        plan_parts(allowed, small, [2000, 5, 5], gen_len=GEN_LEN)
+        plan_parts(allowed, small, Asked([2000, 5, 5], GEN_LEN))
 
 
 def test_a_plan_is_predicted_for_the_lengths_of_its_blocks(allowed):
     lengths = sorted(range(200, 520, 1), reverse=True)
-    (plan,) = plan_parts(allowed, HARDWARE, lengths, gen_len=GEN_LEN)
+    (plan,) = plan_parts(allowed, HARDWARE, Asked(lengths, GEN_LEN))
     model, size = allowed[0][0], plan.policy.block_size
     assert 1 < size < len(lengths) / 4
 
@@ -145,7 +145,7 @@ def test_no_way_to_cut_is_faster(counts, powers):
         patch.setattr(parts, "_load_s", lambda *_: 0.0)
         patch.setattr(parts, "SEARCH_S", 1e-9)
         patch.setattr(dataclasses, "replace", lambda plan, prediction: plan)
-        found = plan_parts([None], None, lengths, gen_len=1)
+        found = plan_parts([None], None, Asked(lengths, 1))
     assert sum(plan.job.num_prompts for plan in found) == len(lengths)
     whole_s = 2.0 ** times[0, len(lengths)]
     ways = [

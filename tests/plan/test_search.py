@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexjax.arrangement import shape_of
 from flexjax.memory.footprint import run_peak_bytes
 from flexjax.plan import search as search_module
 from flexjax.plan.hardware import read_hardware
@@ -62,9 +63,9 @@ def test_a_plan_fits_as_the_engine_counts_and_its_policy_is_valid(hardware):
     layout = MODEL.layout(plan.policy, hardware.processor)
     work = layout.workload(
         plan.policy,
+        shape_of(plan.policy, min(plan.policy.block_size, JOB.num_prompts)),
         prompt_len=JOB.prompt_len,
         gen_len=JOB.gen_len,
-        num_rows=min(plan.policy.block_size, JOB.num_prompts),
     )
     held = by_tier(run_peak_bytes(work, plan.policy, layout))
     budgets = plan.budgets

@@ -19,7 +19,6 @@ from flexjax.schedule.emit import (
     zigzag,
 )
 from flexjax.schedule.ops import (
-    PREFIX,
     Cache,
     Cell,
     Compute,
@@ -28,6 +27,7 @@ from flexjax.schedule.ops import (
     Load,
     Store,
     Weights,
+    is_prefix,
 )
 from flexjax.workload import Workload
 from tests.drawn import until, works, works_with_endings
@@ -39,8 +39,20 @@ looking_ahead = pytest.mark.parametrize("emit", [row_by_row, zigzag])
 # same with the weights of all other layers on their way.
 SMALLEST = Workload(num_decoder_layers=1), [1]
 WITH_PREFIX = (
-    Workload(num_decoder_layers=2, num_batches=2, gen_len=2, prefix_len=32),
+    Workload(
+        num_decoder_layers=2, num_batches=2, gen_len=2, prefix_len=32, prefix_ends=(2,)
+    ),
     [2, 1],
+)
+WITH_PREFIXES = (
+    Workload(
+        num_decoder_layers=2,
+        num_batches=5,
+        gen_len=3,
+        prefix_len=32,
+        prefix_ends=(2, 3, 5),
+    ),
+    [1, 2, 3, 1, 2],
 )
 SCORING = Workload(num_decoder_layers=2, num_head_blocks=2, num_batches=3), [1, 1, 1]
 LONE_BATCH = (
@@ -55,7 +67,7 @@ SMALL_BLOCKS = (
 
 
 def is_of_prefix(op):
-    return isinstance(op, Compute) and op.batch == PREFIX
+    return isinstance(op, Compute) and is_prefix(op.batch)
 
 
 def cells(ops):
@@ -142,6 +154,7 @@ def test_row_by_row_ends_a_batch_before_the_next():
 @example(drawn=FAR_AHEAD)
 @example(drawn=SMALL_BLOCKS)
 @example(drawn=WITH_PREFIX)
+@example(drawn=WITH_PREFIXES)
 def test_every_stream_is_sound_whenever_batches_end(emit, drawn):
     work, ends = drawn
     check(emit(work, until(ends)), work)
@@ -161,21 +174,32 @@ def test_all_emitters_compute_the_same_cells_each_batch_in_order(emit, drawn):
 @emitters
 @given(drawn=works_with_endings())
 @example(drawn=WITH_PREFIX)
-def test_a_prefix_is_computed_once_a_layer_and_comes_with_its_weights(emit, drawn):
+@example(drawn=WITH_PREFIXES)
+def test_a_prefix_is_computed_once_a_layer_and_comes_once_a_round(emit, drawn):
     work, ends = drawn
     ops = list(emit(work, until(ends)))
-    computed = [op for op in ops if is_of_prefix(op)]
-    layers = range(work.num_decoder_layers if work.prefix_len else 0)
-    last = work.num_layers if work.scores_prefix else len(layers)
-    visited = range(last if work.prefix_len else 0)
-    assert computed == [Compute(0, layer, PREFIX) for layer in visited]
-    rounds = max(ends) if emit is not row_by_row else sum(ends)
-    came = Counter(op.buffer for op in loads(ops, Cache) if op.buffer.batch == PREFIX)
-    assert came == {Cache(layer, PREFIX): rounds - 1 for layer in layers if rounds > 1}
-    # Nothing is kept of it that nobody comes back for.
-    is_read = work.gen_len * (work.num_batches if emit is row_by_row else 1) > 1
-    stored = [op for op in ops if op in {Store(Cache(j, PREFIX), 0) for j in layers}]
-    assert len(stored) == len(layers) * is_read
+    last = work.num_layers if work.scores_prefixes else work.num_decoder_layers
+    caches = [op for op in ops if isinstance(getattr(op, "buffer", None), Cache)]
+    for prefix in work.prefixes:
+        behind = [b for b in range(work.num_batches) if work.prefix_of(b) == prefix]
+        computed = [op for op in ops if is_of_prefix(op) and op.batch == prefix]
+        assert computed == [Compute(0, layer, prefix) for layer in range(last)]
+        lives = [ends[batch] for batch in behind]
+        rounds = sum(lives) if emit is row_by_row else max(lives)
+        # Nothing is kept of it that nobody comes back for.
+        is_read = work.gen_len * (len(behind) if emit is row_by_row else 1) > 1
+        for layer in range(work.num_decoder_layers):
+            of_this = [op for op in caches if op.buffer == Cache(layer, prefix)]
+            count = Counter(map(type, of_this))
+            assert count == +Counter({Load: rounds - 1, Store: is_read, Free: rounds})
+    assert {op.batch for op in ops if is_of_prefix(op)} == set(work.prefixes)
+
+
+def test_batches_begin_with_the_prefix_whose_end_comes_next():
+    work = WITH_PREFIXES[0]
+    assert [work.prefix_of(batch) for batch in range(5)] == [-1, -1, -2, -3, -3]
+    assert work.prefix_of(-2) is None
+    assert SMALLEST[0].prefix_of(0) is None
 
 
 @given(work=works())
@@ -270,7 +294,7 @@ def test_whether_hidden_states_stay_is_known_beforehand(work, schedule):
 def test_few_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
     """The layers ahead and one more, two caches and two hidden states.
 
-    And as many caches of the prefix, and its hidden state.
+    And as many caches of prefixes, and the hidden states of all.
     """
     work, ends = drawn
     layer_size = work.blocks_per_layer
@@ -288,12 +312,13 @@ def test_few_of_each_are_staged_at_most_and_nothing_in_the_end(emit, drawn):
         sizes = [layer_size if work.is_decoder(layer) else 1 for layer in layers]
         assert sum(sizes) <= most * layer_size
         count = Counter(
-            (type(buffer), buffer.batch == PREFIX)
+            (type(buffer), is_prefix(buffer.batch))
             for buffer in staged
             if not isinstance(buffer, Weights)
         )
+        states = count.pop((Hidden, True), 0)
         assert max(count.values(), default=0) <= 2
-        assert count[Hidden, True] <= 1
+        assert states <= (1 if emit is row_by_row else len(work.prefixes))
     assert not staged
 
 

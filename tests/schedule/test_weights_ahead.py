@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import example, given
 
 from flexjax.schedule.emit import row_by_row, zigzag
-from flexjax.schedule.ops import PREFIX, Compute, Free, Load, Weights
+from flexjax.schedule.ops import Compute, Free, Load, Weights, is_prefix
 from tests.drawn import until, works, works_with_endings
 from tests.schedule.test_emit import (
     FAR_AHEAD,
@@ -28,7 +28,7 @@ def test_zigzag_asks_for_the_next_layers_while_batches_of_this_one_wait(drawn):
         match op:
             case Load(Weights(layer), step):
                 asked[layer] = step
-            case Compute(step, layer, batch) if batch != PREFIX:
+            case Compute(step, layer, batch) if not is_prefix(batch):
                 first = min(b for b, end in enumerate(ends) if end > step)
                 last, most = (work.last_ahead(layer - late) for late in (1, 0))
                 last += batch != first and last < most
@@ -72,7 +72,7 @@ def test_weights_come_as_far_ahead_as_is_told_and_go_in_order(emit, work):
                 loaded.append(weights)
             case Free(Weights() as weights):
                 freed.append(weights)
-            case Compute(step, layer, batch) if batch != PREFIX:
+            case Compute(step, layer, batch) if not is_prefix(batch):
                 visit = step * work.num_layers + layer
                 if emit is row_by_row:
                     visit += batch * work.gen_len * work.num_layers
