@@ -51,7 +51,14 @@ def run_here(
 ) -> dict[str, Any]:
     """Runs the prompts in the memory that there is, as JSON values."""
     prompts = make_prompts(store.config.vocab_size, different=different)
-    params = SamplingParams(max_tokens=GEN_LEN, temperature=0.0, ignore_eos=True)
+    return run_prompts(store, folder, prompts, GEN_LEN)
+
+
+def run_prompts(
+    store: WeightStore, folder: pathlib.Path, prompts: list[list[int]], gen_len: int
+) -> dict[str, Any]:
+    """Runs any prompts as `LLM(model)` would, as JSON values."""
+    params = SamplingParams(max_tokens=gen_len, temperature=0.0, ignore_eos=True)
     with LLM(store.folder, offload_dir=folder) as llm:
         llm.generate(prompts, params)
         metrics, plan = llm.metrics, llm.plan
@@ -69,10 +76,11 @@ def run_here(
     }
 
 
-def _in_words(alike: Mapping[str, Any], different: Mapping[str, Any]) -> str:
+def in_words(alike: Mapping[str, Any], different: Mapping[str, Any]) -> str:
+    """Both runs in a line."""
     return (
-        f"{alike['num_shared_tokens']} tokens shared: {alike['seconds']:.1f} s; with "
-        f"nothing in common {different['seconds']:.1f} s"
+        f"{alike['num_shared_tokens']:,} tokens of prompts shared: "
+        f"{alike['seconds']:.1f} s; with nothing in common {different['seconds']:.1f} s"
     )
 
 
@@ -87,7 +95,7 @@ WAYS = TwoWays(
         "own_tokens": OWN,
         "gen_len": GEN_LEN,
     },
-    in_words=_in_words,
+    in_words=in_words,
     prepare=measure_machine,
 )
 

@@ -192,7 +192,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InTwoWays:
-    """A result of `bench.lengths`, `bench.endings` or `bench.prefixes`, of two ways.
+    """A result of `bench.lengths`, or of another job that was run in two ways.
 
     Attributes:
         in_words: what each took.

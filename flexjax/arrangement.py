@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flexjax.policy import Policy
-from flexjax.workload import longest_first
+from flexjax.workload import bucket, longest_first
 
 
 class Group(NamedTuple):
@@ -138,13 +138,21 @@ def _behind_prefixes(
 
     The longest prompt of a group is its first.
     """
-    own = [lengths[group.places[0]] - group.num_shared for group in groups]
+    # Those whose rows or prefixes are filled up to about the same length come together.
+    ordered = sorted(
+        groups,
+        key=lambda group: (
+            bucket(lengths[group.places[0]] - group.num_shared),
+            group.num_shared,
+        ),
+        reverse=True,
+    )
     most = max((len(group.places) for group in groups), default=1)
     batch_size = min(policy.batch_size, most)
     batches = [
         (number, batch)
-        for number in longest_first(own)
-        for batch in _cut(groups[number].places, batch_size)
+        for number, group in enumerate(ordered)
+        for batch in _cut(group.places, batch_size)
     ]
     blocks = []
     for some in _cut(batches, policy.num_batches):
@@ -154,7 +162,7 @@ def _behind_prefixes(
                 batches=[batch for _, batch in some],
                 batch_size=batch_size,
                 prefix_ends=tuple(itertools.accumulate(count.values())),
-                num_shared=tuple(groups[number].num_shared for number in count),
+                num_shared=tuple(ordered[number].num_shared for number in count),
             )
         )
     return blocks

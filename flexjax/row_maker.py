@@ -199,13 +199,14 @@ class Requests:
         return self._sizes
 
     def groups(self, batch_size: int | None = None) -> list[Group]:
-        """Groups of all rows, see `SharedPrefixes`; after `sizes`.
+        """Groups of all rows, see `SharedPrefixes`; once, after `sizes`.
 
         Args:
             batch_size: if there is a policy.
         """
         gen_len = max((size.max_tokens for size in self._sizes), default=1)
-        return self._shared.groups(gen_len, batch_size)
+        shared, self._shared = self._shared, SharedPrefixes()  # which may be large
+        return shared.groups(gen_len, batch_size)
 
     def rows(self, places: Sequence[int]) -> list[Row]:
         """New rows, given their places in `indices`.

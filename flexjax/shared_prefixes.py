@@ -21,7 +21,10 @@ LEAST_SHARED = 64
 TOKENS_OF_A_NEW_ONE = 8
 TOKENS_OF_A_PASS = 2048
 LEAST_BATCH = 8  # rows, of a batch whose size is still to be planned
-MOST_KEPT = 1 << 24  # tokens, of prompts that nobody else begins like
+# Tokens that are kept of all prompts, so that millions of them fit in memory; a node is
+# taken to be as large as so many. What comes later can still begin as others do.
+MOST_KEPT = 1 << 24
+TOKENS_OF_A_NODE = 64
 
 
 class _Node:
@@ -97,7 +100,7 @@ class SharedPrefixes:
             child = node.children.get(int(rest[0]))
             if child is None:
                 if self._num_kept < MOST_KEPT:
-                    self._num_kept += len(rest)
+                    self._num_kept += TOKENS_OF_A_NODE + len(rest)
                     child = _Node(rest, node.depth + len(rest))
                     node.children[int(rest[0])] = node = child
                 break  # else it is told apart no further

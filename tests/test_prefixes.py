@@ -245,8 +245,19 @@ def test_prompts_that_do_not_begin_alike_are_refused(golden, tmp_path):
 
 def test_a_plan_for_prompts_that_share_does_for_those_that_share_less():
     jobs = [
-        Job(prompt_len=own, gen_len=8, num_prompts=9, num_shared=shared)
-        for own, shared in ((128, 1200), (128, 1199), (64, 0))
+        Job(
+            prompt_len=own,
+            gen_len=8,
+            num_prompts=9,
+            num_shared=shared,
+            rows_per_prefix=alike,
+        )
+        for own, shared, alike in (
+            (128, 1200, 3),
+            (128, 1199, 4),
+            (128, 1200, 0),
+            (64, 0, 0),
+        )
     ]
     first, *others = jobs
     assert all(first.joined(job) == first for job in others)
@@ -271,3 +282,30 @@ def test_a_model_shares_by_itself_and_says_so(golden, tmp_path, monkeypatch):
     for one, other in zip(found, alone, strict=True):
         assert one.prompt_token_ids == other.prompt_token_ids
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_model_finds_what_groups_of_prompts_share(golden, tmp_path, monkeypatch):
+    """Where a policy is given all run under it; else those that share nothing apart."""
+    monkeypatch.setattr(shared_prefixes, "LEAST_SHARED", 30)
+    monkeypatch.setattr(shared_prefixes, "LEAST_BATCH", 1)
+    monkeypatch.setattr(shared_prefixes, "TOKENS_OF_A_PASS", 1)
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    prompts = [*MANY[:-1], [8, 7, 6], [3] * 20]
+    num_shared = 2 * 33 + 3 * NUM_COMMON
+    store, found = golden("opt-pre-ln").store, []
+    for policy in (None, Policy(batch_size=2, num_batches=8)):
+        with LLM(store, policy=policy, offload_dir=tmp_path) as llm:
+            outputs = llm.generate(prompts, params)
+            assert llm.metrics["num_shared_tokens"] == num_shared
+            assert len(llm.metrics.get("parts", [])) == (2 if policy is None else 0)
+            assert [one.prompt_token_ids for one in outputs] == prompts
+            found.append([one.outputs[0].token_ids for one in outputs])
+            scores = llm.score(prompts)
+            assert llm.metrics["num_shared_tokens"] == num_shared - 5
+    with LLM(store, offload_dir=tmp_path) as llm:
+        alone = [llm.generate([prompt], params)[0] for prompt in prompts]
+        found.append([one.outputs[0].token_ids for one in alone])
+        for one, prompt in zip(scores, prompts, strict=True):
+            np.testing.assert_allclose(one, llm.score([prompt])[0], atol=2e-4)
+    assert found[0] == found[1] == found[2]
