@@ -126,7 +126,7 @@ def test_what_was_freed_is_given_back_before_a_call_is_refused(
     def give_back():
         free.update(dict.fromkeys(Tier, 1 << 40))
 
-    monkeypatch.setattr("flexjax.engine.give_back_freed", give_back)
+    monkeypatch.setattr("flexjax.memory.room.give_back_freed", give_back)
     rows = make_rows(golden("opt-pre-ln").prompts[:2])
     engine.generate(rows)
     assert all(row.has_ended for row in rows)

@@ -1,10 +1,12 @@
 """The planner's command line."""
 
 import json
+import math
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from flexjax.arrangement import Group
 from flexjax.checkpoint import EMBEDDED_MODEL
 from flexjax.cli import run_command
 from flexjax.plan.__main__ import build_parser, main
@@ -176,7 +178,26 @@ def test_texts_are_counted_by_the_tokenizer_of_the_folder(tmp_path, capsys):
         expected = [len(encode(prompt)) for prompt in prompts]
     config = find_model(str(EMBEDDED_MODEL), platform="cpu").config
     found = prompt_lengths(path, str(EMBEDDED_MODEL), config, 4)
-    assert found == (sorted(expected, reverse=True), 0)
+    assert found == (expected, [Group(0, range(2))])
+
+
+def test_prompts_that_share_something_are_planned_apart_from_others(tmp_path, capsys):
+    path, report = tmp_path / "prompts.jsonl", tmp_path / "plan.json"
+    subjects = [[5 + number] * 900 for number in range(4)]
+    prompts = [[*subjects[i % 4], 1000 + i, *range(9 + i % 50)] for i in range(400)]
+    prompts += [[2000 + i] * (20 + i) for i in range(30)]
+    path.write_text("\n".join(map(str, prompts)))
+    flags = ("--gen-len", 8, "--hardware", "t4-208gb", "--json", report)
+    assert run("facebook/opt-6.7b", "--prompts", path, *flags) == 0
+    text = capsys.readouterr().out
+    assert "part 1 of 2: prompts: 30, padded to 64 tokens at most" in text
+    assert "prompts: 400, padded to 96 tokens behind 900 that 100 share at most" in text
+    first, second = json.loads(report.read_text())["parts"]
+    assert (first["job"]["num_shared"], second["job"]["num_shared"]) == (0, 900)
+    assert second["job"]["rows_per_prefix"] == 100
+    # No batch is filled up by much.
+    size = second["policy"]["batch_size"]
+    assert math.ceil(100 / size) * size < 120
 
 
 def test_calibrate_prints_every_figure(monkeypatch, capsys, tmp_path):

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexjax.arrangement import Group, blocks_of
 from flexjax.plan import parts
 from flexjax.plan.hardware import read_hardware
-from flexjax.plan.parts import Asked, plan_parts
+from flexjax.plan.parts import Asked, asks, plan_parts
 from flexjax.plan.planner import best_plan, find_model
 from flexjax.plan.predict import Job, combined, predict
 from flexjax.policy import Policy
@@ -155,3 +157,36 @@ def test_no_way_to_cut_is_faster(counts, powers):
     ]
     cut_s = sum(plan.total_s for plan in found)
     assert cut_s == (min(ways) if min(ways) < 0.95 * whole_s else whole_s)
+
+
+def test_what_begins_like_others_is_asked_for_apart():
+    groups = [Group(0, [1, 4]), Group(70, [0, 2, 3]), Group(90, [5, 6])]
+    lengths = [100, 10, 110, 120, 20, 200, 190]
+    alone, sharing = asks(lengths, 8, groups, 30.0)
+    assert alone == (Asked([10, 20], 8, most_block_s=30.0), [1, 4])
+    expected = Asked([30, 40, 50, 110, 100], 8, 90, 3, 30.0)
+    assert sharing == (expected, [0, 2, 3, 5, 6])
+    assert sharing[0].job.rows_per_prefix == 3
+    (whole,) = asks(lengths, 8, [Group(9, range(7))])
+    assert whole[0].job.rows_per_prefix == 0
+    assert asks([], 8, [Group(0, [])]) == [(Asked([], 8), [])]
+
+
+@given(
+    num_groups=st.integers(2, 9),
+    each=st.integers(2, 40),
+    batch_size=st.integers(1, 30),
+    num_batches=st.integers(1, 6),
+)
+def test_a_job_has_as_many_blocks_as_the_engine_makes_of_it(
+    num_groups, each, batch_size, num_batches
+):
+    policy = Policy(batch_size=batch_size, num_batches=num_batches)
+    count = num_groups * each
+    groups = [Group(70, range(n, n + each)) for n in range(0, count, each)]
+    ((asked, _),) = asks([100] * count, 8, groups)
+    blocks = blocks_of(groups, [100] * count, policy)
+    rows = sum(block.batch_size * len(block.batches) for block in blocks)
+    assert asked.job.num_rows(policy) == rows
+    assert math.ceil(asked.job.num_blocks(policy)) == len(blocks)
+    assert asked.job.num_at_once(policy) <= policy.block_size
