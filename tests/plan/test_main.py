@@ -191,7 +191,7 @@ def test_prompts_that_share_something_are_planned_apart_from_others(tmp_path, ca
     assert run("facebook/opt-6.7b", "--prompts", path, *flags) == 0
     text = capsys.readouterr().out
     assert "part 1 of 2: prompts: 30, padded to 64 tokens at most" in text
-    assert "prompts: 400, padded to 96 tokens behind 900 that 100 share at most" in text
+    assert "prompts: 400, padded to 64 tokens behind 900 that 100 share at most" in text
     first, second = json.loads(report.read_text())["parts"]
     assert (first["job"]["num_shared"], second["job"]["num_shared"]) == (0, 900)
     assert second["job"]["rows_per_prefix"] == 100
