@@ -188,7 +188,7 @@ def test_prompts_that_share_something_are_planned_apart_from_others(tmp_path, ca
     prompts += [[2000 + i] * (20 + i) for i in range(30)]
     path.write_text("\n".join(map(str, prompts)))
     flags = ("--gen-len", 8, "--hardware", "t4-208gb", "--json", report)
-    assert run("facebook/opt-6.7b", "--prompts", path, *flags) == 0
+    assert run("facebook/opt-350m", "--prompts", path, *flags) == 0
     text = capsys.readouterr().out
     assert "part 1 of 2: prompts: 30, padded to 64 tokens at most" in text
     assert "prompts: 400, padded to 64 tokens behind 900 that 100 share at most" in text
