@@ -249,13 +249,15 @@ class Engine:
         layers_ahead: int = MOST_LAYERS_AHEAD,
     ) -> Workload:
         """A block of rows of such sizes."""
+        prompt_lens = [
+            max(size.prompt_len for size in batch) - block.shared_by(number)
+            for number, batch in enumerate(block.batches)
+        ]
         work = self.weights.layout.workload(
             self.policy,
             block.shape,
-            prompt_len=max(
-                max(size.prompt_len for size in batch) - block.shared_by(number)
-                for number, batch in enumerate(block.batches)
-            ),
+            prompt_len=max(prompt_lens),
+            prompt_lens=prompt_lens,
             gen_len=max(size.max_tokens for size in block.rows),
             num_shared=max(block.num_shared),
         )

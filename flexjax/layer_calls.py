@@ -106,7 +106,7 @@ class LayerCalls:
         self._cache_as, self._sparsity = cache_as, sparsity
         self._sums, self._apart = sums, apart
         self._no_padding = np.zeros(work.batch_size, np.int32)
-        self._step, self._length = -1, jnp.zeros((), jnp.int32)
+        self._step, self._lengths = -1, dict[int, jax.Array]()
 
     @property
     def attends_apart(self) -> bool:
@@ -209,13 +209,16 @@ class LayerCalls:
             self._sums.add(Cache(cell.layer, cell.batch), values, start)
 
     def _past_len(self, cell: Cell) -> np.int32:
-        return np.int32(self._work.past_len(cell.step))
+        return np.int32(self._work.past_len(cell.step, cell.batch))
 
     def _length_of(self, cell: Cell) -> jax.Array:
         """`_past_len` on the device, to which it comes once a step."""
         if cell.step != self._step:
-            self._step, self._length = cell.step, jnp.asarray(self._past_len(cell))
-        return self._length
+            self._step, self._lengths = cell.step, {}
+        length = self._past_len(cell)
+        if length not in self._lengths:
+            self._lengths[int(length)] = jnp.asarray(length)
+        return self._lengths[int(length)]
 
     def _enter(self, cell: Cell, params: Params, state: jax.Array) -> jax.Array:
         """What the decoder layer of `cell` is given: the embedding is the first's."""

@@ -42,7 +42,8 @@ class PaddedPrompts:
                         "run has ended"
                     )
             own = [prompt[count:] for prompt in batch]
-            self._add(number, own, (work.batch_size, work.prompt_len), before=count)
+            size = (work.batch_size, work.prompt_slots(number))
+            self._add(number, own, size, before=count)
         for prefix, begin in shared.items():
             self._add(prefix, [begin], (1, work.prefix_len), before=0)
 

@@ -125,17 +125,17 @@ class LayerStage:
             self._heads[cell.batch] = ended
 
     def store(self, buffer: Cache | Hidden, step: int) -> None:
-        slot, work = self._slots[buffer], self._work
-        if is_prefix(buffer.batch):
-            work = work.of_prefixes
+        slot, work, batch = self._slots[buffer], self._work, buffer.batch
+        if is_prefix(batch):
+            work, batch = work.of_prefixes, ~batch
         made = slot.made
         assert made is not None
         if isinstance(buffer, Cache):
             slot.stored = self._cache.store(
                 buffer,
                 lambda: made.result().cache,
-                at=work.past_len(step),
-                slots=work.cache_slots(step),
+                at=work.past_len(step, batch),
+                slots=work.cache_slots(step, batch),
             )
         else:
             slot.stored = self._hidden.store(buffer, lambda: _hidden_of(made))

@@ -38,6 +38,8 @@ class Workload:
         num_batches: batches that share one load of a layer's weights.
         batch_size: rows of a batch.
         prompt_len: slots of a padded prompt; behind the prefix, if there is one.
+        prompt_lens: the same of each batch, where not all have as many as `prompt_len`,
+            which is the most then.
         prefix_len: slots of a padded prefix that rows share; 0 if they share none.
         prefix_ends: for each prefix, the batch behind the last one that begins with it;
             each batch begins with one, or none does.
@@ -57,6 +59,7 @@ class Workload:
     num_batches: int = 1
     batch_size: int = 1
     prompt_len: int = 1
+    prompt_lens: tuple[int, ...] = ()
     prefix_len: int = 0
     prefix_ends: tuple[int, ...] = ()
     scores_prefixes: bool = False
@@ -86,6 +89,7 @@ class Workload:
             num_batches=len(self.prefix_ends),
             batch_size=1,
             prompt_len=self.prefix_len,
+            prompt_lens=(),
             prefix_len=0,
             prefix_ends=(),
             scores_prefixes=False,
@@ -131,20 +135,27 @@ class Workload:
         """Whether a later step reads the cache that `step` writes."""
         return step + 1 < self.gen_len
 
-    def seq_len(self, step: int) -> int:
+    def prompt_slots(self, batch: int | None = None) -> int:
+        """Slots of a batch's padded prompts; where none is named, of the longest."""
+        if batch is None or not self.prompt_lens:
+            return self.prompt_len
+        return self.prompt_lens[batch]
+
+    def seq_len(self, step: int, batch: int | None = None) -> int:
         """Slots that `step` computes: the whole prompt first, then one token."""
-        return self.prompt_len if step == 0 else 1
+        return self.prompt_slots(batch) if step == 0 else 1
 
-    def past_len(self, step: int) -> int:
+    def past_len(self, step: int, batch: int | None = None) -> int:
         """Slots in the cache before `step`."""
-        return 0 if step == 0 else self.prompt_len + step - 1
+        return 0 if step == 0 else self.prompt_slots(batch) + step - 1
 
-    def cache_slots(self, step: int) -> int:
+    def cache_slots(self, step: int, batch: int | None = None) -> int:
         """Slots that the cache has room for after `step` has stored its own."""
-        whole = bucket(self.prompt_len + self.gen_len - 1)
+        first = self.prompt_slots(batch)
+        whole = bucket(first + self.gen_len - 1)
         if self.reserves:
             return whole
-        return min(whole, bucket(self.prompt_len + step + 1))
+        return min(whole, bucket(first + step + 1))
 
 
 def looking_ahead(work: Workload, layers: int = MOST_LAYERS_AHEAD) -> Workload:
@@ -157,17 +168,28 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
 
-def bucket(length: int) -> int:
+def bucket(length: int, *, an_octave: int = 8) -> int:
     """`length` rounded up so that few shapes occur: multiples of 32, then of an eighth.
 
-    Between two powers of two there are at most eight values, so the number of shapes,
-    and with it of compilations, grows with the logarithm of the longest sequence while
-    at most an eighth of a bucket beyond 256 slots is padding.
+    Between two powers of two there are at most eight values, or as many as are asked
+    for, so the number of shapes, and with it of compilations, grows with the logarithm
+    of the longest sequence while at most an eighth of a bucket beyond 256 slots is
+    padding.
     """
     if length < 1:
         raise ValueError(f"a length of {length} has no bucket; expected at least 1")
-    quantum = max(32, 1 << max(0, (length - 1).bit_length() - 4))
+    quantum = max(32, (1 << (length - 1).bit_length()) // (2 * an_octave))
     return -(-length // quantum) * quantum
+
+
+def padded_alike(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Slots of the padded prompts of each batch, given the longest prompt of each.
+
+    A batch is padded as the longest one is, or else to one of few lengths, so that
+    there is not a shape for each.
+    """
+    most = bucket(max(lengths))
+    return tuple(min(most, bucket(length, an_octave=2)) for length in lengths)
 
 
 def prefill_rows(batch_size: int, seq_len: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flexjax.workload import Workload, bucket
+from flexjax.workload import Workload, bucket, padded_alike
 from tests.drawn import works
 
 lengths = st.integers(1, 200_000)
@@ -35,6 +35,16 @@ def test_few_buckets_lie_between_two_powers_of_two(power):
     assert len({bucket(length) for length in lengths}) <= 8
 
 
+@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9))
+def test_batches_are_padded_to_few_lengths_none_beyond_the_longest(lengths):
+    padded = padded_alike(lengths)
+    assert max(padded) == bucket(max(lengths))
+    for length, slots in zip(lengths, padded, strict=True):
+        assert length <= slots < max(64, 1.5 * length + 1)
+    between = {slots for slots in padded if 512 < slots <= 1024}
+    assert len(between - {max(padded)}) <= 2
+
+
 @pytest.mark.parametrize("length", [0, -1])
 def test_nothing_has_no_bucket(length):
     with pytest.raises(ValueError, match=f"a length of {length} has no bucket"):
@@ -47,6 +57,13 @@ def test_every_step_begins_where_the_one_before_ended(work):
     assert work.past_len(0) == 0
     assert [work.past_len(step) for step in range(1, work.gen_len)] == ends[:-1]
     assert ends == list(range(work.prompt_len, work.prompt_len + work.gen_len))
+    for batch in range(work.num_batches):
+        first = work.prompt_lens[batch] if work.prompt_lens else work.prompt_len
+        alone = dataclasses.replace(work, prompt_len=first, prompt_lens=())
+        for step in range(work.gen_len):
+            for name in ("seq_len", "past_len", "cache_slots"):
+                of_batch = getattr(work, name)(step, batch)
+                assert of_batch == getattr(alone, name)(step)
 
 
 @given(work=works(most_tokens=100))

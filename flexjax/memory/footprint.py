@@ -138,16 +138,16 @@ class RunFootprint:
                 return self.of_prefixes.loaded(Cache(layer, ~batch), 1)
             case Hidden(batch) if is_prefix(batch):
                 return self.of_prefixes.loaded(Hidden(~batch), 0)
-            case Cache():
+            case Cache(_, batch):
                 rows = cache_rows(self.policy, work, buffer)
-                slots = work.cache_slots(self._true(step) - 1)
+                slots = work.cache_slots(self._true(step) - 1, batch)
                 return self._cache_staged(rows, slots)
-            case Hidden():
+            case Hidden(batch):
                 # Before the first layer, and where tiers join, all rows are staged.
                 return self._staged(
                     Kind.ACTIVATIONS,
                     Rows(0, 0, work.batch_size),
-                    work.seq_len(step)
+                    work.seq_len(step, batch)
                     * max(self.hidden_bytes, self.weights.token_row_bytes),
                 )
 
@@ -159,7 +159,7 @@ class RunFootprint:
             found = self.of_prefixes.computed(cell._replace(batch=0))
             hidden, cache = found[Hidden(0)], found[Cache(cell.layer, 0)]
             return {Hidden(cell.batch): hidden, Cache(cell.layer, cell.batch): cache}
-        slots = work.batch_size * work.seq_len(cell.step)
+        slots = work.batch_size * work.seq_len(cell.step, cell.batch)
         hidden = {(Tier.DEVICE, Kind.ACTIVATIONS): slots * self.hidden_bytes}
         cache = {(Tier.DEVICE, Kind.KV_CACHE): slots * self.cache_slot_bytes}
         return {Hidden(cell.batch): hidden, Cache(cell.layer, cell.batch): cache}
@@ -175,17 +175,18 @@ class RunFootprint:
             return {}
         if is_prefix(cell.batch):
             return self.of_prefixes.workspace(cell._replace(batch=0))
-        seq = work.seq_len(cell.step)
+        seq = work.seq_len(cell.step, cell.batch)
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
         nbytes = rows * seq * config.ffn_dim * (5 + factor * self._itemsize)
-        nbytes += self._prefix_attention_bytes(seq)
+        nbytes += self._prefix_attention_bytes(seq, is_prefill=cell.step == 0)
         size = {(Tier.DEVICE, Kind.ACTIVATIONS): nbytes}
         if cell.step > 0:
-            self._add_attention(size, work.cache_slots(self._true(cell.step) - 1))
+            slots = work.cache_slots(self._true(cell.step) - 1, cell.batch)
+            self._add_attention(size, slots)
         return size
 
-    def _prefix_attention_bytes(self, seq: int) -> int:
+    def _prefix_attention_bytes(self, seq: int, *, is_prefill: bool) -> int:
         """What attention to a prefix needs beside it, of rows of `seq` new tokens.
 
         Scores in float32, and keys or values in it too, into which XLA's CPU backend
@@ -194,7 +195,6 @@ class RunFootprint:
         slots, config = self.work.prefix_len, self.config
         if not slots:
             return 0
-        is_prefill = seq == self.work.prompt_len
         at_once = min(PREFIX_ROWS, self.work.batch_size)
         queries = query_chunk(seq, slots) if is_prefill else at_once
         wide = slots * config.hidden_size * 4 if self._itemsize < 4 else 0
@@ -232,14 +232,14 @@ class RunFootprint:
             return self.of_prefixes.stored(Cache(buffer.layer, ~buffer.batch), 0)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
-            slot_bytes = work.seq_len(step) * self.hidden_bytes
+            slot_bytes = work.seq_len(step, buffer.batch) * self.hidden_bytes
             return {
                 (tier, Kind.ACTIVATIONS): count * slot_bytes
                 for tier, count in zip(Tier, rows, strict=True)
             }
         rows = cache_rows(self.policy, work, buffer)
         slot_bytes = self.cache_slot_bytes
-        row_bytes = slot_bytes * work.cache_slots(self._true(step))
+        row_bytes = slot_bytes * work.cache_slots(self._true(step), buffer.batch)
         size = Counter(
             {
                 (Tier.DEVICE, Kind.KV_CACHE): rows.device * row_bytes,
@@ -249,7 +249,8 @@ class RunFootprint:
         if rows.disk:
             # Keys and values are two arrays; each has a tail, written when full.
             tail = tail_slots(rows.disk * slot_bytes // 2)
-            written = work.prompt_len + self._true(step) // tail * tail
+            first = work.prompt_slots(buffer.batch)
+            written = first + self._true(step) // tail * tail
             size[Tier.DISK, Kind.KV_CACHE] = rows.disk * slot_bytes * written
             if step > 0:
                 size[Tier.HOST, Kind.KV_CACHE] += rows.disk * slot_bytes * tail

@@ -6,7 +6,7 @@ so what a run will need can be told before a weight is read.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from flexjax.memory.routes import shares_prefixes
 from flexjax.models.config import OPTConfig, layer_tensors
 from flexjax.policy import Kind, Placement, Policy, Tier
 from flexjax.quant import QuantizedArray
-from flexjax.workload import Workload, bucket
+from flexjax.workload import Workload, bucket, padded_alike
 
 TOKEN_TABLE = "embed_tokens.weight"
 MATRIX = "layers.0.fc1.weight"  # quantized as all of the decoder layers' are
@@ -227,6 +227,7 @@ class WeightLayout:
         prompt_len: int,
         gen_len: int,
         num_shared: int = 0,
+        prompt_lens: Sequence[int] = (),
     ) -> Workload:
         """A block of rows.
 
@@ -238,9 +239,12 @@ class WeightLayout:
             num_shared: tokens with which those begin that begin alike, at most; where
                 the policy's attention cannot share them, they are a part of every
                 prompt.
+            prompt_lens: tokens of the longest prompt of each batch, where they are
+                known, but for what it shares.
         """
         if not shares_prefixes(policy, device_is_host=self.device_is_host):
             prompt_len, num_shared = prompt_len + num_shared, 0
+        padded = padded_alike(prompt_lens) if prompt_lens else ()
         return Workload(
             num_decoder_layers=self.config.num_hidden_layers,
             num_head_blocks=self.head.num_blocks,
@@ -249,6 +253,7 @@ class WeightLayout:
             num_batches=shape.num_batches,
             batch_size=shape.batch_size,
             prompt_len=bucket(prompt_len),
+            prompt_lens=padded if len(set(padded)) > 1 else (),
             prefix_len=bucket(num_shared) if num_shared else 0,
             prefix_ends=shape.prefix_ends if num_shared else (),
             gen_len=gen_len,

@@ -64,7 +64,7 @@ class RunCosts:
                 if hidden_stays(self.policy.schedule, self.work):
                     rows = Rows(0, self.work.batch_size, 0)  # none but token rows come
                 return self._load_rows(
-                    rows, self.work.seq_len(step) * self.run.hidden_bytes
+                    rows, self.work.seq_len(step, batch) * self.run.hidden_bytes
                 )
 
     def compute(self, cell: Cell) -> Seconds:
@@ -81,7 +81,7 @@ class RunCosts:
             logits = work.batch_size * (span.stop - span.start)
             seconds[Resource.COMPUTE] += logits / hardware.sampled_logits_per_s
         elif cell.step == 0:
-            seconds[Resource.COMPUTE] += self._prefill_s
+            seconds[Resource.COMPUTE] += self._prefills_s[work.prompt_slots(cell.batch)]
         else:
             seconds[Resource.COMPUTE] += self._layer_s(work.batch_size)
             seconds[Resource.COMPUTE] += self._prefix_s(work.batch_size)
@@ -93,11 +93,12 @@ class RunCosts:
         work = self.work
         if isinstance(buffer, Cache) and is_prefix(buffer.batch):
             return self._of_prefixes.store(Cache(buffer.layer, ~buffer.batch), 0)
+        slots = work.seq_len(step, buffer.batch)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
-            return self._store_rows(rows, work.seq_len(step) * self.run.hidden_bytes)
+            return self._store_rows(rows, slots * self.run.hidden_bytes)
         rows = cache_rows(self.policy, work, buffer)
-        return self._store_rows(rows, work.seq_len(step) * self.run.cache_slot_bytes)
+        return self._store_rows(rows, slots * self.run.cache_slot_bytes)
 
     def load_all_weights(self) -> Seconds:
         """Of all loads of weights in a step."""
@@ -120,7 +121,7 @@ class RunCosts:
         rows = cache_rows(self.policy, self.work, buffer)
         slot_bytes = self.run.cache_slot_bytes
         # What is on disk is read as far as it is in use, a host's array is lent whole.
-        used = self.work.past_len(step)
+        used = self.work.past_len(step, buffer.batch)
         self._add_read(seconds, rows.disk * used * slot_bytes)
         if rows.disk and self.run.device_is_host:
             # To load and to store what is spilled takes the processor about as long as
@@ -131,7 +132,7 @@ class RunCosts:
             route = self.run.routes[tier]
             if tier is Tier.DEVICE or route.on_host:
                 continue
-            slots: float = self.work.cache_slots(step - 1)
+            slots: float = self.work.cache_slots(step - 1, buffer.batch)
             if route.gathers:
                 kept = kept_slots(self.policy.attention_sparsity, int(slots))
                 slots = (slots + kept) / 2  # keys whole, and of values what they choose
@@ -168,9 +169,9 @@ class RunCosts:
         hardware = self.hardware
         seconds = {Resource.COMPUTE: 0.0, Resource.HOST_ATTENTION: 0.0}
         rows = cache_rows(self.policy, self.work, Cache(cell.layer, cell.batch))
-        slots = self.work.cache_slots(cell.step - 1)
+        slots = self.work.cache_slots(cell.step - 1, cell.batch)
         if self._attends_by_kernel:
-            slots = self.work.past_len(cell.step)
+            slots = self.work.past_len(cell.step, cell.batch)
         slot_bytes = cache_slot_bytes(self.weights.config, self.weights.dtype, None)
         how = self.run.cache_as
         bits = WHOLE_BITS if how is None else how.bits
@@ -194,10 +195,13 @@ class RunCosts:
         return self.weights.attends_by_kernel(self.policy)
 
     @functools.cached_property
-    def _prefill_s(self) -> float:
-        """Of a layer on a batch of whole prompts."""
-        work, hardware = self.work, self.hardware
-        batch, seq = work.batch_size, work.prompt_len
+    def _prefills_s(self) -> dict[int, float]:
+        """Of a layer on a batch of whole prompts, by their slots."""
+        slots = {self.work.prompt_len, *self.work.prompt_lens}
+        return {count: self._prefill_s(count) for count in slots}
+
+    def _prefill_s(self, seq: int) -> float:
+        hardware, batch = self.hardware, self.work.batch_size
         rows = prefill_rows(batch, seq)
         groups = batch // rows
         products_s = groups * self._layer_s(rows * seq)

@@ -7,6 +7,7 @@ they are far too small for the others: under a plan for 1536 tokens, prompts of 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from flexjax.plan.planner import best_plan
 from flexjax.plan.predict import Job, Prediction, combined, job_of, predict
 from flexjax.plan.search import MOST_SPENT, Plan
 from flexjax.policy import Kind, Policy, Tier
-from flexjax.workload import bucket
+from flexjax.workload import bucket, padded_alike
 
 # A part is cut where a prompt with its new tokens is so many times as short; the
 # first of these that can be afforded.
@@ -156,17 +157,21 @@ def _edges(lengths: Sequence[int], gen_len: int, ratio: int) -> list[int]:
 def _predicted(
     plan: Plan, model: Model, hardware: Hardware, *, lengths: Sequence[int]
 ) -> Prediction:
-    """What a plan takes for prompts, of which each block is as long as its longest.
+    """What a plan takes for prompts, of which each batch is padded for itself.
 
     Only some lengths are predicted, and what is between them is interpolated.
     """
-    at_once = plan.job.num_at_once(plan.policy)
-    blocks = [bucket(length) for length in lengths[::at_once]]
-    last = len(blocks) - 1
-    nodes = {blocks[last * i // (NUM_PREDICTED - 1)] for i in range(NUM_PREDICTED)}
+    at_once, batch_size = plan.job.num_at_once(plan.policy), plan.policy.batch_size
+    blocks = (lengths[i : i + at_once] for i in range(0, len(lengths), at_once))
+    padded = sorted(
+        itertools.chain(*(padded_alike(block[::batch_size]) for block in blocks)),
+        reverse=True,
+    )
+    last = len(padded) - 1
+    nodes = {padded[last * i // (NUM_PREDICTED - 1)] for i in range(NUM_PREDICTED)}
     weighed: list[tuple[float, Prediction]] = []
-    for node in sorted(nodes, reverse=True):  # the first block's first
-        shares = np.interp(blocks, sorted(nodes), [n == node for n in sorted(nodes)])
+    for node in sorted(nodes, reverse=True):  # the first batch's first
+        shares = np.interp(padded, sorted(nodes), [n == node for n in sorted(nodes)])
         prediction = plan.prediction
         if node != plan.job.prompt_len:
             job = dataclasses.replace(plan.job, prompt_len=node)

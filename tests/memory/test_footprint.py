@@ -206,7 +206,7 @@ def test_a_step_has_room_for_what_the_steps_before_stored(work):
         on_disk = stored[Tier.DISK, Kind.KV_CACHE]
         kept = on_disk + stored.get((Tier.HOST, Kind.KV_CACHE), 0)
         loaded = sizes.loaded(Cache(0, 0), step)[Tier.DEVICE, Kind.KV_CACHE]
-        assert on_disk <= work.past_len(step) * slot_bytes <= min(kept, loaded)
+        assert on_disk <= work.past_len(step, 0) * slot_bytes <= min(kept, loaded)
 
 
 def test_logits_wait_for_the_last_block_of_the_vocabulary():
