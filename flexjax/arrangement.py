@@ -106,10 +106,12 @@ def one_block[T](rows: Sequence[T], policy: Policy, num_shared: int = 0) -> Bloc
 def blocks_of(
     groups: Sequence[Group], lengths: Sequence[int], policy: Policy
 ) -> list[Block[int]]:
-    """Blocks of places, in the order in which they run: the longest prompts first.
+    """Blocks of places, in the order in which they run.
 
-    Rows of a block are filled up to the longest, so those of about the same length come
-    together, in a group and among groups.
+    Those that share nothing come first, if there are any, the longest prompts before
+    the others. Groups follow by the longest of what their prompts have of their own,
+    each with its longest prompts first: so those of about the same length come
+    together, and little is filled up.
 
     Args:
         groups: of all places.

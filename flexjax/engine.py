@@ -16,6 +16,7 @@ from flexjax.checkpoint import WeightStore
 from flexjax.memory.footprint import run_peak_bytes, weights_at_home
 from flexjax.memory.layout import lay_out
 from flexjax.memory.link import Device, processor_of
+from flexjax.memory.most_bytes import most_peak_bytes
 from flexjax.memory.room import Room
 from flexjax.memory.routes import shares_prefixes
 from flexjax.memory.transport import Transport
@@ -118,7 +119,8 @@ class Engine:
     ) -> None:
         """Runs rows that are there until they have ended.
 
-        Rows are sorted by length, so that those of about the same length share a block.
+        Rows are sorted, so that those that begin alike, and of these such of about the
+        same length, share a block (see `blocks_of`).
         Those that outlive most of their block go on in another (see `Waiting`).
 
         Args:
@@ -303,9 +305,9 @@ class Engine:
         refusal: str | None = None
         for layers_ahead in range(self._layers_ahead, 0, -1):
             ahead = [looking_ahead(work, layers_ahead) for work in works]
-            peak = Counter(weights_at_home(self.weights.layout))
-            for work in dict.fromkeys(ahead):
-                peak |= Counter(self.predict(work, scores=scores))
+            layout = self.weights.layout
+            peak = Counter(weights_at_home(layout))
+            peak |= most_peak_bytes(ahead, self.policy, layout, scores=scores)
             refusal = self._room.shortage(self._room.beyond_held(peak))
             if refusal is None:
                 self.times = RunTimes(self.ledger, self.timeline, dict(peak))

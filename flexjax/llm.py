@@ -62,7 +62,7 @@ class LLM:
         max_model_len: positions that are used at most.
         seed: of prompts whose parameters name none.
         metrics: of the last run; empty before there is one. Where it had several
-            policies, `parts` has those of each, the longest prompts first.
+            policies, `parts` has those of each, in their order.
 
     Raises:
         ValueError: the model or the policy cannot be used; the message says why.
@@ -204,7 +204,8 @@ class LLM:
             sampling_params: for all prompts, or one for each.
             on_outputs: called in this thread when a block ends, with the outputs of
                 the prompts that ended in it, by their index; what it raises ends the
-                call. Longer prompts come first, but for those that were preempted.
+                call. Those that share nothing come first, and longer prompts before
+                shorter ones, but for those that were preempted.
             indices: of the prompts that are to be continued; all, if not given. What
                 comes of a prompt is not changed by which others are, but for what
                 rounding decides.

@@ -98,8 +98,8 @@ class PlannedEngine:
             lengths: tokens of each prompt.
             gen_len: tokens to generate for each, at most.
             run: called with the engine, the places in `lengths` of what it is to run,
-                and the groups of these: once, or once for each plan, the longest
-                prompts first.
+                and the groups of these: once, or once for each plan, those that share
+                nothing first, and of both the longest prompts.
             groups: of all prompts.
             most_block_s: seconds that a block may take where policies are searched.
 

@@ -168,7 +168,7 @@ class Requests:
         if indices is not None:
             self._indices = [operator.index(index) for index in indices]
         self._sizes: list[RowSize] = []
-        self._shared = SharedPrefixes()
+        self._shared: SharedPrefixes | None = SharedPrefixes()
         if len(set(self._indices)) < len(self._indices):
             raise ValueError("indices has a prompt twice; give each once")
         for index in self._indices:
@@ -191,9 +191,11 @@ class Requests:
                 in a file, or else its number from 0.
         """
         share = functools.cache(RowSize)  # a few values, for millions of prompts
+        shared = self._shared
+        assert shared is not None
         for index in self._indices:
             row = self._row(index)
-            self._shared.add(row.prompt)
+            shared.add(row.prompt)
             self._sizes.append(share(*row.size))
             on_prompts(1)
         return self._sizes
@@ -205,7 +207,8 @@ class Requests:
             batch_size: if there is a policy.
         """
         gen_len = max((size.max_tokens for size in self._sizes), default=1)
-        shared, self._shared = self._shared, SharedPrefixes()  # which may be large
+        shared, self._shared = self._shared, None  # which may be large
+        assert shared is not None
         return shared.groups(gen_len, batch_size)
 
     def rows(self, places: Sequence[int]) -> list[Row]:

@@ -16,11 +16,14 @@ from flexjax.arrangement import Group
 LEAST_SHARED = 64
 # What sharing costs is counted in tokens of a prompt: that a new one takes as long as
 # so many, since its step waits for weights or caches; and that a pass over the weights,
-# of which a block makes one a token, takes as long as so many. Both are choices, far
-# from the rates of a particular machine: the more is saved, the less they matter.
+# of which a block makes one a token, takes as long as so many. All of these are
+# choices, not rates of a particular machine: the more is saved, the less they matter.
 TOKENS_OF_A_NEW_ONE = 8
 TOKENS_OF_A_PASS = 2048
-LEAST_BATCH = 8  # rows, of a batch whose size is still to be planned
+# Rows of a batch whose size is still to be planned: one of fewer takes about as long,
+# since it reads the same weights.
+LEAST_BATCH = 32
+PASSES_OF_A_LOAD = 16  # over the weights: what it takes to load them for another policy
 # Tokens that are kept of all prompts, so that millions of them fit in memory; a node is
 # taken to be as large as so many. What comes later can still begin as others do.
 MOST_KEPT = 1 << 24
@@ -101,12 +104,14 @@ class SharedPrefixes:
             if child is None:
                 if self._num_kept < MOST_KEPT:
                     self._num_kept += TOKENS_OF_A_NODE + len(rest)
-                    child = _Node(rest, node.depth + len(rest))
+                    # A copy: a view would keep all of the prompt.
+                    child = _Node(rest.copy(), node.depth + len(rest))
                     node.children[int(rest[0])] = node = child
                 break  # else it is told apart no further
             count = _num_alike(child.tokens, rest)
             if count < len(child.tokens):
                 child.divide(count)
+                self._num_kept += TOKENS_OF_A_NODE
             node, rest = child, rest[count:]
         node.places.append(place)
 
@@ -121,6 +126,8 @@ class SharedPrefixes:
             batch_size: rows to which the last batch of each group is filled up; None
                 where it is planned for these groups.
         """
+        # The rest has blocks of its own, and where it is planned a policy of its own.
+        num_passes = gen_len + (0 if batch_size else PASSES_OF_A_LOAD)
         batch_size = batch_size or LEAST_BATCH
         everyone = range(len(self._lengths))
         if len(everyone) < 2:
@@ -133,7 +140,7 @@ class SharedPrefixes:
         groups, cost = best.groups, best.cost
         if best.rest:
             groups = [*groups, Group(0, sorted(best.rest))]
-            cost += best.of_rest.cost(gen_len) + TOKENS_OF_A_PASS * gen_len
+            cost += best.of_rest.cost(gen_len) + TOKENS_OF_A_PASS * num_passes
         common = best.everyone.num_shared(self._depth())
         common = common if common >= LEAST_SHARED else 0
         # Nothing is filled up where all are in one group.

@@ -127,7 +127,7 @@ class LayerStage:
     def store(self, buffer: Cache | Hidden, step: int) -> None:
         slot, work, batch = self._slots[buffer], self._work, buffer.batch
         if is_prefix(batch):
-            work, batch = work.of_prefixes, ~batch
+            work, batch = work.of_prefix, 0
         made = slot.made
         assert made is not None
         if isinstance(buffer, Cache):

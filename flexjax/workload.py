@@ -81,12 +81,17 @@ class Workload:
             return None
         return ~bisect.bisect_right(self.prefix_ends, batch)
 
+    def behind(self, num_prefixes: int) -> "Workload":
+        """The same with so many prefixes, or one for each batch if these are fewer."""
+        first = range(1, min(num_prefixes, self.num_batches))
+        return dataclasses.replace(self, prefix_ends=(*first, self.num_batches))
+
     @property
-    def of_prefixes(self) -> "Workload":
-        """The part of this one that works on prefixes, as on batches of one row."""
+    def of_prefix(self) -> "Workload":
+        """The part of this one that works on a prefix, as on a batch of one row."""
         return dataclasses.replace(
             self,
-            num_batches=len(self.prefix_ends),
+            num_batches=1,
             batch_size=1,
             prompt_len=self.prefix_len,
             prompt_lens=(),

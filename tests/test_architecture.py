@@ -91,6 +91,7 @@ STAIRS = [
     "memory.capacity",
     "memory.room",
     "memory.footprint",
+    "memory.most_bytes",
     # run
     "value_sums",
     "steps",

@@ -156,11 +156,11 @@ def test_a_part_for_which_there_is_no_room_any_more_is_planned_again(
     monkeypatch.setattr(parts, "SEARCH_S", 1e-9)
     take, taken = PlannedEngine._take, []
 
-    def refusing(self, choice, *, for_lengths):
+    def refusing(self, choice, asked):
         taken.append(choice.job.num_prompts)
         if len(taken) == 2:
             raise ValueError("the policy needs more than there is now")
-        take(self, choice, for_lengths=for_lengths)
+        take(self, choice, asked)
 
     monkeypatch.setattr(PlannedEngine, "_take", refusing)
     with LLM(checkpoint.store, offload_dir=tmp_path) as llm:

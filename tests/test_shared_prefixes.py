@@ -119,7 +119,9 @@ def test_a_few_that_have_nothing_in_common_are_a_group_of_their_own_if_it_is_wor
     }
     # Of few prompts, a block more costs what it saves.
     assert groups_of(prompts[:60] + odd, 32) == [Group(0, range(63))]
-    assert len(groups_of(prompts[:60] + odd, 1)) == 3
+    assert groups_of(prompts[:60] + odd, 1) == [Group(0, range(63))]
+    assert len(groups_of(prompts[:60] + odd, 1, 8)) == 3
+    assert len(groups_of(prompts[:200] + odd, 1)) == 3
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,12 @@ def weights_at_home(weights: WeightLayout) -> dict[tuple[Tier, Kind], int]:
 
 
 def cache_rows(policy: Policy, work: Workload, buffer: Cache) -> Rows:
-    """Which rows of a batch have their keys and values on which tier."""
+    """Which rows of a batch have their keys and values on which tier.
+
+    All prefixes of a layer are on the same, so that each takes as much as another.
+    """
     if is_prefix(buffer.batch):
-        work, buffer = work.of_prefixes, Cache(buffer.layer, ~buffer.batch)
+        return place_rows(policy.kv_cache, 1, buffer.layer)
     index = buffer.layer * work.num_batches + buffer.batch
     return place_rows(policy.kv_cache, work.batch_size, index)
 
@@ -74,10 +77,10 @@ class RunFootprint:
     skipped: int = 0
 
     @functools.cached_property
-    def of_prefixes(self) -> "RunFootprint":
-        """Of the work on prefixes, whose keys and values are kept wide."""
+    def of_prefix(self) -> "RunFootprint":
+        """Of the work on a prefix, whose keys and values are kept wide."""
         policy = dataclasses.replace(self.policy, kv_cache_bits=None)
-        work = self.work.of_prefixes
+        work = self.work.of_prefix
         return dataclasses.replace(self, work=work, policy=policy, skipped=0)
 
     @property
@@ -120,7 +123,7 @@ class RunFootprint:
             # As many stripes as can be under way: their number grows with the tokens.
             nbytes = passing_bytes(rows, row_bytes, stripes=MOST_PASSING)
             # All of a prefix is one stripe, and stores pass one after the other.
-            prefix_bytes = work.prefix_len * self.of_prefixes.cache_slot_bytes // 2
+            prefix_bytes = work.prefix_len * self.of_prefix.cache_slot_bytes // 2
             nbytes = max(nbytes, prefix_bytes)
             # What is loaded passes too once a tail was written behind the prompt.
             is_short = work.gen_len <= tail_slots(rows * slot_bytes)
@@ -135,9 +138,9 @@ class RunFootprint:
             case Weights(layer, part):
                 return self.weights.staged_bytes(layer, part)
             case Cache(layer, batch) if is_prefix(batch):
-                return self.of_prefixes.loaded(Cache(layer, ~batch), 1)
+                return self.of_prefix.loaded(Cache(layer, 0), 1)
             case Hidden(batch) if is_prefix(batch):
-                return self.of_prefixes.loaded(Hidden(~batch), 0)
+                return self.of_prefix.loaded(Hidden(0), 0)
             case Cache(_, batch):
                 rows = cache_rows(self.policy, work, buffer)
                 slots = work.cache_slots(self._true(step) - 1, batch)
@@ -156,7 +159,7 @@ class RunFootprint:
         if not work.is_decoder(cell.layer):
             return {}
         if is_prefix(cell.batch):
-            found = self.of_prefixes.computed(cell._replace(batch=0))
+            found = self.of_prefix.computed(cell._replace(batch=0))
             hidden, cache = found[Hidden(0)], found[Cache(cell.layer, 0)]
             return {Hidden(cell.batch): hidden, Cache(cell.layer, cell.batch): cache}
         slots = work.batch_size * work.seq_len(cell.step, cell.batch)
@@ -174,7 +177,7 @@ class RunFootprint:
         if not work.is_decoder(cell.layer):
             return {}
         if is_prefix(cell.batch):
-            return self.of_prefixes.workspace(cell._replace(batch=0))
+            return self.of_prefix.workspace(cell._replace(batch=0))
         seq = work.seq_len(cell.step, cell.batch)
         rows = prefill_rows(work.batch_size, seq) if seq > 1 else work.batch_size
         factor = 1 if rows == work.batch_size else 2
@@ -229,7 +232,7 @@ class RunFootprint:
     def stored(self, buffer: Cache | Hidden, step: int) -> Bytes:
         work = self.work
         if isinstance(buffer, Cache) and is_prefix(buffer.batch):
-            return self.of_prefixes.stored(Cache(buffer.layer, ~buffer.batch), 0)
+            return self.of_prefix.stored(Cache(buffer.layer, 0), 0)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
             slot_bytes = work.seq_len(step, buffer.batch) * self.hidden_bytes

@@ -44,7 +44,7 @@ def cache_routes(policy: Policy, *, device_is_host: bool) -> dict[Tier, Route]:
 
 
 def shares_prefixes(policy: Policy, *, device_is_host: bool) -> bool:
-    """Whether a block computes only once what all its prompts begin with.
+    """Whether a block computes only once what many of its prompts begin with.
 
     Not where attention is sparse, or on the host of a device.
     """

@@ -108,8 +108,8 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help="plan for the prompts of a file, as flexjax.generate takes them: in parts "
-        "where their lengths differ so much that this is faster, and once a block for "
-        "what all begin with; - is what is piped in",
+        "where their lengths differ so much that this is faster, or only some begin as "
+        "others do, and once a block for what these begin with; - is what is piped in",
     )
 
 

@@ -43,15 +43,15 @@ class RunCosts:
         return self.run.weights
 
     @functools.cached_property
-    def _of_prefixes(self) -> "RunCosts":
-        return dataclasses.replace(self, run=self.run.of_prefixes)
+    def _of_prefix(self) -> "RunCosts":
+        return dataclasses.replace(self, run=self.run.of_prefix)
 
     def load(self, buffer: Buffer, step: int) -> Seconds:
         match buffer:
             case Weights(layer, part):
                 return self._load_weights(self.weights.moved(layer, part))
             case Cache(layer, batch) if is_prefix(batch):
-                return self._of_prefixes.load(Cache(layer, ~batch), 1)
+                return self._of_prefix.load(Cache(layer, 0), 1)
             case Hidden(batch) if is_prefix(batch):
                 rows = Rows(0, 1, 0)  # none but token rows come
                 return self._load_rows(
@@ -69,7 +69,7 @@ class RunCosts:
 
     def compute(self, cell: Cell) -> Seconds:
         if is_prefix(cell.batch):
-            return self._of_prefixes.compute(cell._replace(batch=0))
+            return self._of_prefix.compute(cell._replace(batch=0))
         work, hardware = self.work, self.hardware
         seconds = {Resource.COMPUTE: 0.0}
         if not work.is_decoder(cell.layer):
@@ -92,7 +92,7 @@ class RunCosts:
     def store(self, buffer: Cache | Hidden, step: int) -> Seconds:
         work = self.work
         if isinstance(buffer, Cache) and is_prefix(buffer.batch):
-            return self._of_prefixes.store(Cache(buffer.layer, ~buffer.batch), 0)
+            return self._of_prefix.store(Cache(buffer.layer, 0), 0)
         slots = work.seq_len(step, buffer.batch)
         if isinstance(buffer, Hidden):
             rows = hidden_rows(self.policy, work, buffer)
@@ -218,7 +218,7 @@ class RunCosts:
     @functools.cached_property
     def _read_prefix_s(self) -> float:
         """To read a prefix in a decode call, once for all rows."""
-        slot_bytes = self.run.of_prefixes.cache_slot_bytes
+        slot_bytes = self.run.of_prefix.cache_slot_bytes
         is_widened = self.run.device_is_host and self.weights.dtype.itemsize < 4
         reads = WIDE_READS if is_widened else 1
         nbytes = reads * self.work.prefix_len * slot_bytes

@@ -131,8 +131,8 @@ def parts_to_text(parts: Sequence[tuple[Plan, Model]], hardware: Hardware) -> st
         name = f"part {number} of {len(parts)}" if len(parts) > 1 else "job"
         lines += [
             *([""] if len(parts) > 1 else []),
-            f"{name}: prompts: {plan.job.num_prompts:,}, padded to "
-            f"{tokens_in_words(plan.job)} at most; {plan.job.gen_len} new ones each",
+            f"{name}: prompts: {plan.job.num_prompts:,}, padded to at most "
+            f"{tokens_in_words(plan.job)}; {plan.job.gen_len} new ones each",
             *_lines(plan, model, hardware),
         ]
     whole = _of_all([plan for plan, _ in parts])
@@ -190,8 +190,8 @@ def _lines(plan: Plan, model: Model, hardware: Hardware) -> Iterator[str]:
 
 def tokens_in_words(job: Job) -> str:
     """How long a job's prompts are."""
-    alike = f"{job.rows_per_prefix or 'all'} share"
-    shared = f" behind {job.num_shared} that {alike}" if job.num_shared else ""
+    alike = f"about {job.rows_per_prefix}" if job.rows_per_prefix else "all"
+    shared = f" behind {job.num_shared} that {alike} share" if job.num_shared else ""
     return f"{job.prompt_len} tokens{shared}"
 
 

@@ -15,8 +15,10 @@ from flexjax.memory.footprint import (
     cache_rows,
     condensed,
     hidden_rows,
+    run_peak_bytes,
 )
 from flexjax.memory.head_blocks import HeadBlocks
+from flexjax.memory.most_bytes import most_peak_bytes
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import EMITTERS
@@ -217,3 +219,31 @@ def test_logits_wait_for_the_last_block_of_the_vocabulary():
     blocks = dataclasses.replace(work, num_head_blocks=2)
     assert footprint(blocks, Policy()).resident()[key] == 3 * logits
     assert key not in footprint(blocks, Policy(), scores=True).resident()
+
+
+@given(
+    work=works(),
+    policy=policies,
+    shared=st.booleans(),
+    others=st.lists(st.tuples(st.booleans(), st.sets(st.integers(1, 4))), max_size=3),
+)
+def test_many_blocks_are_sized_by_one_that_needs_as_much(work, policy, shared, others):
+    """Which may be padded otherwise, or begin otherwise."""
+    several = [work]
+    for is_longest, ends in others:
+        prefix_ends = {*(end for end in ends if end < work.num_batches)}
+        prefix_ends = (*sorted(prefix_ends), work.num_batches)
+        several.append(
+            dataclasses.replace(
+                work,
+                prompt_lens=() if is_longest else work.prompt_lens,
+                prefix_ends=prefix_ends if work.prefix_len else (),
+            )
+        )
+    sizes = weights(work, shared=shared)
+    most = most_peak_bytes(several, policy, sizes)
+    for each in several:
+        for key, nbytes in run_peak_bytes(each, policy, sizes).items():
+            assert nbytes <= most[key], key
+    if len(set(several)) == 1:
+        assert most == run_peak_bytes(work, policy, sizes)

@@ -140,7 +140,7 @@ def test_seconds_of_mixed_placements_are_within_a_tensor_and_a_row(
     # How much of the table of logits travels, and in how many blocks, is rounded too.
     tensor += weights.tensors[CONFIG.head_table].nbytes
     row = work.cache_slots(work.gen_len) * sizes.cache_slot_bytes
-    row += work.prefix_len * sizes.of_prefixes.cache_slot_bytes
+    row += work.prefix_len * sizes.of_prefix.cache_slot_bytes
     hidden = 2 * work.num_decoder_layers * work.prompt_len * sizes.hidden_bytes
     found, exact = form.prefill.at(shares_of(policy)), steps_s(costs, [0])
     for resource, rate, slack in (
