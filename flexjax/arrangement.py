@@ -176,7 +176,7 @@ def shape_of(policy: Policy, num_rows: int, rows_per_prefix: int = 0) -> BlockSh
     What fills up the last batch of those that begin alike counts as rows.
     """
     alike = min(rows_per_prefix or num_rows, num_rows)
-    batch_size = min(policy.batch_size, alike)
+    batch_size = min(policy.batch_size, num_rows)
     num_batches = min(policy.num_batches, math.ceil(num_rows / batch_size))
     each = math.ceil(alike / batch_size)
     ends = (*range(each, num_batches, each), num_batches)

@@ -111,7 +111,8 @@ class PlannedEngine:
             OSError: the disk failed.
             MemoryError: what was planned to fit does not; the message has the account.
         """
-        wanted = [(Asked(lengths, gen_len, 0, 0, most_block_s), range(len(lengths)))]
+        whole = Asked(lengths, gen_len, most_block_s=most_block_s)
+        wanted = [(whole, range(len(lengths)))]
         if self.is_auto:
             wanted = asks(lengths, gen_len, groups, most_block_s)
         reports: list[dict[str, Any]] = []
@@ -198,6 +199,7 @@ class PlannedEngine:
                 wanted.gen_len,
                 wanted.num_shared,
                 wanted.rows_per_prefix,
+                wanted.fewest_per_prefix,
             )
             (choice,) = self._choose(several)
             self._take(choice, several)

@@ -117,6 +117,7 @@ def test_a_policy_is_predicted_and_run(tmp_path):
         "num_prompts": 2,
         "num_shared": 0,
         "rows_per_prefix": 0,
+        "fewest_per_prefix": 0,
     }
     measured = found["measured"]
     total_s = measured["prefill_s"] + measured["decode_s"]

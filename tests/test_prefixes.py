@@ -209,11 +209,22 @@ def test_less_is_kept_and_less_is_predicted(golden, tmp_path):
     assert shared_predicted < alone_predicted
 
 
-def test_preempted_rows_still_begin_alike(golden, tmp_path):
+SHARING = {
+    "all alike": alike(NUM_COMMON, range(12)),
+    "two groups": [
+        Group(NUM_COMMON, [0, 1, 2, 3, 8, 9, 10, 11]),
+        Group(33, [4, 5, 6, 7]),
+    ],
+}
+
+
+@pytest.mark.parametrize("groups", SHARING.values(), ids=list(SHARING))
+def test_preempted_rows_go_on_as_if_they_had_shared_nothing(groups, golden, tmp_path):
+    """Behind what all share, or where groups differ each with its whole prompt."""
     policy = policy_of(PLACEMENTS["device"], Schedule.ZIGZAG, (4, 1))
     engine = make_engine(open_store(golden("opt-pre-ln").store), policy, tmp_path)
     found = []
-    for num_common in (0, NUM_COMMON):
+    for sharing in ((), groups):
         rows = [
             dataclasses.replace(row, index=index)
             for index, length in enumerate([80, 1, 1, 1] * 3)
@@ -224,9 +235,11 @@ def test_preempted_rows_still_begin_alike(golden, tmp_path):
         engine.generate_blocks(
             [row.size for row in rows],
             lambda places, rows=rows: [rows[place] for place in places],
-            groups=alike(num_common, rows),
+            groups=sharing,
         )
         assert engine.times.num_preemptions > 0
+        needed = by_tier(engine.times.predicted_peak)
+        assert engine.ledger.peak(Tier.DEVICE) <= needed[Tier.DEVICE]
         found.append([row.checker.token_ids for row in rows])
     engine.close()
     assert found[0] == found[1]

@@ -44,6 +44,7 @@ def candidates(
     budgets: Mapping[Tier, int],
 ) -> Iterator[Candidate]:
     """Solved sizes of blocks: for each batch size, more batches while that helps."""
+    job = job.under(template, device_is_host=hardware.device_is_host)
     for batch_size in _batch_sizes(job):
         num_rows = job.num_rows(dataclasses.replace(template, batch_size=batch_size))
         most = min(MOST_BATCHES, math.ceil(num_rows / batch_size))

@@ -8,6 +8,7 @@ No formula of the engine's is written twice.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -141,13 +142,15 @@ class Lengths(NamedTuple):
         prompt_len: of a prompt, beyond what it shares.
         gen_len: that are new.
         num_shared: with which prompts begin alike.
-        rows_per_prefix: how many do; 0 stands for all.
+        rows_per_prefix: how many do, on average; 0 stands for all.
+        fewest_per_prefix: the same of those that are fewest.
     """
 
     prompt_len: int
     gen_len: int
     num_shared: int = 0
     rows_per_prefix: int = 0
+    fewest_per_prefix: int = 0
 
     def workload(self, layout: WeightLayout, policy: Policy, num_rows: int) -> Workload:
         """A block of so many rows of about these lengths."""
@@ -158,6 +161,16 @@ class Lengths(NamedTuple):
             gen_len=self.gen_len,
             num_shared=self.num_shared,
         )
+
+    def at_worst(self, work: Workload) -> Workload:
+        """`work` with as many prefixes as a block may have, and one to spare.
+
+        That is where it has those of the fewest rows, and of two more some batches.
+        """
+        if not (work.prefix_ends and self.rows_per_prefix):
+            return work
+        each = math.ceil(max(1, self.fewest_per_prefix) / work.batch_size)
+        return work.behind(3 + max(0, work.num_batches - 2) // each)
 
 
 def block_form(
@@ -197,7 +210,7 @@ def _corners(
         work = lengths.workload(layout, corner, corner.block_size)
         work = looking_ahead(work, layers_ahead)
         sizes = RunFootprint(work=work, policy=corner, weights=layout, scores=False)
-        yield _Corner(sizes, hardware)
+        yield _Corner(sizes, hardware, lengths.at_worst(work))
 
 
 def _corner_policies(policy: Policy) -> list[Policy]:
@@ -227,8 +240,11 @@ class _Corner:
     So all its layers are alike, and all its batches: what holds for one holds for all.
     """
 
-    def __init__(self, sizes: RunFootprint, hardware: Hardware) -> None:
+    def __init__(
+        self, sizes: RunFootprint, hardware: Hardware, at_worst: Workload
+    ) -> None:
         self._sizes, self._work = sizes, sizes.work
+        self._at_worst = dataclasses.replace(sizes, work=at_worst)
         self._costs = RunCosts(sizes, hardware)
 
     def prefill_s(self) -> dict[Resource, float]:
@@ -295,4 +311,4 @@ class _Corner:
         return total
 
     def peak_bytes(self) -> Counted:
-        return peak_from_above(self._sizes, alike=True)
+        return peak_from_above(self._at_worst, alike=True)

@@ -39,6 +39,7 @@ class Asked(NamedTuple):
         gen_len: tokens to generate for each, at most.
         num_shared: tokens with which prompts begin alike, at most.
         rows_per_prefix: how many of them do, on average; 0 stands for all.
+        fewest_per_prefix: the same of those that are fewest.
         most_block_s: seconds that a block may take where policies are searched.
     """
 
@@ -46,11 +47,18 @@ class Asked(NamedTuple):
     gen_len: int
     num_shared: int = 0
     rows_per_prefix: int = 0
+    fewest_per_prefix: int = 0
     most_block_s: float = math.inf
 
     @property
     def job(self) -> Job:
-        return job_of(self.lengths, self.gen_len, self.num_shared, self.rows_per_prefix)
+        return job_of(
+            self.lengths,
+            self.gen_len,
+            self.num_shared,
+            self.rows_per_prefix,
+            self.fewest_per_prefix,
+        )
 
 
 def asks(
@@ -75,12 +83,14 @@ def asks(
         some = [group for group in groups if (group.num_shared > 0) == is_shared]
         if not some:
             continue
+        rows = [len(group.places) for group in some]
         own = [lengths[p] - group.num_shared for group in some for p in group.places]
         asked = Asked(
             own,
             gen_len,
             num_shared=max(group.num_shared for group in some),
             rows_per_prefix=math.ceil(len(own) / len(some)) if len(some) > 1 else 0,
+            fewest_per_prefix=min(rows) if len(some) > 1 else 0,
             most_block_s=most_block_s,
         )
         found.append((asked, [place for group in some for place in group.places]))
@@ -109,8 +119,12 @@ def plan_parts(
 
     def plan(first: int, last: int) -> Plan:
         some = lengths[first:last]
-        alike = math.ceil(asked.rows_per_prefix * len(some) / len(lengths))
-        job = asked._replace(lengths=some, rows_per_prefix=alike).job
+        share = len(some) / len(lengths)
+        alike = math.ceil(asked.rows_per_prefix * share)
+        fewest = asked.fewest_per_prefix if share == 1 else min(1, alike)
+        job = asked._replace(
+            lengths=some, rows_per_prefix=alike, fewest_per_prefix=fewest
+        ).job
         plan, model = best_plan(allowed, hardware, job, most_block_s=asked.most_block_s)
         prediction = _predicted(plan, model, hardware, lengths=some)
         return dataclasses.replace(plan, prediction=prediction)

@@ -214,7 +214,7 @@ def check_job(job: Job, config: OPTConfig) -> None:
     """
     for field in dataclasses.fields(Job):
         count = getattr(job, field.name)
-        least = 0 if field.name in ("num_shared", "rows_per_prefix") else 1
+        least = 1 if field.default is dataclasses.MISSING else 0
         if count < least:
             raise ValueError(f"{field.name} is {count}, expected at least {least}")
     length = job.num_shared + job.prompt_len + job.gen_len

@@ -8,6 +8,7 @@ from flexjax.arrangement import shape_of
 from flexjax.memory.footprint import RunFootprint, run_peak_bytes
 from flexjax.memory.layout import WeightLayout
 from flexjax.memory.processor import Processor
+from flexjax.memory.routes import shares_prefixes
 from flexjax.plan.closed_form import (
     Lengths,
     Model,
@@ -42,7 +43,8 @@ class Job:
         gen_len: tokens that each prompt gets.
         num_prompts: of about this length.
         num_shared: tokens with which prompts begin alike.
-        rows_per_prefix: how many of them do; 0 stands for all.
+        rows_per_prefix: how many of them do, on average; 0 stands for all.
+        fewest_per_prefix: the same of those that are fewest.
     """
 
     prompt_len: int
@@ -50,11 +52,26 @@ class Job:
     num_prompts: int
     num_shared: int = 0
     rows_per_prefix: int = 0
+    fewest_per_prefix: int = 0
 
     @property
     def lengths(self) -> Lengths:
         return Lengths(
-            self.prompt_len, self.gen_len, self.num_shared, self.rows_per_prefix
+            self.prompt_len,
+            self.gen_len,
+            self.num_shared,
+            self.rows_per_prefix,
+            self.fewest_per_prefix,
+        )
+
+    def under(self, policy: Policy, *, device_is_host: bool) -> "Job":
+        """The same of whole prompts, where the policy's attention cannot share."""
+        if shares_prefixes(policy, device_is_host=device_is_host):
+            return self
+        return Job(
+            prompt_len=self.prompt_len + self.num_shared,
+            gen_len=self.gen_len,
+            num_prompts=self.num_prompts,
         )
 
     def num_rows(self, policy: Policy) -> int:
@@ -62,7 +79,7 @@ class Job:
         alike = self.rows_per_prefix
         if not 0 < alike < self.num_prompts:
             return self.num_prompts
-        size = min(policy.batch_size, alike)
+        size = policy.batch_size
         return math.ceil(self.num_prompts / alike * math.ceil(alike / size)) * size
 
     def num_blocks(self, policy: Policy) -> float:
@@ -77,31 +94,39 @@ class Job:
 
     def joined(self, other: "Job") -> "Job":
         """A job that asks for as much as either, of everything."""
-        sharing = [job for job in (self, other) if job.num_shared]
-        fewest = [job.rows_per_prefix for job in sharing if job.rows_per_prefix]
+        several = [job for job in (self, other) if job.rows_per_prefix]
         return Job(
             prompt_len=max(self.prompt_len, other.prompt_len),
             gen_len=max(self.gen_len, other.gen_len),
             num_prompts=max(self.num_prompts, other.num_prompts),
             num_shared=max(self.num_shared, other.num_shared),
-            rows_per_prefix=min(fewest, default=0),
+            rows_per_prefix=min((job.rows_per_prefix for job in several), default=0),
+            fewest_per_prefix=min(
+                (job.fewest_per_prefix for job in several), default=0
+            ),
         )
 
 
 def job_of(
-    lengths: Sequence[int], gen_len: int, num_shared: int = 0, rows_per_prefix: int = 0
+    lengths: Sequence[int],
+    gen_len: int,
+    num_shared: int = 0,
+    rows_per_prefix: int = 0,
+    fewest_per_prefix: int = 0,
 ) -> Job:
     """The job of prompts of which each is taken to be as long as the longest.
 
     Their `lengths` are beyond what they share.
     """
     num_prompts = max(1, len(lengths))
+    is_one = rows_per_prefix >= num_prompts
     return Job(
         prompt_len=bucket(max(lengths, default=1)),
         gen_len=gen_len,
         num_prompts=num_prompts,
         num_shared=num_shared,
-        rows_per_prefix=rows_per_prefix if rows_per_prefix < num_prompts else 0,
+        rows_per_prefix=0 if is_one else rows_per_prefix,
+        fewest_per_prefix=0 if is_one else fewest_per_prefix,
     )
 
 
@@ -180,6 +205,7 @@ def predict(
             f"a run with schedule={policy.schedule.value!r} cannot be predicted yet: "
             "its phases are not one after the other"
         )
+    job = job.under(policy, device_is_host=hardware.device_is_host)
     prefill_s = decode_s = 0.0
     terms: list[dict[Resource, float]] = [{}, {}]
     stretch: list[float] = []
@@ -264,6 +290,9 @@ def predict_peak(
     """
     layout = model.layout(policy, processor)
     work, _ = next(_blocks(layout, policy, job, layers_ahead))
+    if job.rows_per_prefix:  # there may be more batches than their average makes
+        whole = job.lengths.workload(layout, policy, policy.block_size)
+        work = job.lengths.at_worst(looking_ahead(whole, layers_ahead))
     if not quickly:
         return run_peak_bytes(work, policy, layout)
     return peak_from_above(

@@ -5,18 +5,22 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexjax.arrangement import Group, blocks_of
+from flexjax.memory.most_bytes import most_peak_bytes
+from flexjax.memory.processor import Processor
 from flexjax.plan import parts
 from flexjax.plan.hardware import read_hardware
 from flexjax.plan.parts import Asked, asks, plan_parts
-from flexjax.plan.planner import best_plan, find_model
-from flexjax.plan.predict import Job, combined, predict
-from flexjax.policy import Policy
-from flexjax.workload import bucket, padded_alike
+from flexjax.plan.planner import Found, best_plan, find_model
+from flexjax.plan.predict import Job, combined, predict, predict_peak
+from flexjax.policy import Placement, Policy
+from flexjax.workload import bucket, looking_ahead, padded_alike
+from tests.plan.test_closed_form import CONFIG
 
 HARDWARE = read_hardware("t4-208gb")
 GEN_LEN = 64
@@ -171,7 +175,7 @@ def test_what_begins_like_others_is_asked_for_apart():
     lengths = [100, 10, 110, 120, 20, 200, 190]
     alone, sharing = asks(lengths, 8, groups, 30.0)
     assert alone == (Asked([10, 20], 8, most_block_s=30.0), [1, 4])
-    expected = Asked([30, 40, 50, 110, 100], 8, 90, 3, 30.0)
+    expected = Asked([30, 40, 50, 110, 100], 8, 90, 3, 2, 30.0)
     assert sharing == (expected, [0, 2, 3, 5, 6])
     assert sharing[0].job.rows_per_prefix == 3
     (whole,) = asks(lengths, 8, [Group(9, range(7))])
@@ -188,7 +192,7 @@ def test_what_begins_like_others_is_asked_for_apart():
 def test_a_job_has_as_many_blocks_as_the_engine_makes_of_it(
     num_groups, each, batch_size, num_batches
 ):
-    policy = Policy(batch_size=batch_size, num_batches=num_batches)
+    policy = Policy(batch_size=min(batch_size, each), num_batches=num_batches)
     count = num_groups * each
     groups = [Group(70, range(n, n + each)) for n in range(0, count, each)]
     ((asked, _),) = asks([100] * count, 8, groups)
@@ -197,3 +201,47 @@ def test_a_job_has_as_many_blocks_as_the_engine_makes_of_it(
     assert asked.job.num_rows(policy) == rows
     assert math.ceil(asked.job.num_blocks(policy)) == len(blocks)
     assert asked.job.num_at_once(policy) <= policy.block_size
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=8),
+    policy=st.builds(
+        Policy,
+        kv_cache=st.sampled_from([Placement(device=1.0), Placement(host=0.7)]),
+        batch_size=st.integers(1, 10),
+        num_batches=st.integers(1, 9),
+    ),
+)
+@settings(deadline=None)
+def test_no_block_of_groups_of_any_size_needs_more_than_is_planned(sizes, policy):
+    ends = list(itertools.accumulate(sizes))
+    groups = [Group(70, range(e - n, e)) for n, e in zip(sizes, ends, strict=True)]
+    lengths = [100] * ends[-1]
+    ((asked, _),) = asks(lengths, 8, groups)
+    model = Found(CONFIG, np.dtype(np.float16)).model(policy)
+    processor = Processor(is_host=False)
+    planned = predict_peak(model, policy, asked.job, processor, quickly=True)
+    layout = model.layout(policy, processor)
+    works = [
+        layout.workload(policy, block.shape, prompt_len=30, gen_len=8, num_shared=70)
+        for block in blocks_of(groups, lengths, policy)
+    ]
+    works = [looking_ahead(work) for work in works]
+    for key, nbytes in most_peak_bytes(works, policy, layout).items():
+        assert nbytes <= planned[key], key
+
+
+def test_where_attention_cannot_share_a_job_is_of_whole_prompts():
+    job = Job(
+        prompt_len=64,
+        gen_len=8,
+        num_prompts=90,
+        num_shared=900,
+        rows_per_prefix=9,
+        fewest_per_prefix=3,
+    )
+    on_host = Policy(kv_cache=Placement(host=1.0), host_attention=True)
+    whole = Job(prompt_len=964, gen_len=8, num_prompts=90)
+    assert job.under(on_host, device_is_host=False) == whole
+    assert job.under(on_host, device_is_host=True) == job
+    assert job.under(Policy(attention_sparsity=0.5), device_is_host=True) == whole
