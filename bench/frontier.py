@@ -15,8 +15,8 @@ from typing import Any
 
 from flexjax.cli import run_command
 from flexjax.plan.hardware import example_names, read_hardware
+from flexjax.plan.job import Job
 from flexjax.plan.planner import check_job, find_model
-from flexjax.plan.predict import Job
 from flexjax.plan.report import format_seconds, policy_in_words
 from flexjax.plan.search import Plan, frontier
 from flexjax.policy import to_json

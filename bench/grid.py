@@ -33,7 +33,7 @@ from flexjax.memory.link import processor_of
 from flexjax.plan.auto import Asked, choose_policies
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
-from flexjax.plan.predict import Job
+from flexjax.plan.job import Job
 from flexjax.plan.search import fits, memory_budgets
 from flexjax.policy import Placement, Policy, Tier, to_json
 from flexjax.prompts import random_prompts

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from flexjax.cli import run_command
 from flexjax.plan.hardware import read_hardware
+from flexjax.plan.job import Job
 from flexjax.plan.planner import allowed_policies, find_model, make_plan
-from flexjax.plan.predict import Job, Prediction, predict
+from flexjax.plan.predict import Prediction, predict
 from flexjax.plan.report import policy_in_words
 from flexjax.plan.search import Plan
 from flexjax.policy import Placement, Policy

@@ -35,7 +35,8 @@ from flexjax.llm import EMBEDDED_MODEL, LLM
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
-from flexjax.plan.predict import Job, predict, predict_peak
+from flexjax.plan.job import Job
+from flexjax.plan.predict import predict, predict_peak
 from flexjax.plan.report import prediction_to_json
 from flexjax.plan.scratch import store_read_rate
 from flexjax.policy import Placement, Policy, Tier, to_json

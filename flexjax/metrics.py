@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from flexjax.memory.lanes import Lane, Timeline
 from flexjax.memory.ledger import Ledger, Link
-from flexjax.policy import Tier
+from flexjax.policy import Kind, Tier
 from flexjax.schedule.footprint import Bytes, by_tier
+from flexjax.sizes import format_bytes
 
 
 class _Reading(NamedTuple):
@@ -185,6 +186,30 @@ def _phase_report(phase: Phase) -> dict[str, Any]:
         "bytes_moved": _by_name(phase.moved),
         "busy_s": {lane.value: busy_s for lane, busy_s in phase.busy_s.items()},
     }
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether memory ran out, of the process or of the device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def shortage_report(times: RunTimes, ledger: Ledger) -> str:
+    """What each tier held at most, and what had been predicted, by kind."""
+    predicted = times.predicted_peak
+    tiers = []
+    for tier in (Tier.DEVICE, Tier.HOST):
+        kinds = ", ".join(
+            f"{kind.value} {format_bytes(predicted.get((tier, kind), 0))}"
+            for kind in Kind
+        )
+        tiers.append(
+            f"{tier.value} {format_bytes(ledger.peak(tier))} counted, with "
+            f"workspaces {kinds} predicted"
+        )
+    return (
+        "out of memory under a policy that was planned, which is a mistake of the plan "
+        f"({'; '.join(tiers)}); give a policy with smaller batches, and report this"
+    )
 
 
 def _by_name(moved: Mapping[Link, int]) -> dict[str, int]:

@@ -18,14 +18,19 @@ from flexjax.engine import CLOSED, Engine
 from flexjax.memory.capacity import give_back_freed
 from flexjax.memory.lanes import Span
 from flexjax.memory.link import Device
-from flexjax.metrics import joined_reports, metrics_report
+from flexjax.metrics import (
+    is_shortage,
+    joined_reports,
+    metrics_report,
+    shortage_report,
+)
 from flexjax.placement_report import placement_report
-from flexjax.plan.auto import Choice, choose_policies
+from flexjax.plan.auto import Choice, choose_policies, on_device
+from flexjax.plan.job import NOTHING
 from flexjax.plan.parts import Asked, asks
-from flexjax.plan.predict import NOTHING, Prediction, combined
+from flexjax.plan.predict import Prediction, combined
 from flexjax.plan.report import format_seconds, prediction_to_json
 from flexjax.policy import Kind, Policy, Tier, to_json
-from flexjax.sizes import format_bytes
 from flexjax.store_format import TensorEntry
 from flexjax.workload import MOST_LAYERS_AHEAD, longest_first
 
@@ -113,8 +118,6 @@ class PlannedEngine:
         """
         whole = Asked(lengths, gen_len, most_block_s=most_block_s)
         wanted = [(whole, range(len(lengths)))]
-        if self.is_auto:
-            wanted = asks(lengths, gen_len, groups, most_block_s)
         reports: list[dict[str, Any]] = []
         parts: list[dict[str, Any]] = []
         predictions: list[tuple[float, Prediction]] = []
@@ -122,6 +125,8 @@ class PlannedEngine:
             if self._is_closed:
                 raise ValueError(CLOSED)
             self.spans = []
+            if self.is_auto:
+                wanted = self._wanted(whole, groups)
             for asked, chosen in self._parts(wanted):
                 assert self.engine is not None
                 assert self.policy is not None
@@ -140,6 +145,25 @@ class PlannedEngine:
             report["predicted"] = prediction_to_json(combined(predictions))
         return report
 
+    def _wanted(
+        self, whole: Asked, groups: Sequence[Group]
+    ) -> list[tuple[Asked, Sequence[int]]]:
+        """What is planned apart, unless all prompts fit on the device with the model.
+
+        Then one policy serves all, and nothing has to be loaded anew.
+        """
+        lengths = whole.lengths
+        apart = asks(lengths, whole.gen_len, groups, whole.most_block_s)
+        if len(apart) > 1 and on_device(
+            self._store,
+            whole,
+            device=self._device,
+            offload_dir=self._offload_dir,
+            held=self._held(),
+        ):
+            return [(whole, range(len(lengths)))]
+        return apart
+
     def _prediction_of(self, asked: Asked) -> Prediction | None:
         """What was predicted of just these prompts, if they were planned for."""
         plan = None if self.choice is None else self.choice.plan
@@ -151,8 +175,10 @@ class PlannedEngine:
         try:
             run()
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if self.is_auto and _is_shortage(error):
-                raise MemoryError(_account(engine)) from error
+            if self.is_auto and is_shortage(error):
+                raise MemoryError(
+                    shortage_report(engine.times, engine.ledger)
+                ) from error
             raise
         finally:
             if engine.timeline.spans is not before:  # else it was refused
@@ -255,16 +281,12 @@ class PlannedEngine:
 
     def _choose(self, asked: Asked) -> list[Choice]:
         """Policies for prompts, the longest of which come first."""
-        held = dict.fromkeys(Tier, 0)  # which is free for another policy
-        if self.engine is not None:
-            for tier, kind in itertools.product((Tier.DEVICE, Tier.HOST), Kind):
-                held[tier] += self.engine.ledger.held(tier, kind)
         choices = choose_policies(
             self._store,
             asked,
             device=self._device,
             offload_dir=self._offload_dir,
-            held=held,
+            held=self._held(),
             progress=logger.warning,
         )
         if len(choices) > 1:
@@ -276,6 +298,14 @@ class PlannedEngine:
                 format_seconds(sum(part.total_s for part in predictions)),
             )
         return choices
+
+    def _held(self) -> dict[Tier, int]:
+        """Bytes of the engine, which are free for another policy."""
+        held = dict.fromkeys(Tier, 0)
+        if self.engine is not None:
+            for tier, kind in itertools.product((Tier.DEVICE, Tier.HOST), Kind):
+                held[tier] += self.engine.ledger.held(tier, kind)
+        return held
 
     def _take(self, choice: Choice, asked: Asked) -> None:
         """Makes the engine run under what was chosen for what was asked."""
@@ -310,30 +340,6 @@ class PlannedEngine:
             )
         self.policy, self._layers_ahead = policy, layers_ahead
         self.placement = placement_report(self.engine.weights.layout, policy)
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether memory ran out, of the process or of the device."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _account(engine: Engine) -> str:
-    """What each tier held at most, and what had been predicted, by kind."""
-    predicted = engine.times.predicted_peak
-    tiers = []
-    for tier in (Tier.DEVICE, Tier.HOST):
-        kinds = ", ".join(
-            f"{kind.value} {format_bytes(predicted.get((tier, kind), 0))}"
-            for kind in Kind
-        )
-        tiers.append(
-            f"{tier.value} {format_bytes(engine.ledger.peak(tier))} counted, with "
-            f"workspaces {kinds} predicted"
-        )
-    return (
-        "out of memory under a policy that was planned, which is a mistake of the plan "
-        f"({'; '.join(tiers)}); give a policy with smaller batches, and report this"
-    )
 
 
 def _resident_bytes(tensors: Mapping[str, TensorEntry], policy: Policy) -> int:

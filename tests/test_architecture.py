@@ -115,6 +115,7 @@ STAIRS = [
     "plan.peak",
     "plan.closed_form",
     "plan.program",
+    "plan.job",
     "plan.predict",
     "plan.candidates",
     "plan.search",

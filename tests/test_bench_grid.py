@@ -13,7 +13,7 @@ from bench.grid import (
 from checkpoints_tools.resolve import resolve_model
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.cli import run_command
-from flexjax.plan.predict import Job
+from flexjax.plan.job import Job
 from flexjax.policy import Policy, from_json, to_json, validate
 
 

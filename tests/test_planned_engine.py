@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from flexjax import shared_prefixes
 from flexjax.llm import LLM
 from flexjax.memory.room import Room
 from flexjax.plan import auto, parts, search
@@ -142,6 +143,38 @@ def test_prompts_of_very_different_lengths_are_planned_apart(
         fewer = dataclasses.replace(GREEDY, max_tokens=3)
         llm.generate(prompts[7:], fewer)
         assert "predicted" not in llm.metrics, "it was said of more tokens"
+
+
+def test_prompts_that_share_something_are_planned_apart_from_others(
+    golden, small_machine, tmp_path, monkeypatch
+):
+    for name, count in {
+        "LEAST_SHARED": 30,
+        "LEAST_BATCH": 1,
+        "TOKENS_OF_A_PASS": 1,
+    }.items():
+        monkeypatch.setattr(shared_prefixes, name, count)
+    checkpoint = golden("opt-pre-ln")
+    begins = [[5 + number] * 40 for number in range(3)]
+    prompts = [[*begins[i % 3], *range(20, 20 + 1 + i)] for i in range(12)]
+    prompts += [[7, 8, 9 + i] for i in range(4)]
+    with LLM(checkpoint.store, offload_dir=tmp_path) as whole:
+        expected = token_ids(whole.generate(prompts, GREEDY))
+        scores = whole.score(prompts)
+        assert "parts" not in whole.metrics
+        needed = whole.metrics["predicted_peak_bytes"]["device"]
+    small_machine(needed // 3)
+    with LLM(checkpoint.store, offload_dir=tmp_path) as llm:
+        for _ in range(2):
+            assert token_ids(llm.generate(prompts, GREEDY)) == expected
+            alone, sharing = llm.metrics["parts"]
+            assert (alone["num_prompts"], sharing["num_prompts"]) == (4, 12)
+            assert alone["num_shared_tokens"] == 0 < sharing["num_shared_tokens"]
+            assert llm.metrics["num_shared_tokens"] == sharing["num_shared_tokens"]
+            assert llm.metrics["predicted"]["total_s"] > 0
+        assert "behind 41 that about 4 share" in llm.plan.reason
+        for one, other in zip(llm.score(prompts), scores, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4)
 
 
 def test_a_part_for_which_there_is_no_room_any_more_is_planned_again(

@@ -16,6 +16,7 @@ from flexjax.plan.hardware import (
     hardware_to_json,
     read_hardware,
 )
+from flexjax.plan.job import Job
 from flexjax.plan.parts import Asked, asks, plan_parts
 from flexjax.plan.planner import (
     Found,
@@ -25,7 +26,6 @@ from flexjax.plan.planner import (
     make_plan,
     storable,
 )
-from flexjax.plan.predict import Job
 from flexjax.plan.report import (
     parts_to_json,
     parts_to_text,

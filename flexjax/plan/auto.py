@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.capacity import free_bytes
-from flexjax.memory.link import Device, processor_of
+from flexjax.memory.link import Device, is_shared, processor_of
 from flexjax.plan.calibrate import calibrated
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
+from flexjax.plan.job import Job
 from flexjax.plan.parts import Asked, plan_parts
 from flexjax.plan.planner import allowed_policies, template_of
-from flexjax.plan.predict import Job
 from flexjax.plan.program import memories
 from flexjax.plan.report import format_seconds, policy_in_words, tokens_in_words
 from flexjax.plan.scratch import store_read_rate
@@ -35,6 +35,30 @@ class Choice(NamedTuple):
     job: Job
     reason: str
     plan: Plan | None = None
+
+
+def on_device(
+    store: WeightStore,
+    asked: Asked,
+    *,
+    device: Device,
+    offload_dir: pathlib.Path,
+    held: Mapping[Tier, int],
+) -> Choice | None:
+    """The policy for prompts with which all of a model is on the device, if it fits.
+
+    Args: as of `choose_policies`.
+    """
+    job, free = asked.job, _free(device, offload_dir, held)
+    model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
+    template = template_of(store.quantization)
+    processor = processor_of(device, is_quantized=store.quantization is not None)
+    budgets = memory_budgets(free, device_is_host=processor.is_host)
+    for batch_size in _device_sizes(job.rows_per_prefix or job.num_prompts):
+        policy = dataclasses.replace(template, batch_size=batch_size)
+        if fits(model, policy, budgets, job, processor):
+            return Choice(policy, job, _all_on_device(policy, job))
+    return None
 
 
 def choose_policies(
@@ -64,20 +88,10 @@ def choose_policies(
         ValueError: not even one prompt fits, or none is done in time.
         OSError: the disk failed while it was measured.
     """
-    job = asked.job
-    model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
-    template = template_of(store.quantization)
-    processor = processor_of(device, is_quantized=store.quantization is not None)
-    shared = processor.is_host
-    free = free_bytes(device, offload_dir)
-    for tiers in memories(device_is_host=shared):
-        more = sum(held[tier] for tier in tiers)
-        free |= {tier: free[tier] + more for tier in tiers}
-    budgets = memory_budgets(free, device_is_host=shared)
-    for batch_size in _device_sizes(job.rows_per_prefix or job.num_prompts):
-        policy = dataclasses.replace(template, batch_size=batch_size)
-        if fits(model, policy, budgets, job, processor):
-            return [Choice(policy, job, _all_on_device(policy, job))]
+    choice = on_device(store, asked, device=device, offload_dir=offload_dir, held=held)
+    if choice is not None:
+        return [choice]
+    free = _free(device, offload_dir, held)
     hardware = dataclasses.replace(
         calibrated(offload_dir, device, progress),
         device_memory_bytes=free[Tier.DEVICE],
@@ -85,8 +99,11 @@ def choose_policies(
         disk_bytes=free[Tier.DISK],
         disk_read_bytes_per_s=store_read_rate(store),
     )
+    model = Model(config=store.config, dtype=store.dtype, tensors=store.tensors)
     allowed = allowed_policies(
-        quantized=False, host_attention=not shared, base=template
+        quantized=False,
+        host_attention=not hardware.device_is_host,
+        base=template_of(store.quantization),
     )
     models = [(model, policy) for policy in allowed]
     wanted = asked._replace(lengths=asked.lengths or [1])
@@ -97,8 +114,22 @@ def choose_policies(
     ]
 
 
+def _free(
+    device: Device, offload_dir: pathlib.Path, held: Mapping[Tier, int]
+) -> dict[Tier, int]:
+    """Bytes that a run may take, with what it would give back."""
+    free = free_bytes(device, offload_dir)
+    for tiers in memories(device_is_host=is_shared(device)):
+        more = sum(held[tier] for tier in tiers)
+        free |= {tier: free[tier] + more for tier in tiers}
+    return free
+
+
 def _device_sizes(num_prompts: int) -> list[int]:
-    """Batch sizes at which a model that is all on the device loses nothing."""
+    """Batch sizes to try for prompts of a model that is all on the device.
+
+    With the first of them it loses nothing, if there are as many.
+    """
     enough = min(num_prompts, ENOUGH_ROWS)
     return sorted({enough, min(num_prompts, MOST_ROWS)}, reverse=True)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flexjax.plan.closed_form import BlockForm, Model, block_bytes, block_form
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.predict import Job
+from flexjax.plan.job import Job
 from flexjax.plan.program import Solved, solve
 from flexjax.policy import Policy, Tier
 from flexjax.workload import MOST_LAYERS_AHEAD

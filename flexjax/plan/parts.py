@@ -17,8 +17,9 @@ import numpy as np
 from flexjax.arrangement import Group
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
+from flexjax.plan.job import Job, job_of
 from flexjax.plan.planner import best_plan
-from flexjax.plan.predict import Job, Prediction, combined, job_of, predict
+from flexjax.plan.predict import Prediction, combined, predict
 from flexjax.plan.search import MOST_SPENT, Plan
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.workload import bucket, padded_alike
@@ -66,7 +67,7 @@ def asks(
     gen_len: int,
     groups: Sequence[Group],
     most_block_s: float = math.inf,
-) -> list[tuple[Asked, list[int]]]:
+) -> list[tuple[Asked, Sequence[int]]]:
     """What is to be planned: prompts that begin like others, and those that do not.
 
     Args:
@@ -78,7 +79,7 @@ def asks(
     Returns:
         What is wanted, and the places of the prompts that it is wanted for.
     """
-    found = []
+    found: list[tuple[Asked, Sequence[int]]] = []
     for is_shared in (False, True):
         some = [group for group in groups if (group.num_shared > 0) == is_shared]
         if not some:

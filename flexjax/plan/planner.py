@@ -21,7 +21,7 @@ from flexjax.models.config import (
 )
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.predict import Job
+from flexjax.plan.job import Job
 from flexjax.plan.search import Plan, search, with_exact_peak
 from flexjax.policy import ACTIVATION_BITS, Policy
 from flexjax.quant import Quantization

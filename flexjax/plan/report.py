@@ -7,7 +7,8 @@ from typing import Any
 
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware, hardware_to_json
-from flexjax.plan.predict import Job, Prediction, combined, predict
+from flexjax.plan.job import Job
+from flexjax.plan.predict import Prediction, combined, predict
 from flexjax.plan.program import STORE, memories
 from flexjax.plan.search import Plan, search
 from flexjax.policy import Kind, Tier, to_json

@@ -14,7 +14,8 @@ from flexjax.memory.processor import Processor
 from flexjax.plan.candidates import Candidate, candidates
 from flexjax.plan.closed_form import SHARES, Model, with_shares
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.predict import Job, Prediction, predict, predict_peak
+from flexjax.plan.job import Job
+from flexjax.plan.predict import Prediction, predict, predict_peak
 from flexjax.plan.program import STORE, Solved, memories, solve
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.schedule.footprint import by_tier

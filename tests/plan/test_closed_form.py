@@ -17,9 +17,10 @@ from flexjax.plan.closed_form import (
 )
 from flexjax.plan.costs import RunCosts
 from flexjax.plan.hardware import WHOLE_BITS, read_hardware
+from flexjax.plan.job import Job
 from flexjax.plan.peak import peak_from_above
 from flexjax.plan.planner import Found, find_model
-from flexjax.plan.predict import Job, predict
+from flexjax.plan.predict import predict
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
 from flexjax.schedule.emit import zigzag
 from flexjax.schedule.footprint import by_tier

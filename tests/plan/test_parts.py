@@ -15,9 +15,10 @@ from flexjax.memory.most_bytes import most_peak_bytes
 from flexjax.memory.processor import Processor
 from flexjax.plan import parts
 from flexjax.plan.hardware import read_hardware
+from flexjax.plan.job import Job
 from flexjax.plan.parts import Asked, asks, plan_parts
 from flexjax.plan.planner import Found, best_plan, find_model
-from flexjax.plan.predict import Job, combined, predict, predict_peak
+from flexjax.plan.predict import combined, predict, predict_peak
 from flexjax.policy import Placement, Policy
 from flexjax.workload import bucket, looking_ahead, padded_alike
 from tests.plan.test_closed_form import CONFIG

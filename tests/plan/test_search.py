@@ -12,6 +12,7 @@ from flexjax.arrangement import shape_of
 from flexjax.memory.footprint import run_peak_bytes
 from flexjax.plan import search as search_module
 from flexjax.plan.hardware import read_hardware
+from flexjax.plan.job import Job
 from flexjax.plan.planner import (
     Found,
     allowed_policies,
@@ -19,7 +20,7 @@ from flexjax.plan.planner import (
     find_model,
     make_plan,
 )
-from flexjax.plan.predict import Job, predict
+from flexjax.plan.predict import predict
 from flexjax.plan.report import plan_to_json, plan_to_text, saved_s
 from flexjax.plan.search import fits, frontier, memory_budgets, search
 from flexjax.policy import BITS, Kind, Placement, Policy, Tier, from_json, validate
