@@ -60,7 +60,7 @@ def drawn(seed, rows, inputs, outputs, how):
 
 
 @given(**PRODUCTS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_product_is_that_of_the_wide_weights(
     seed, rows, halves, outputs, bits, group_size
 ):
@@ -91,7 +91,7 @@ def rounded(x, group_size):
     group_size=st.sampled_from([32, 64, 96, 320]),
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_rows_are_rounded_to_the_nearest_code(seed, rows, groups, group_size, scale):
     rng = np.random.default_rng(seed)
     x = scale * rng.standard_normal((rows, groups * group_size))
@@ -127,7 +127,7 @@ def test_what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_zero():
 
 
 @given(**PRODUCTS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     seed, rows, halves, outputs, bits, group_size
 ):
