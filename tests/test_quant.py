@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexjax.models.config import OPTConfig, named_config
@@ -53,7 +53,6 @@ def arrays(draw):
 
 
 @given(drawn=arrays())
-@settings(max_examples=50)
 def test_no_element_is_farther_than_half_a_step(drawn):
     array, how = drawn
     found = np.asarray(dequantize(quantize(array, how), how), np.float64)
@@ -63,7 +62,6 @@ def test_no_element_is_farther_than_half_a_step(drawn):
 
 
 @given(drawn=arrays())
-@settings(max_examples=50)
 def test_a_step_is_no_larger_than_it_must_be(drawn):
     array, how = drawn
     groups = np.asarray(array, np.float64).reshape(len(array), -1, how.group_size)
@@ -98,7 +96,6 @@ def test_the_whole_range_of_a_type_stays_finite(bits, dtype):
 
 
 @given(drawn=arrays(), data=st.data())
-@settings(max_examples=50)
 def test_rows_and_groups_are_quantized_each_for_itself(drawn, data):
     array, how = drawn
     row = data.draw(st.integers(0, len(array) - 1))
@@ -179,7 +176,6 @@ def test_what_no_group_divides_is_refused_without_advice_that_does_not_help():
 
 
 @given(drawn=arrays())
-@settings(max_examples=50)
 def test_memory_that_is_used_again_holds_the_same(drawn):
     array, how = drawn
     data = quantize(array, how)
