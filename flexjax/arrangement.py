@@ -173,7 +173,8 @@ def _behind_prefixes(
 def shape_of(policy: Policy, num_rows: int, rows_per_prefix: int = 0) -> BlockShape:
     """Of a block of so many rows, of which so many begin alike; 0 stands for all.
 
-    What fills up the last batch of those that begin alike counts as rows.
+    What fills up the last batch of those that begin alike counts as rows. Batches are
+    as large as the policy's, though the engine makes none larger than a group is.
     """
     alike = min(rows_per_prefix or num_rows, num_rows)
     batch_size = min(policy.batch_size, num_rows)

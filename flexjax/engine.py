@@ -13,7 +13,7 @@ import numpy as np
 from flexjax.arrangement import Block, Group, blocks_of, one_block
 from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
 from flexjax.checkpoint import WeightStore
-from flexjax.memory.footprint import run_peak_bytes, weights_at_home
+from flexjax.memory.footprint import weights_at_home
 from flexjax.memory.layout import lay_out
 from flexjax.memory.link import Device, processor_of
 from flexjax.memory.most_bytes import most_peak_bytes
@@ -235,7 +235,8 @@ class Engine:
 
     def predict(self, work: Workload, *, scores: bool) -> dict[tuple[Tier, Kind], int]:
         """Peak bytes of a run, by tier and kind, workspaces included."""
-        return run_peak_bytes(work, self.policy, self.weights.layout, scores=scores)
+        layout = self.weights.layout
+        return dict(most_peak_bytes([work], self.policy, layout, scores=scores))
 
     def close(self) -> None:
         """Ends the threads, lets go of all memory and removes what was spilled."""
@@ -302,10 +303,10 @@ class Engine:
             Layers to look ahead: as many as memory allows.
         """
         self._transport.start()
+        layout = self.weights.layout
         refusal: str | None = None
         for layers_ahead in range(self._layers_ahead, 0, -1):
             ahead = [looking_ahead(work, layers_ahead) for work in works]
-            layout = self.weights.layout
             peak = Counter(weights_at_home(layout))
             peak |= most_peak_bytes(ahead, self.policy, layout, scores=scores)
             refusal = self._room.shortage(self._room.beyond_held(peak))

@@ -236,9 +236,7 @@ class PlannedEngine:
         lengths = asked.lengths
         rest, is_first = longest_first(lengths), True
         while rest or is_first:
-            choices = self._choose(
-                asked._replace(lengths=[lengths[place] for place in rest])
-            )
+            choices = self._choose(asked.part([lengths[place] for place in rest]))
             self._was_cut = is_one_of_many or not is_first or len(choices) > 1
             for number, choice in enumerate(choices):
                 places = rest[: choice.job.num_prompts]

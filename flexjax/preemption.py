@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from flexjax.arrangement import Block, one_block
 from flexjax.blocks import Row, RowSize
 from flexjax.policy import Policy, Schedule
-from flexjax.workload import bucket
+from flexjax.workload import bucket, padded_alike
 
 NUM_SIZES = 8  # of batches that are not full
 
@@ -105,10 +105,13 @@ class Waiting:
         # is to come is rounded, so that `fits` is seldom asked something new.
         sizes = [
             RowSize(size.prompt_len + 1, bucket(size.max_tokens))
-            for size in (row.size for row in alive)
+            for size in sorted((row.size for row in alive), reverse=True)
         ]
-        longest = max(size.prompt_len for size in sizes) - self._num_shared
-        num_recomputed = len(sizes) * bucket(longest)
+        own = [size.prompt_len - self._num_shared for size in sizes]
+        padded = padded_alike(own[:: self._policy.batch_size])
+        num_recomputed = sum(
+            padded[place // self._policy.batch_size] for place in range(len(own))
+        )
         most_to_come = max(row.size.max_tokens for row in alive)
         num_waiting = self._num_to_make + len(self._preempted)
         return (

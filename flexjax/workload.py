@@ -174,12 +174,12 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def bucket(length: int, *, an_octave: int = 8) -> int:
-    """`length` rounded up so that few shapes occur: multiples of 32, then of an eighth.
+    """`length` rounded up so that few shapes occur: multiples of 32 at the least.
 
-    Between two powers of two there are at most eight values, or as many as are asked
-    for, so the number of shapes, and with it of compilations, grows with the logarithm
-    of the longest sequence while at most an eighth of a bucket beyond 256 slots is
-    padding.
+    Between two powers of two there are at most `an_octave` values, so the number of
+    shapes, and with it of compilations, grows with the logarithm of the longest
+    sequence; with eight, at most an eighth of a bucket beyond 256 slots is padding, and
+    with two a third.
     """
     if length < 1:
         raise ValueError(f"a length of {length} has no bucket; expected at least 1")

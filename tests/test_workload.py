@@ -40,7 +40,7 @@ def test_batches_are_padded_to_few_lengths_none_beyond_the_longest(lengths):
     padded = padded_alike(lengths)
     assert max(padded) == bucket(max(lengths))
     for length, slots in zip(lengths, padded, strict=True):
-        assert length <= slots < max(64, 1.5 * length + 1)
+        assert length <= slots <= max(64, 1.5 * length)
     between = {slots for slots in padded if 512 < slots <= 1024}
     assert len(between - {max(padded)}) <= 2
 

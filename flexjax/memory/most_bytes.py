@@ -18,7 +18,7 @@ def most_peak_bytes(
     *,
     scores: bool = False,
 ) -> Counter[tuple[Tier, Kind]]:
-    """Bytes that no run of these exceeds, by tier and kind.
+    """Bytes that no run of these exceeds, by tier and kind, whoever ends early.
 
     Those that differ only in how their batches are padded, and in which of them begin
     alike, are as good as one whose batches are all as long as the longest, and which
@@ -27,18 +27,24 @@ def most_peak_bytes(
     """
     alike: defaultdict[Workload, set[Workload]] = defaultdict(set)
     for work in works:
-        # Whether a prefix is stored depends on its batches there.
-        is_exact = policy.schedule is Schedule.ROW_BY_ROW
-        plain = dataclasses.replace(work, prompt_lens=(), prefix_ends=())
-        alike[work if is_exact else plain].add(work)
+        plain = dataclasses.replace(work, prompt_lens=())
+        # There it depends on a prefix's batches whether it is stored.
+        if policy.schedule is not Schedule.ROW_BY_ROW:
+            plain = dataclasses.replace(plain, prefix_ends=())
+        alike[plain].add(work)
     most: Counter[tuple[Tier, Kind]] = Counter()
     for plain, several in alike.items():
-        if len(several) == 1:
-            (work,) = several
+        work = next(iter(several))
+        # Of batches padded otherwise, any two follow one another once those between
+        # them have ended.
+        if len(several) == 1 and not work.prompt_lens:
             most |= Counter(run_peak_bytes(work, policy, weights, scores=scores))
             continue
         num_prefixes = max(len(work.prefix_ends) for work in several)
-        cover = plain.behind(num_prefixes + 1) if num_prefixes else plain
+        # Of other prefixes, one more may be there than any of these has.
+        is_wider = num_prefixes and len({work.prefix_ends for work in several}) > 1
+        cover = plain.behind(num_prefixes + 1) if is_wider else work
+        cover = dataclasses.replace(cover, prompt_lens=())
         peak = Counter(run_peak_bytes(cover, policy, weights, scores=scores))
         sizes = RunFootprint(work=cover, policy=policy, weights=weights, scores=scores)
         lengths = {length for work in several for length in work.prompt_lens}

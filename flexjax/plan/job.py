@@ -52,7 +52,10 @@ class Job:
         )
 
     def num_rows(self, policy: Policy) -> int:
-        """Rows of all blocks, with those that fill up batches behind a prefix."""
+        """Rows of all blocks, with those that fill up batches behind a prefix.
+
+        Of a policy whose batches are no larger than the groups are.
+        """
         alike = self.rows_per_prefix
         if not 0 < alike < self.num_prompts:
             return self.num_prompts

@@ -7,9 +7,8 @@ they are far too small for the others: under a plan for 1536 tokens, prompts of 
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +49,15 @@ class Asked(NamedTuple):
     rows_per_prefix: int = 0
     fewest_per_prefix: int = 0
     most_block_s: float = math.inf
+
+    def part(self, lengths: Sequence[int]) -> "Asked":
+        """The same for some of the prompts, a few of those behind each prefix."""
+        share = len(lengths) / max(1, len(self.lengths))
+        alike = math.ceil(self.rows_per_prefix * share)
+        fewest = self.fewest_per_prefix if share == 1 else min(1, alike)
+        return self._replace(
+            lengths=lengths, rows_per_prefix=alike, fewest_per_prefix=fewest
+        )
 
     @property
     def job(self) -> Job:
@@ -119,15 +127,11 @@ def plan_parts(
     lengths, gen_len = asked.lengths, asked.gen_len
 
     def plan(first: int, last: int) -> Plan:
-        some = lengths[first:last]
-        share = len(some) / len(lengths)
-        alike = math.ceil(asked.rows_per_prefix * share)
-        fewest = asked.fewest_per_prefix if share == 1 else min(1, alike)
-        job = asked._replace(
-            lengths=some, rows_per_prefix=alike, fewest_per_prefix=fewest
-        ).job
-        plan, model = best_plan(allowed, hardware, job, most_block_s=asked.most_block_s)
-        prediction = _predicted(plan, model, hardware, lengths=some)
+        some = asked.part(lengths[first:last])
+        plan, model = best_plan(
+            allowed, hardware, some.job, most_block_s=asked.most_block_s
+        )
+        prediction = _predicted(plan, model, hardware, lengths=some.lengths)
         return dataclasses.replace(plan, prediction=prediction)
 
     def seconds(plan: Plan) -> float:
@@ -176,12 +180,8 @@ def _predicted(
 
     Only some lengths are predicted, and what is between them is interpolated.
     """
-    at_once, batch_size = plan.job.num_at_once(plan.policy), plan.policy.batch_size
-    blocks = (lengths[i : i + at_once] for i in range(0, len(lengths), at_once))
-    padded = sorted(
-        itertools.chain(*(padded_alike(block[::batch_size]) for block in blocks)),
-        reverse=True,
-    )
+    job = plan.job.under(plan.policy, device_is_host=hardware.device_is_host)
+    padded = sorted(_padded(job, plan.policy, lengths), reverse=True)
     last = len(padded) - 1
     nodes = {padded[last * i // (NUM_PREDICTED - 1)] for i in range(NUM_PREDICTED)}
     weighed: list[tuple[float, Prediction]] = []
@@ -194,6 +194,20 @@ def _predicted(
             prediction = predict(model, plan.policy, hardware, job, layers_ahead=ahead)
         weighed.append((float(np.mean(shares)), prediction))
     return combined(weighed)
+
+
+def _padded(job: Job, policy: Policy, lengths: Sequence[int]) -> Iterator[int]:
+    """Slots of the padded prompts of all batches.
+
+    Where prompts begin alike in groups, those of one whose lengths are spread as all.
+    """
+    size, at_once = policy.batch_size, job.num_at_once(policy)
+    if alike := job.rows_per_prefix:
+        places = range(0, alike, size)
+        yield from padded_alike([lengths[i * len(lengths) // alike] for i in places])
+        return
+    for first in range(0, len(lengths), at_once):
+        yield from padded_alike(lengths[first : first + at_once : size])
 
 
 def _load_s(plan: Plan, hardware: Hardware) -> float:

@@ -152,7 +152,8 @@ def frontier(
         candidates(model, hardware, job, template, budgets),
         key=lambda candidate: candidate.solved.block_s,
     ):
-        rows = job.num_at_once(candidate.policy)
+        under = job.under(candidate.policy, device_is_host=shared)
+        rows = under.num_at_once(candidate.policy)
         per_s = rows / candidate.solved.block_s
         if per_s > NEARLY * best_per_s:
             best_per_s = max(best_per_s, per_s)

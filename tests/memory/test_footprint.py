@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from flexjax import workload
 from flexjax.memory.disk import MAX_TAIL_SLOTS, MOST_PASSING, passing_bytes, tail_slots
 from flexjax.memory.footprint import (
     RunFootprint,
@@ -21,11 +22,11 @@ from flexjax.memory.head_blocks import HeadBlocks
 from flexjax.memory.most_bytes import most_peak_bytes
 from flexjax.models.config import OPTConfig
 from flexjax.policy import Kind, Placement, Policy, Schedule, Tier
-from flexjax.schedule.emit import EMITTERS
+from flexjax.schedule.emit import EMITTERS, always
 from flexjax.schedule.footprint import peak_bytes
 from flexjax.schedule.ops import Cache, Hidden
 from flexjax.workload import Workload
-from tests.drawn import works
+from tests.drawn import until, works
 
 CONFIG = OPTConfig(vocab_size=101, hidden_size=8, num_attention_heads=2, ffn_dim=32)
 ON_DISK = Policy(kv_cache=Placement(), activations=Placement())
@@ -226,12 +227,16 @@ def test_logits_wait_for_the_last_block_of_the_vocabulary():
     policy=policies,
     shared=st.booleans(),
     others=st.lists(st.tuples(st.booleans(), st.sets(st.integers(1, 4))), max_size=3),
+    prefill_tokens=st.sampled_from([16, 100, 1024]),
 )
-def test_many_blocks_are_sized_by_one_that_needs_as_much(work, policy, shared, others):
-    """Which may be padded otherwise, or begin otherwise."""
+@settings(max_examples=50)
+def test_many_blocks_are_sized_by_one_that_needs_as_much(
+    work, policy, shared, others, prefill_tokens
+):
+    """Which may be padded or begin otherwise."""
     several = [work]
-    for is_longest, ends in others:
-        prefix_ends = {*(end for end in ends if end < work.num_batches)}
+    for is_longest, firsts in others:
+        prefix_ends = {*(end for end in firsts if end < work.num_batches)}
         prefix_ends = (*sorted(prefix_ends), work.num_batches)
         several.append(
             dataclasses.replace(
@@ -240,10 +245,33 @@ def test_many_blocks_are_sized_by_one_that_needs_as_much(work, policy, shared, o
                 prefix_ends=prefix_ends if work.prefix_len else (),
             )
         )
-    sizes = weights(work, shared=shared)
-    most = most_peak_bytes(several, policy, sizes)
-    for each in several:
-        for key, nbytes in run_peak_bytes(each, policy, sizes).items():
-            assert nbytes <= most[key], key
-    if len(set(several)) == 1:
-        assert most == run_peak_bytes(work, policy, sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        # Few tokens at a time, so that shorter prompts are worked on in larger groups.
+        patch.setattr(workload, "PREFILL_TOKENS", prefill_tokens)
+        layout = weights(work, shared=shared)
+        most = most_peak_bytes(several, policy, layout)
+        for each in several:
+            sizes = RunFootprint(work=each, policy=policy, weights=layout, scores=False)
+            emit = EMITTERS[policy.schedule]
+            for key, nbytes in peak_bytes(emit(each, always), sizes).items():
+                assert nbytes <= most[key], key
+        if len(set(several)) == 1 and not work.prompt_lens:
+            assert most == run_peak_bytes(work, policy, layout)
+
+
+def test_two_long_batches_may_follow_one_another_when_a_short_one_has_ended():
+    work = Workload(
+        num_decoder_layers=2,
+        num_batches=4,
+        prompt_len=512,
+        prompt_lens=(512, 32, 512, 32),
+        prefix_len=32,
+        prefix_ends=(2, 4),
+        gen_len=6,
+    )
+    policy = Policy(kv_cache=Placement(), batch_size=1, num_batches=4)
+    sizes = RunFootprint(work=work, policy=policy, weights=weights(work), scores=False)
+    caches, ops = (Tier.DEVICE, Kind.KV_CACHE), EMITTERS[policy.schedule]
+    ended = peak_bytes(ops(work, until([6, 2, 6, 2])), sizes)[caches]
+    assert ended > peak_bytes(ops(work, always), sizes)[caches]
+    assert ended <= most_peak_bytes([work], policy, sizes.weights)[caches]

@@ -206,6 +206,7 @@ def test_a_job_has_as_many_blocks_as_the_engine_makes_of_it(
 
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=2, max_size=8),
+    own=st.sampled_from([10, 30, 60, 100, 300]),
     policy=st.builds(
         Policy,
         kv_cache=st.sampled_from([Placement(device=1.0), Placement(host=0.7)]),
@@ -214,17 +215,20 @@ def test_a_job_has_as_many_blocks_as_the_engine_makes_of_it(
     ),
 )
 @settings(deadline=None)
-def test_no_block_of_groups_of_any_size_needs_more_than_is_planned(sizes, policy):
+def test_no_block_of_groups_of_any_size_needs_more_than_is_planned(sizes, own, policy):
     ends = list(itertools.accumulate(sizes))
     groups = [Group(70, range(e - n, e)) for n, e in zip(sizes, ends, strict=True)]
-    lengths = [100] * ends[-1]
+    lengths = [70 + own] * ends[-1]
     ((asked, _),) = asks(lengths, 8, groups)
+    # As a plan's, which are no larger than groups are on average.
+    batch_size = min(policy.batch_size, asked.rows_per_prefix)
+    policy = dataclasses.replace(policy, batch_size=batch_size)
     model = Found(CONFIG, np.dtype(np.float16)).model(policy)
     processor = Processor(is_host=False)
     planned = predict_peak(model, policy, asked.job, processor, quickly=True)
     layout = model.layout(policy, processor)
     works = [
-        layout.workload(policy, block.shape, prompt_len=30, gen_len=8, num_shared=70)
+        layout.workload(policy, block.shape, prompt_len=own, gen_len=8, num_shared=70)
         for block in blocks_of(groups, lengths, policy)
     ]
     works = [looking_ahead(work) for work in works]
@@ -246,3 +250,29 @@ def test_where_attention_cannot_share_a_job_is_of_whole_prompts():
     assert job.under(on_host, device_is_host=False) == whole
     assert job.under(on_host, device_is_host=True) == job
     assert job.under(Policy(attention_sparsity=0.5), device_is_host=True) == whole
+
+
+def test_groups_are_predicted_for_batches_of_their_own_rows(allowed):
+    """Each has two long rows, and so a long batch."""
+    lengths = sorted([*[500] * 16, *[30] * 240], reverse=True)
+    job = Job(
+        prompt_len=512,
+        gen_len=8,
+        num_prompts=256,
+        num_shared=900,
+        rows_per_prefix=32,
+        fewest_per_prefix=32,
+    )
+    policy = Policy(batch_size=32, num_batches=4)
+    assert [*parts._padded(job, policy, lengths)] == [512]
+    two = dataclasses.replace(policy, batch_size=16)
+    assert [*parts._padded(job, two, lengths)] == [512, 32]
+    alike = dataclasses.replace(job, rows_per_prefix=0, fewest_per_prefix=0)
+    assert [*parts._padded(alike, policy, lengths)] == [512, 32, 32, 32, 32, 32, 32, 32]
+
+
+def test_a_part_has_a_few_of_each_group():
+    asked = Asked([9] * 60, 8, 90, 20, 15)
+    assert asked.part([9] * 60) == asked
+    assert asked.part([9] * 6) == Asked([9] * 6, 8, 90, 2, 1)
+    assert Asked([9] * 4, 8).part([9]) == Asked([9], 8)
