@@ -123,15 +123,15 @@ class SharedPrefixes:
 
         Args:
             gen_len: tokens that each prompt gets.
-            batch_size: rows to which the last batch of each group is filled up; None
-                where it is planned for these groups.
+            batch_size: rows to which the last batch of each group is filled up, if
+                there are as many; None where it is planned for these groups.
         """
         # The rest has blocks of its own, and where it is planned a policy of its own.
         num_passes = gen_len + (0 if batch_size else PASSES_OF_A_LOAD)
-        batch_size = batch_size or LEAST_BATCH
         everyone = range(len(self._lengths))
         if len(everyone) < 2:
             return [Group(0, everyone)]
+        batch_size = min(batch_size or LEAST_BATCH, len(everyone))
         found: dict[int, _Choice] = {}
         for node in _children_first(self._root):
             below = [found.pop(id(child)) for child in node.children.values()]

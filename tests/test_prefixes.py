@@ -100,8 +100,7 @@ def assert_scores_are_the_same(engine, prompts, groups) -> None:
 
 CELLS = [
     *itertools.product(PLACEMENTS, [Schedule.ZIGZAG], [(2, 2)]),
-    *itertools.product(["disk"], [Schedule.SERIAL, Schedule.ROW_BY_ROW], [(1, 2)]),
-    ("disk", Schedule.ZIGZAG, (5, 1)),
+    *itertools.product(["disk"], [Schedule.SERIAL, Schedule.ROW_BY_ROW], [(2, 2)]),
     ("mixed, activations on disk", Schedule.ROW_BY_ROW, (2, 3)),
 ]
 
@@ -135,7 +134,7 @@ def test_sharing_changes_nothing_in_any_variant(name, golden, tmp_path):
     assert_sharing_changes_nothing(golden(name).store, policy, tmp_path, ONE)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @random_cells
 def test_sharing_changes_nothing_in_random_cells(
     golden, tmp_path_factory, drawn, schedule, shape

@@ -70,7 +70,7 @@ class Job:
 
     def num_at_once(self, policy: Policy) -> int:
         """Prompts of a block."""
-        return round(self.num_prompts / self.num_blocks(policy))
+        return max(1, round(self.num_prompts / self.num_blocks(policy)))
 
     def joined(self, other: "Job") -> "Job":
         """A job that asks for as much as either, of everything."""
