@@ -139,7 +139,7 @@ def test_the_same_prompt_is_computed_once():
     assert groups_of([prompt] * 3) == [Group(89, range(3))]
 
 
-def test_deep_trees_are_no_harder():
+def test_no_prompt_is_lost_in_a_deep_tree():
     """Each prompt goes on from the one before it."""
     whole = tokens(3000)
     groups = groups_of([whole[:count] for count in range(70, 3001, 2)])

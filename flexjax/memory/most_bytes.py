@@ -41,9 +41,9 @@ def most_peak_bytes(
             most |= Counter(run_peak_bytes(work, policy, weights, scores=scores))
             continue
         num_prefixes = max(len(work.prefix_ends) for work in several)
-        # Of other prefixes, one more may be there than any of these has.
-        is_wider = num_prefixes and len({work.prefix_ends for work in several}) > 1
-        cover = plain.behind(num_prefixes + 1) if is_wider else work
+        begin_alike = len({work.prefix_ends for work in several}) == 1
+        # One prefix more makes up for where in the block its batches change it.
+        cover = work if begin_alike else plain.behind(num_prefixes + 1)
         cover = dataclasses.replace(cover, prompt_lens=())
         peak = Counter(run_peak_bytes(cover, policy, weights, scores=scores))
         sizes = RunFootprint(work=cover, policy=policy, weights=weights, scores=scores)

@@ -183,7 +183,7 @@ def _planned(
         rounded=hardware.rounded_product_flops_per_s is not None,
         base=found.template,
     )
-    most_block_s = math.inf if args.block_latency is None else args.block_latency
+    most_block_s = _most_block_s(args)
     if not wanted:
         plan, model = make_plan(
             found, hardware, job, allowed, most_block_s=most_block_s
@@ -200,6 +200,10 @@ def _planned(
     return plans, parts_to_json(plans, hardware), parts_to_text(parts, hardware)
 
 
+def _most_block_s(args: argparse.Namespace) -> float:
+    return math.inf if args.block_latency is None else args.block_latency
+
+
 def _wanted(args: argparse.Namespace, found: Found, gen_len: int) -> list[Asked]:
     """Of the prompts of a file, the longest of each first."""
     # Slow to load.
@@ -208,7 +212,7 @@ def _wanted(args: argparse.Namespace, found: Found, gen_len: int) -> list[Asked]
 
     path = prompts_path(args.prompts)
     lengths, groups = prompt_lengths(path, args.model, found.config, gen_len)
-    most_block_s = math.inf if args.block_latency is None else args.block_latency
+    most_block_s = _most_block_s(args)
     return [
         asked._replace(lengths=sorted(asked.lengths, reverse=True))
         for asked, _ in asks(lengths, gen_len, groups, most_block_s)

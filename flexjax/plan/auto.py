@@ -125,13 +125,10 @@ def _free(
     return free
 
 
-def _device_sizes(num_prompts: int) -> list[int]:
-    """Batch sizes to try for prompts of a model that is all on the device.
-
-    With the first of them it loses nothing, if there are as many.
-    """
-    enough = min(num_prompts, ENOUGH_ROWS)
-    return sorted({enough, min(num_prompts, MOST_ROWS)}, reverse=True)
+def _device_sizes(num_rows: int) -> list[int]:
+    """Batch sizes to try, the larger first, where so many rows may be one batch."""
+    enough = min(num_rows, ENOUGH_ROWS)
+    return sorted({enough, min(num_rows, MOST_ROWS)}, reverse=True)
 
 
 def _all_on_device(policy: Policy, job: Job) -> str:

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from flexjax.arrangement import shape_of
 from flexjax.memory.routes import shares_prefixes
 from flexjax.plan.closed_form import Lengths
 from flexjax.policy import Policy
-from flexjax.workload import bucket
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,29 +83,6 @@ class Job:
                 (job.fewest_per_prefix for job in several), default=0
             ),
         )
-
-
-def job_of(
-    lengths: Sequence[int],
-    gen_len: int,
-    num_shared: int = 0,
-    rows_per_prefix: int = 0,
-    fewest_per_prefix: int = 0,
-) -> Job:
-    """The job of prompts of which each is taken to be as long as the longest.
-
-    Their `lengths` are beyond what they share.
-    """
-    num_prompts = max(1, len(lengths))
-    is_one = rows_per_prefix >= num_prompts
-    return Job(
-        prompt_len=bucket(max(lengths, default=1)),
-        gen_len=gen_len,
-        num_prompts=num_prompts,
-        num_shared=num_shared,
-        rows_per_prefix=0 if is_one else rows_per_prefix,
-        fewest_per_prefix=0 if is_one else fewest_per_prefix,
-    )
 
 
 NOTHING = Job(prompt_len=0, gen_len=0, num_prompts=0)

@@ -16,7 +16,7 @@ import numpy as np
 from flexjax.arrangement import Group
 from flexjax.plan.closed_form import Model
 from flexjax.plan.hardware import Hardware
-from flexjax.plan.job import Job, job_of
+from flexjax.plan.job import Job
 from flexjax.plan.planner import best_plan
 from flexjax.plan.predict import Prediction, combined, predict
 from flexjax.plan.search import MOST_SPENT, Plan
@@ -61,12 +61,16 @@ class Asked(NamedTuple):
 
     @property
     def job(self) -> Job:
-        return job_of(
-            self.lengths,
-            self.gen_len,
-            self.num_shared,
-            self.rows_per_prefix,
-            self.fewest_per_prefix,
+        """Of prompts of which each is taken to be as long as the longest."""
+        num_prompts = max(1, len(self.lengths))
+        is_one = self.rows_per_prefix >= num_prompts
+        return Job(
+            prompt_len=bucket(max(self.lengths, default=1)),
+            gen_len=self.gen_len,
+            num_prompts=num_prompts,
+            num_shared=self.num_shared,
+            rows_per_prefix=0 if is_one else self.rows_per_prefix,
+            fewest_per_prefix=0 if is_one else self.fewest_per_prefix,
         )
 
 
