@@ -10,7 +10,7 @@ that they have nothing in common.
 import argparse
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,15 @@ def run_prompts(
 ) -> dict[str, Any]:
     """Runs any prompts as `LLM(model)` would, as JSON values."""
     params = SamplingParams(max_tokens=gen_len, temperature=0.0, ignore_eos=True)
+    return run_job(store, folder, lambda llm: llm.generate(prompts, params))
+
+
+def run_job(
+    store: WeightStore, folder: pathlib.Path, run: Callable[[LLM], object]
+) -> dict[str, Any]:
+    """What a call of `LLM(model)` took, as JSON values."""
     with LLM(store.folder, offload_dir=folder) as llm:
-        llm.generate(prompts, params)
+        run(llm)
         metrics, plan = llm.metrics, llm.plan
     assert plan is not None
     predicted = metrics.get("predicted", {})  # nothing, where all is on the device

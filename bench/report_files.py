@@ -68,7 +68,7 @@ def _read(path: pathlib.Path) -> Result:
             f"{path} is neither a trace nor a result of bench.run, bench.compare, "
             "bench.kernels, bench.quality, bench.predictions, bench.grid, "
             "bench.lengths, bench.endings, bench.prefixes, bench.subjects, "
-            "bench.frontier or bench.copy_routes; "
+            "bench.choices, bench.frontier or bench.copy_routes; "
             "remove it, or name the files that the report is of"
         )
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexjax.llm import LLM
-    from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
+    from flexjax.outputs import CompletionOutput, Logprob, RequestOutput, Scores
     from flexjax.policy import Placement, Policy, Tier
     from flexjax.sampling_params import SamplingParams
 
@@ -23,6 +23,7 @@ __all__ = [
     "Policy",
     "RequestOutput",
     "SamplingParams",
+    "Scores",
     "Tier",
 ]
 
@@ -34,6 +35,7 @@ _HOME = {
     "Policy": "policy",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
+    "Scores": "outputs",
     "Tier": "policy",
 }
 

@@ -41,6 +41,23 @@ class SharedPrefix(NamedTuple):
     start: Array
 
 
+class Branches(NamedTuple):
+    """Where a row holds several sequences that begin alike, one behind the other.
+
+    What they share stands first, then the rest of each, its branch. A token sees what
+    is shared, and of branches its own alone.
+
+    Attributes:
+        trunk_end: int32 `[batch]`, the slot behind what is shared: behind the last one,
+            where a row holds one sequence.
+        begin: int32 `[batch, seq]`, for each slot the first one of its branch;
+            `trunk_end` for what is shared.
+    """
+
+    trunk_end: Array
+    begin: Array
+
+
 class Partial(NamedTuple):
     """What a token found in some of the slots that it sees, in float32.
 
@@ -111,8 +128,11 @@ def prefill_attention(
     value: Float[Array, "batch heads seq head_dim"],
     start: Int[Array, " batch"],
     prefix: SharedPrefix | None = None,
+    branches: Branches | None = None,
 ) -> Float[Array, "batch heads seq head_dim"]:
     """Every token attends to itself and to the real tokens before it.
+
+    Those are the tokens of its own sequence, where rows hold several in `branches`.
 
     Works on one row and one chunk of queries at a time, so that the largest array of
     scores is `[heads, QUERY_CHUNK, prefix_slots + seq]`, or `[heads, WHOLE_ROW,
@@ -122,14 +142,19 @@ def prefill_attention(
     chunk = query_chunk(seq, 0 if prefix is None else prefix.key.shape[2])
     slots = jnp.arange(seq, dtype=jnp.int32)
 
-    def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
-        query, key, value, first = row
+    def attend_row(
+        row: tuple[Array, Array, Array, Array, Branches | None],
+    ) -> Array:
+        query, key, value, first, branch = row
 
         def attend_chunk(begin: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(query, begin, chunk, axis=1)
             scores = _dot(scaled(part), key, contract=(2, 2))
             newest = begin + jnp.arange(chunk, dtype=jnp.int32)
             visible = (slots[None, :] <= newest[:, None]) & (slots >= first)[None, :]
+            if branch is not None:
+                own = jax.lax.dynamic_slice_in_dim(branch.begin, begin, chunk)
+                visible &= (slots < branch.trunk_end) | (slots >= own[:, None])
             scores = jnp.where(visible[None], scores, MASKED)
             if prefix is not None:
                 shared = _prefix_scores(scaled(part), prefix)
@@ -143,7 +168,7 @@ def prefill_attention(
         out = jax.lax.map(attend_chunk, jnp.arange(0, seq, chunk, dtype=jnp.int32))
         return jnp.moveaxis(out, 0, 1).reshape(query.shape)
 
-    return jax.lax.map(attend_row, (query, key, value, start))
+    return jax.lax.map(attend_row, (query, key, value, start, branches))
 
 
 def _prefix_scores(

@@ -1,4 +1,4 @@
-"""The rows of a block while it runs: what goes in, and what comes of the logits."""
+"""The rows of a block that generates: what goes in, and what comes of the logits."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,13 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexjax.arrangement import Block
-from flexjax.logprobs import (
-    ScoreState,
-    TokenLogprobs,
-    finish_score,
-    start_score,
-    token_logprobs,
-)
+from flexjax.attention import Branches
+from flexjax.logprobs import TokenLogprobs, token_logprobs
 from flexjax.memory.layout import WeightLayout
 from flexjax.memory.ledger import Ledger
 from flexjax.models.config import OPTConfig
@@ -24,8 +19,8 @@ from flexjax.padded_prompts import PaddedPrompts
 from flexjax.policy import Kind, Tier
 from flexjax.sampling import make_controls, penalize, pick_sampler, row_keys
 from flexjax.sampling_params import SamplingParams
-from flexjax.schedule.ops import Cell, is_prefix
-from flexjax.steps import head_step, score_step
+from flexjax.schedule.ops import Cell
+from flexjax.steps import head_step
 from flexjax.stopping import StopChecker
 from flexjax.workload import Workload, bucket
 
@@ -106,6 +101,10 @@ class GenerateRows:
 
     def origin(self, batch: int) -> jax.Array:
         return self._padded.origin(batch)
+
+    def branches(self, batch: int) -> Branches | None:
+        del batch  # each of whose rows is one prompt
+        return None
 
     def read_head(
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
@@ -240,87 +239,3 @@ def _entry(
     }
     chosen = Logprob(logprob=float(table.logprob[place]), rank=int(table.rank[place]))
     return entry | {token: chosen}
-
-
-class ScoreRows:
-    """Rows that are scored: logits of every slot become one log-probability each.
-
-    Where they share what they begin with, one token more is the same in all, so that
-    even the last that is shared is scored once.
-    """
-
-    last_only = False
-
-    def __init__(
-        self,
-        sequences: Block[Sequence[int]],
-        work: Workload,
-        layout: WeightLayout,
-    ) -> None:
-        self._head, self._work, self._sequences = layout.head, work, sequences
-        pad_token_id = layout.config.pad_token_id
-        self._padded = PaddedPrompts(sequences, work, pad_token_id)
-        self._states: dict[int, ScoreState] = {}
-        self._scores: dict[int, jax.Array | np.ndarray] = {}
-
-    def token_ids(self, step: int, batch: int) -> np.ndarray:
-        del step
-        return self._padded.token_ids(batch)
-
-    def start(self, batch: int) -> jax.Array:
-        return self._padded.start(batch)
-
-    def origin(self, batch: int) -> jax.Array:
-        return self._padded.origin(batch)
-
-    def read_head(
-        self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
-    ) -> Any:
-        following = np.roll(self._padded.token_ids(cell.batch), -1, axis=1)
-        if is_prefix(cell.batch):
-            following[:, -1] = self._behind(cell.batch)
-        targets = jnp.asarray(following)
-        state = self._states.pop(cell.batch, None)
-        if state is None:
-            state = start_score(targets)
-        first_id = np.int32(block * self._head.rows)
-        state, done = score_step(state, table, hidden, first_id, targets)
-        if block + 1 < self._head.num_blocks:
-            self._states[cell.batch] = state
-            return done
-        scores = finish_score(state)
-        if is_prefix(cell.batch):
-            self._scores[cell.batch] = scores
-        return scores
-
-    def _behind(self, prefix: int) -> int:
-        """The token that comes in all rows behind what they share."""
-        batch = self._work.prefix_ends[~prefix] - 1
-        return self._sequences.batches[batch][0][self._sequences.num_shared[~prefix]]
-
-    def take(self, batch: int, scores: Any) -> None:
-        """Keeps the finished scores of a batch."""
-        self._scores[batch] = np.asarray(scores)
-
-    def clear(self) -> None:
-        """Lets go of the scores that a failed run left behind."""
-        self._states.clear()
-
-    def is_alive(self, batch: int) -> bool:
-        """Scoring ends with the prefill."""
-        del batch
-        return False
-
-    def results(self) -> list[np.ndarray]:
-        """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`."""
-        found = []
-        for number, batch in enumerate(self._sequences.batches):
-            shared, prefix = np.empty(0, np.float32), self._work.prefix_of(number)
-            if prefix is not None:
-                count = self._sequences.shared_by(number)
-                shared = np.asarray(self._scores[prefix])[0, -count:]
-            scored = np.asarray(self._scores[number])
-            for scores, sequence in zip(scored, batch, strict=False):
-                first = len(scores) - (len(sequence) - len(shared))
-                found.append(np.concatenate([shared, scores[first:-1]]))
-        return found

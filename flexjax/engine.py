@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from flexjax.arrangement import Block, Group, blocks_of, one_block
-from flexjax.blocks import GenerateRows, Row, RowSize, ScoreRows
+from flexjax.blocks import GenerateRows, Row, RowSize
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.footprint import weights_at_home
 from flexjax.memory.layout import lay_out
@@ -22,10 +22,12 @@ from flexjax.memory.routes import shares_prefixes
 from flexjax.memory.transport import Transport
 from flexjax.memory.weights import PlacedWeights
 from flexjax.metrics import RunTimes
+from flexjax.outputs import Scores
 from flexjax.policy import Kind, Policy, Tier
 from flexjax.preemption import Waiting
 from flexjax.runner import BlockRunner
 from flexjax.schedule.footprint import Bytes
+from flexjax.score_rows import ScoreRows, scored_rows
 from flexjax.workload import MOST_LAYERS_AHEAD, Workload, looking_ahead
 
 CLOSED = "this model is closed; make a new one to run it again"
@@ -189,30 +191,39 @@ class Engine:
                 self.times.num_preemptions += waiting.preempt(rows)
                 on_rows([row for row in rows if row.has_ended])
 
-    def score(
-        self,
-        sequences: Sequence[Sequence[int]],
-        on_tokens: Callable[[int], None] = lambda count: None,
-        *,
-        groups: Sequence[Group] = (),
-    ) -> list[np.ndarray]:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """For each sequence, log p(token t+1 | tokens up to t), `[length - 1]`.
 
-        With `groups`, as of `generate_blocks`, one token more than these share begins
-        all sequences of each.
+        Raises: as `score_blocks`.
+        """
+        scores: dict[int, Scores] = {}
+        alone = [Group(0, [place]) for place in range(len(sequences))]
+        self.score_blocks(sequences, alone, scores.update)
+        return [scores[place].logprobs for place in range(len(sequences))]
+
+    def score_blocks(
+        self,
+        sequences: Sequence[Sequence[int]],
+        rows: Sequence[Group],
+        on_scores: Callable[[dict[int, Scores]], object],
+        *,
+        groups: Sequence[Group] = (),
+    ) -> None:
+        """Scores sequences, of which a row may hold several that begin alike.
+
+        Args:
+            rows: of sequences that are to be scored, see `ScoredRow`.
+            on_scores: called when a block ends, with the scores of its sequences, by
+                their places.
+            groups: of places in `rows`, as of `generate_blocks`; one token more than a
+                group shares begins all of it, and its rows share no fewer.
 
         Raises:
-            ValueError: as `generate`; or attention is sparse.
-            OSError: as `generate`.
+            ValueError, OSError: as `generate`; or attention is sparse.
         """
-        if self.policy.attention_sparsity < 1:
-            raise ValueError(
-                f"attention_sparsity={self.policy.attention_sparsity!r} acts on new "
-                "tokens alone, so scores would not say what generating would: score "
-                "with attention_sparsity=1.0"
-            )
-        lengths = [len(sequence) for sequence in sequences]
-        groups = self._sharing(groups, len(sequences))
+        scored = scored_rows(sequences, rows, self.policy)
+        lengths = list(map(len, scored))
+        groups = self._sharing(groups, len(rows))
         blocks = blocks_of(groups, lengths, self.policy)
         works = [
             dataclasses.replace(
@@ -221,17 +232,16 @@ class Engine:
             )
             for block in blocks
         ]
-        results: dict[int, np.ndarray] = {}
         with self._call(works, scores=True) as layers_ahead:
             for block, work in zip(blocks, works, strict=True):
-                ahead, places = looking_ahead(work, layers_ahead), block.rows
-                chosen = block.of([sequences[i] for i in places])
-                rows = ScoreRows(chosen, ahead, self.weights.layout)
-                self._runner.run(ahead, rows, self.weights, self.times)
+                ahead = looking_ahead(work, layers_ahead)
+                chosen = [scored[i] for i in block.rows]
+                running = ScoreRows(block.of(chosen), ahead, self.weights.layout)
+                self._runner.run(ahead, running, self.weights, self.times)
                 self.times.num_shared += block.num_spared
-                results.update(zip(places, rows.results(), strict=True))
-                on_tokens(sum(lengths[i] for i in places))
-        return [results[i] for i in range(len(sequences))]
+                self.times.num_shared += sum(row.num_spared for row in chosen)
+                places = [place for i in block.rows for place in rows[i].places]
+                on_scores(dict(zip(places, running.results(), strict=True)))
 
     def predict(self, work: Workload, *, scores: bool) -> dict[tuple[Tier, Kind], int]:
         """Peak bytes of a run, by tier and kind, workspaces included."""

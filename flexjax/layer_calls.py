@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexjax.attention import SharedPrefix
+from flexjax.attention import Branches, SharedPrefix
 from flexjax.attention_apart import Attended, AttentionApart, Projected, Segments
 from flexjax.memory.placed import Arrays
 from flexjax.models.config import OPTConfig
@@ -47,6 +47,10 @@ class Rows(Protocol):
 
         It is before the first slot where rows stand behind a prefix.
         """
+        ...
+
+    def branches(self, batch: int) -> Branches | None:
+        """Of the batch's rows, if some hold several sequences."""
         ...
 
     def read_head(
@@ -151,6 +155,7 @@ class LayerCalls:
                 state,
                 start,
                 prefix,
+                self._rows.branches(cell.batch),
                 config=config,
                 cache_as=self._cache_as,
                 is_prefix=is_prefix(cell.batch),
@@ -225,7 +230,8 @@ class LayerCalls:
         if cell.layer > 0:
             return state
         origin, length = self._rows.origin(cell.batch), self._past_len(cell)
-        return embed_step(params, state, origin, length, config=self._config)
+        branches = self._rows.branches(cell.batch) if cell.step == 0 else None
+        return embed_step(params, state, origin, length, branches, config=self._config)
 
     def _leave(self, cell: Cell, params: Params, made: Made) -> Made:
         """What the decoder layer of `cell` gives: the final norm is the last one's."""

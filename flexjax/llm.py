@@ -18,10 +18,10 @@ from checkpoints_tools.resolve import resolve_for
 from flexjax.arrangement import Group
 from flexjax.blocks import Row
 from flexjax.cache_folder import default_cache
-from flexjax.checkpoint import EMBEDDED_MODEL, WeightStore, open_store
+from flexjax.checkpoint import EMBEDDED_MODEL, open_store
 from flexjax.engine import Engine
 from flexjax.memory.lanes import Span
-from flexjax.outputs import RequestOutput
+from flexjax.outputs import RequestOutput, Scores
 from flexjax.plan.auto import Choice
 from flexjax.planned_engine import PlannedEngine
 from flexjax.policy import Policy, read_policy, validate
@@ -29,8 +29,9 @@ from flexjax.policy_args import AUTO
 from flexjax.prompts import Prompt, as_list, items
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
-from flexjax.shared_prefixes import SharedPrefixes
+from flexjax.shared_prefixes import row_length, rows_of
 from flexjax.tokenizer import Tokenizer
+from flexjax.workload import PREFILL_TOKENS
 
 
 class LLM:
@@ -90,8 +91,8 @@ class LLM:
         self.config, self._store_checksum = store.config, store.checksum
         self.dtype = store.dtype.name
         self.weight_bits = store.quantization and store.quantization.bits
-        self.max_model_len = _max_model_len(max_model_len, store)
-        self._rows = RowMaker(store.config, folder, self.max_model_len)
+        self._rows = RowMaker(store.config, folder, max_model_len)
+        self.max_model_len = self._rows.max_model_len
         spill = default_cache() if offload_dir is None else pathlib.Path(offload_dir)
         self._planned = PlannedEngine(
             store,
@@ -263,36 +264,46 @@ class LLM:
         Raises:
             ValueError, OSError: as `generate`.
         """
-        sequences = [
-            self._rows.checked(
-                f"sequence {index}",
-                items(f"sequence {index} is", ids, "a list of token ids"),
-                0,
-            )
-            for index, ids in enumerate(as_list(token_ids))
-        ]
-        scores = [np.empty(0, np.float32)] * len(sequences)
-        shared = SharedPrefixes()
-        for sequence in sequences:
-            shared.add(sequence)
-        # What follows the last token that is shared has to be the same too.
-        groups = [
-            group._replace(num_shared=max(0, group.num_shared - 1))
-            for group in shared.groups(1, self._batch_size)
-        ]
+        scores: dict[int, Scores] = {}
+        self.score_each(token_ids, on_scores=scores.update)
+        return [scores[place].logprobs for place in range(len(scores))]
+
+    def score_each(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        *,
+        on_scores: Callable[[dict[int, Scores]], object],
+    ) -> None:
+        """Scores sequences and gives the scores of each block away when it ends.
+
+        Args:
+            token_ids: as of `score`.
+            on_scores: called in this thread when a block ends, with the scores of the
+                sequences that were in it, by their index; what it raises ends the call.
+
+        Raises:
+            ValueError, OSError: as `generate`; what was given away can be used.
+        """
+        sequences = self._rows.sequences(token_ids)
         lengths = list(map(len, sequences))
+        # A plan is for rows that the model has positions for.
+        most = min(max(PREFILL_TOKENS, *lengths, 1), self.max_model_len)
+        rows, groups = rows_of(sequences, most, self._batch_size)
         with self._bar(sum(lengths), "scoring") as bar:
 
             def run(engine: Engine, places: Sequence[int], alike: list[Group]) -> None:
                 bar.unpause()
-                chosen = [sequences[place] for place in places]
                 update = _updates(bar, engine)
-                found = engine.score(chosen, update, groups=alike)
-                for place, values in zip(places, found, strict=True):
-                    scores[place] = values
 
-            self.metrics = self._planned.run(lengths, 1, run, groups=groups)
-        return scores
+                def give(scores: dict[int, Scores]) -> None:
+                    update(sum(lengths[place] for place in scores))
+                    on_scores(scores)
+
+                chosen = [rows[place] for place in places]
+                engine.score_blocks(sequences, chosen, give, groups=alike)
+
+            row_lens = [row_length(row, lengths) for row in rows]
+            self.metrics = self._planned.run(row_lens, 1, run, groups=groups)
 
     @property
     def _batch_size(self) -> int | None:
@@ -331,15 +342,3 @@ def _read_policy(policy: Policy | str | os.PathLike[str] | None) -> Policy | Non
     if isinstance(policy, Policy):
         return validate(policy)
     return None if policy in (None, AUTO) else read_policy(pathlib.Path(policy))
-
-
-def _max_model_len(wanted: int | None, store: WeightStore) -> int:
-    most = store.config.max_position_embeddings
-    if wanted is None:
-        return most
-    if type(wanted) is not int or not 1 <= wanted <= most:
-        raise ValueError(
-            f"max_model_len is {wanted!r}, expected 1 to {most}, the positions that "
-            "the model has"
-        )
-    return wanted

@@ -5,7 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 
 @jax.tree_util.register_dataclass
@@ -16,13 +16,17 @@ class ScoreState:
     best: jax.Array  # float32 [*rows], the largest logit
     total: jax.Array  # float32 [*rows], sum of exp(logit - best)
     target: jax.Array  # float32 [*rows], the target's logit; -inf: not seen yet
+    is_tied: jax.Array  # bool [*rows], whether a token before the target has its logit
 
 
 def start_score(targets: Int[Array, "*rows"]) -> ScoreState:
     """The state before the first block."""
     nothing = jnp.full(targets.shape, -jnp.inf, jnp.float32)
     return ScoreState(
-        best=nothing, total=jnp.zeros_like(nothing), target=jnp.copy(nothing)
+        best=nothing,
+        total=jnp.zeros_like(nothing),
+        target=jnp.copy(nothing),
+        is_tied=jnp.zeros(targets.shape, bool),
     )
 
 
@@ -44,11 +48,15 @@ def fold_block(
     at = targets - first_id
     is_here = (at >= 0) & (at < logits.shape[-1])
     at = jnp.clip(at, 0, logits.shape[-1] - 1)[..., None]
-    found = jnp.take_along_axis(logits, at, axis=-1)[..., 0]
+    found = jnp.take_along_axis(logits, at, axis=-1)
+    is_before = jnp.arange(logits.shape[-1]) < at
+    is_tied = jnp.any(is_before & (logits == found), axis=-1)
+    found = found[..., 0]
     return ScoreState(
         best=best,
         total=state.total * jnp.exp(state.best - shift) + fresh,
         target=jnp.where(is_here, found, state.target),
+        is_tied=jnp.where(is_here, is_tied | (state.best == found), state.is_tied),
     )
 
 
@@ -56,6 +64,12 @@ def fold_block(
 def finish_score(state: ScoreState) -> Float[Array, "*rows"]:
     """Log-probability of each target, once every block has been folded in."""
     return _logprob(state.target, state)
+
+
+@jax.jit
+def is_greedy(state: ScoreState) -> Bool[Array, "*rows"]:
+    """Whether each target is what greedy decoding takes: of equal logits the first."""
+    return (state.target == state.best) & ~state.is_tied
 
 
 def _logprob(logits: Float[Array, "*rows"], state: ScoreState) -> Float[Array, "*rows"]:

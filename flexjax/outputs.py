@@ -2,6 +2,9 @@
 
 import dataclasses
 import enum
+from typing import NamedTuple
+
+import numpy as np
 
 
 class FinishReason(enum.StrEnum):
@@ -9,6 +12,22 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"  # end of sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens were generated
+
+
+class Scores(NamedTuple):
+    """What a model makes of tokens that are there: of each but the first.
+
+    Attributes:
+        logprobs: float32 `[length - 1]`, log p(token t+1 | tokens up to t).
+        is_greedy: bool, same shape; whether greedy decoding would take the token.
+    """
+
+    logprobs: np.ndarray
+    is_greedy: np.ndarray
+
+    def between(self, first: int, end: int) -> "Scores":
+        """Of some of the tokens."""
+        return Scores(self.logprobs[first:end], self.is_greedy[first:end])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

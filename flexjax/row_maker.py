@@ -11,7 +11,7 @@ from flexjax.blocks import Row, RowSize
 from flexjax.models.config import OPTConfig
 from flexjax.outputs import CompletionOutput, Logprob, RequestOutput
 from flexjax.prompt_file import PromptFile
-from flexjax.prompts import Prompt, checked_ids, items, one_for_each
+from flexjax.prompts import Prompt, as_list, checked_ids, items, one_for_each
 from flexjax.sampling_params import SamplingParams
 from flexjax.shared_prefixes import SharedPrefixes
 from flexjax.stopping import StopChecker
@@ -24,14 +24,17 @@ class RowMaker:
     Args of the constructor:
         config: the model's.
         folder: where its tokenizer is, if it has one.
-        max_model_len: positions to use at most.
+        max_model_len: positions to use at most; None are all that the model has.
+
+    Raises:
+        ValueError: it has not so many.
     """
 
     def __init__(
-        self, config: OPTConfig, folder: pathlib.Path, max_model_len: int
+        self, config: OPTConfig, folder: pathlib.Path, max_model_len: int | None
     ) -> None:
         self._config, self._folder = config, folder
-        self._max_model_len = max_model_len
+        self.max_model_len = _max_model_len(max_model_len, config)
         self._tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
 
     @property
@@ -84,13 +87,28 @@ class RowMaker:
             ValueError: they are not; the message begins with `name`.
         """
         ids = checked_ids(name, ids, self._config.vocab_size)
-        if len(ids) + max_tokens > self._max_model_len:
+        if len(ids) + max_tokens > self.max_model_len:
             wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
             raise ValueError(
                 f"{name} has {len(ids)} tokens{wanted}, but the model has positions "
-                f"for {self._max_model_len}; shorten the prompt or ask for fewer tokens"
+                f"for {self.max_model_len}; shorten the prompt or ask for fewer tokens"
             )
         return ids
+
+    def sequences(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Sequences that are to be scored, checked.
+
+        Raises:
+            ValueError: one cannot be used; the message counts them from 0.
+        """
+        return [
+            self.checked(
+                f"sequence {index}",
+                items(f"sequence {index} is", ids, "a list of token ids"),
+                0,
+            )
+            for index, ids in enumerate(as_list(token_ids))
+        ]
 
     def output(self, row: Row, prompt: Prompt) -> RequestOutput:
         """What has come of a prompt, whose row has ended."""
@@ -242,6 +260,18 @@ class Requests:
         if isinstance(self._prompts, PromptFile):
             return self._prompts.name(index)
         return f"prompt {index}"
+
+
+def _max_model_len(wanted: int | None, config: OPTConfig) -> int:
+    most = config.max_position_embeddings
+    if wanted is None:
+        return most
+    if type(wanted) is not int or not 1 <= wanted <= most:
+        raise ValueError(
+            f"max_model_len is {wanted!r}, expected 1 to {most}, the positions that "
+            "the model has"
+        )
+    return wanted
 
 
 def _cumulative(row: Row) -> float:

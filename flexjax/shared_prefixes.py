@@ -1,4 +1,4 @@
-"""Which prompts begin alike, and which of these are worth computing once."""
+"""Which prompts begin alike, and what of that is worth computing once."""
 
 import functools
 import itertools
@@ -28,6 +28,13 @@ PASSES_OF_A_LOAD = 16  # over the weights: what it takes to load them for anothe
 # taken to be as large as so many. What comes later can still begin as others do.
 MOST_KEPT = 1 << 24
 TOKENS_OF_A_NODE = 64
+
+# Where sequences are scored in one row, tokens attend to all of it, and those of other
+# branches count for nothing. In a row of so many tokens attention takes as long as all
+# products: six times the hidden size, which is 2048 in OPT-1.3B; half of that, since
+# attention is further from what a machine can do.
+TOKENS_OF_ATTENTION = 6144
+LEAST_SPARED = 1 / 8  # of the time of their rows, for sequences to be put into one
 
 
 class _Node:
@@ -76,6 +83,15 @@ class _Count(NamedTuple):
         return num_shared + num_rows * (own + TOKENS_OF_A_NEW_ONE * gen_len)
 
 
+class _Rows(NamedTuple):
+    """What is best for the sequences of a node and those below it, by themselves."""
+
+    everyone: _Count
+    places: list[int]
+    rows: list[Group]
+    cost: float  # of the rows
+
+
 class _Choice(NamedTuple):
     """What is best for the prompts of a node and those below it."""
 
@@ -91,13 +107,18 @@ class SharedPrefixes:
 
     def __init__(self) -> None:
         self._root = _Node(np.empty(0, np.int32), 0)
+        self._known: list[int] = []  # tokens of each prompt that the tree may have
         self._lengths: list[int] = []
         self._num_kept = 0
 
-    def add(self, prompt: Sequence[int]) -> None:
-        """Takes the next prompt, which is at the next place."""
+    def add(self, prompt: Sequence[int], num_tokens: int | None = None) -> None:
+        """Takes the next prompt, which is at the next place.
+
+        It goes on to have `num_tokens`, if these are more.
+        """
         place, node = len(self._lengths), self._root
-        self._lengths.append(len(prompt))
+        self._known.append(len(prompt))
+        self._lengths.append(len(prompt) if num_tokens is None else num_tokens)
         rest = np.asarray(prompt, np.int32)
         while len(rest):
             child = node.children.get(int(rest[0]))
@@ -148,12 +169,46 @@ class SharedPrefixes:
             return [Group(common, everyone)]
         return groups
 
+    def rows(self, most: int) -> list[Group]:
+        """All places, in rows of up to `most` tokens that each have a sequence or more.
+
+        Those that begin alike share a row where all of them fit into it, and where it
+        is counted to spare enough; each row's group shares the tokens that its
+        sequences have in common, but for one, see `ScoredRow`.
+        """
+        found: dict[int, _Rows] = {}
+        for node in _children_first(self._root):
+            below = [found.pop(id(child)) for child in node.children.values()]
+            found[id(node)] = self._rows(node, below, most)
+        return found[id(self._root)].rows
+
+    def _rows(self, node: _Node, below: Sequence[_Rows], most: int) -> _Rows:
+        alone = [Group(0, [place]) for place in node.places]
+        everyone = _joined([self._count(node), *(each.everyone for each in below)])
+        places = [*node.places, *(place for each in below for place in each.places)]
+        cost = sum(each.cost for each in below)
+        cost += sum(row_cost(self._lengths[place]) for place in node.places)
+        num_shared = everyone.num_shared(node.depth) - 1
+        num_tokens = everyone.tokens - num_shared * (everyone.prompts - 1)
+        together = row_cost(num_tokens)
+        if num_shared > 0 and num_tokens <= most and is_spared(together, cost):
+            return _Rows(everyone, places, [Group(num_shared, places)], together)
+        rows = [*alone, *(row for each in below for row in each.rows)]
+        return _Rows(everyone, places, rows, cost)
+
+    def _count(self, node: _Node) -> _Count:
+        """Of a node's own prompts."""
+        return _Count(
+            len(node.places),
+            sum(self._lengths[place] for place in node.places),
+            min((self._known[place] for place in node.places), default=sys.maxsize),
+        )
+
     def _choose(
         self, node: _Node, below: Sequence[_Choice], gen_len: int, batch_size: int
     ) -> _Choice:
         """What is best for the prompts that begin as `node` says."""
-        lengths = [self._lengths[place] for place in node.places]
-        of_node = _Count(len(lengths), sum(lengths), min(lengths, default=sys.maxsize))
+        of_node = self._count(node)
         choice = _Choice(
             everyone=_joined([of_node, *(each.everyone for each in below)]),
             groups=[group for each in below for group in each.groups],
@@ -192,6 +247,64 @@ class SharedPrefixes:
         while len(node.children) == 1 and not node.places:
             (node,) = node.children.values()
         return node.depth
+
+
+def rows_of(
+    sequences: Sequence[Sequence[int]], most: int, batch_size: int | None = None
+) -> tuple[list[Group], list[Group]]:
+    """Rows in which sequences are scored, and groups of these rows.
+
+    Few sequences that begin alike share a row, and many rows a prefix.
+
+    Args:
+        sequences: of token ids.
+        most: tokens of a row of several.
+        batch_size: if there is a policy.
+
+    Returns:
+        Groups of places in `sequences`, one for each row, and groups of places in
+        these, see `Engine.score_blocks`.
+    """
+    tree, shared = SharedPrefixes(), SharedPrefixes()
+    for sequence in sequences:
+        tree.add(sequence)
+    rows, lengths = tree.rows(most), list(map(len, sequences))
+    for row in rows:
+        begin = sequences[row.places[0]]
+        if len(row.places) > 1:
+            begin = begin[: row.num_shared + 2]  # the rest is not the whole row's
+        shared.add(begin, row_length(row, lengths))
+    divided: list[Group] = []
+    groups: list[Group] = []
+    for group in shared.groups(1, batch_size):
+        # What follows the last token that is shared has to be the same too.
+        num_shared, first = max(0, group.num_shared - 1), len(divided)
+        for place in group.places:
+            alone = [Group(0, [one]) for one in rows[place].places]
+            each, together = (
+                sum(row_cost(row_length(row, lengths, num_shared)) for row in some)
+                for some in (alone, [rows[place]])
+            )
+            divided += [rows[place]] if is_spared(together, each) else alone
+        groups.append(Group(num_shared, range(first, len(divided))))
+    return divided, groups
+
+
+def row_length(row: Group, lengths: Sequence[int], num_before: int = 0) -> int:
+    """Tokens of a row of sequences of such lengths, behind a prefix of so many."""
+    num_alike = max(row.num_shared, num_before)
+    own = sum(lengths[place] - num_alike for place in row.places)
+    return own + num_alike - num_before
+
+
+def row_cost(num_tokens: int) -> float:
+    """Of scoring a row, in tokens that attend to nothing."""
+    return num_tokens + num_tokens * num_tokens / TOKENS_OF_ATTENTION
+
+
+def is_spared(together: float, apart: float) -> bool:
+    """Whether sequences take so much less in a row than in rows of their own."""
+    return together <= (1 - LEAST_SPARED) * apart
 
 
 def _joined(counts: Iterable[_Count]) -> _Count:

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flexjax.attention import SharedPrefix, attend_to_prefix, prefill_attention
+from flexjax.attention import (
+    Branches,
+    SharedPrefix,
+    attend_to_prefix,
+    prefill_attention,
+)
 from flexjax.cached_attention import (
     HeadVectors,
     KeyValue,
@@ -51,15 +56,20 @@ def embed_step(
     rows: Float[Array, "batch seq embed"],
     origin: Int[Array, " batch"],
     first_slot: Int[Array, ""],
+    branches: Branches | None = None,
     *,
     config: OPTConfig,
 ) -> Hidden:
     """Token rows, which stand in slots from `first_slot` on, become hidden states.
 
-    Slot `origin[r]` of row `r` is that of its position 0.
+    Slot `origin[r]` of row `r` is that of its position 0. Positions of each of a row's
+    branches go on from what it shares.
     """
     slots = first_slot + jnp.arange(rows.shape[1], dtype=jnp.int32)
-    positions = token_positions(slots, origin)
+    origins = origin[:, None]
+    if branches is not None:
+        origins += branches.begin - branches.trunk_end[:, None]
+    positions = token_positions(slots, origins)
     return apply(Embedding(config), params, rows, positions)[:, None]
 
 
@@ -73,12 +83,15 @@ def prefill_step(
     hidden: Hidden,
     start: Int[Array, " batch"],
     prefix: SharedPrefix | None = None,
+    branches: Branches | None = None,
     *,
     config: OPTConfig,
     cache_as: Quantization | None = None,
     is_prefix: bool = False,
 ) -> tuple[Hidden, KeyValue]:
     """A decoder layer on whole prompts; also returns the keys and values to cache.
+
+    A row may hold several, as `branches` say.
 
     Where there is a `prefix`, prompts stand behind it; what `is_prefix` is cached as it
     is attended to, being one row for all, and gives what it would in a cache.
@@ -91,12 +104,14 @@ def prefill_step(
     """
     batch, seq = hidden.shape[0], hidden.shape[2]
 
-    def run(inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        hidden, start = inputs
+    def run(
+        inputs: tuple[Array, Array, Branches | None],
+    ) -> tuple[Array, tuple[Array, Array]]:
+        hidden, start, branches = inputs
 
         def attend(query: Array, key: Array, value: Array) -> Array:
             key, value = (passed_through(new, cache_as) for new in (key, value))
-            return prefill_attention(query, key, value, start, prefix)
+            return prefill_attention(query, key, value, start, prefix, branches)
 
         out, cache = apply(DecoderLayer(config), params, hidden[:, 0], attend)
         if is_prefix:
@@ -108,7 +123,7 @@ def prefill_step(
         return out[:, None], _kept(cache, cache_as)
 
     rows = prefill_rows(batch, seq)
-    return in_groups(run, (hidden, start), rows, batch=batch)
+    return in_groups(run, (hidden, start, branches), rows, batch=batch)
 
 
 @functools.partial(

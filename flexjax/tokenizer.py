@@ -30,8 +30,10 @@ class Tokenizer:
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, str]  # by role, such as "bos_token"
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, behind the bos token where the checkpoint wants one.
+
+        It stands there only with `add_special_tokens`.
 
         Raises:
             ValueError: the text cannot be written as UTF-8.
@@ -40,7 +42,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"a prompt is not valid Unicode text: {error}") from error
-        return self.backend.encode(text).ids
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, without special tokens.

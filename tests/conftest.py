@@ -1,6 +1,7 @@
 """The ground of all tests: shapes checked, silent upcasts forbidden, quick compiles."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -72,6 +73,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 # After the hook, which only sees what is imported later.
 from tests.golden_checkpoints import load_golden  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What is there before a file's tests is no garbage, and is not looked through.
+
+    JAX keeps what it has traced and compiled: so many objects that each collection
+    takes a second, and runs that are short of memory ask for one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,7 @@ STAIRS = [
     "metrics",
     "padded_prompts",
     "blocks",
+    "score_rows",
     "preemption",
     "runner",
     "engine",
@@ -140,6 +141,8 @@ STAIRS = [
     "answer_file",
     "file_job",
     "generate",
+    "harness",
+    "evaluate",
     "plan.__main__",
 ]
 MAX_FILE_LINES = 350

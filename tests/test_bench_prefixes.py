@@ -2,8 +2,8 @@
 
 import pytest
 
+from bench import choices, subjects
 from bench import prefixes as module
-from bench import subjects
 from bench.prefixes import make_prompts, run_here
 from checkpoints_tools.resolve import resolve_model
 from flexjax import shared_prefixes
@@ -79,3 +79,21 @@ def test_both_runs_of_subjects_are_compared(tmp_path, monkeypatch):
     assert report["num_subjects"] == subjects.NUM_SUBJECTS
     words = "1,070 tokens of prompts shared: 10.0 s; with nothing in common 25.0 s: 2.5"
     assert words in run_report(tmp_path / "subjects.json", tmp_path / "out")
+
+
+def test_choices_of_a_question_begin_alike(tmp_path, monkeypatch):
+    alike, different = (
+        choices.make_sequences(50_000, different=each) for each in (False, True)
+    )
+    assert alike == choices.make_sequences(50_000, different=False)
+    assert [one[1:] for one in alike] == [other[1:] for other in different]
+    least, each = choices.CONTEXT[0], choices.CHOICES_EACH
+    begins = [tuple(sequence[:least]) for sequence in alike]
+    assert begins[::each] == begins[1::each]
+    assert len(set(begins)) == choices.NUM_QUESTIONS
+    assert len({sequence[0] for sequence in different}) == len(different)
+    monkeypatch.setattr(choices, "NUM_QUESTIONS", 2)
+    store = open_store(resolve_model(EMBEDDED_MODEL))
+    found = choices.run_here(store, tmp_path, different=False)
+    assert found["num_shared_tokens"] > 2 * 3 * (least - 2)
+    assert found["decode_s"] == 0

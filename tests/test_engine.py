@@ -1,4 +1,7 @@
-"""Law 1: every cell of placement, schedule and batch shape gives the same tokens."""
+"""Law 1: all pairs of placement, schedule and batch shape give the same tokens.
+
+With FLEXJAX_ALL_CELLS=1 every cell.
+"""
 
 import itertools
 
@@ -17,6 +20,7 @@ from flexjax.policy import Placement, Policy, Schedule, Tier, validate
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
 from flexjax.stopping import StopChecker
+from tests.cells import RUNS_ALL, covering
 from tests.golden_checkpoints import GOLDEN_NAMES, Golden, load_golden
 
 DEVICE, HOST, DISK = Placement(device=1.0), Placement(host=1.0), Placement()
@@ -112,22 +116,22 @@ def in_group(group, *values):
     return pytest.param(*values, marks=pytest.mark.xdist_group(str(group)))
 
 
-CELLS = [
-    in_group(shape, placement, schedule, shape)
-    for placement, schedule, shape in itertools.product(PLACEMENTS, Schedule, SHAPES)
-]
+CELLS = covering(itertools.product(PLACEMENTS, Schedule, SHAPES))
 
 
-@pytest.mark.parametrize(("placement", "schedule", "shape"), CELLS)
-def test_every_cell_gives_hugging_faces_answers(
+@pytest.mark.parametrize(
+    ("placement", "schedule", "shape"), [in_group(cell[-1], *cell) for cell in CELLS]
+)
+def test_cells_give_hugging_faces_answers(
     placement, schedule, shape, golden, tmp_path, first_logits
 ):
     policy = policy_of(PLACEMENTS[placement], schedule, shape)
     check_golden(golden("opt-pre-ln"), policy, tmp_path, first_logits)
 
 
-@pytest.mark.parametrize("schedule", Schedule)
-@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("schedule", "shape"), [*zip(Schedule, [(4, 1), (2, 2), (2, 2)], strict=True)]
+)
 def test_a_head_that_travels_in_blocks_gives_the_same_answers(
     schedule, shape, golden, tmp_path, first_logits
 ):
@@ -144,12 +148,13 @@ def test_a_head_that_travels_in_blocks_gives_the_same_answers(
     check_golden(checkpoint, policy, folder, first_logits)
 
 
-# The other checkpoints go through every placement, schedule and shape, if not through
-# every combination.
+# The other checkpoints go through half of the placements each, and through every
+# schedule.
 SOME_CELLS = [
-    in_group(name, name, placement, list(Schedule)[i % 3], SHAPES[(i + j) % 4])
+    in_group(name, name, placement, list(Schedule)[i // 2], SHAPES[(i + j) % 4])
     for j, name in enumerate(name for name in GOLDEN_NAMES if name != "opt-pre-ln")
     for i, placement in enumerate(PLACEMENTS)
+    if RUNS_ALL or (i + j) % 2 == 0
 ]
 
 
@@ -187,7 +192,7 @@ random_cells = given(
 )
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @random_cells
 def test_random_cells_give_hugging_faces_answers(
     golden, tmp_path_factory, drawn, schedule, shape

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexjax.logprobs import finish_score, fold_block, start_score, token_logprobs
+from flexjax.logprobs import (
+    finish_score,
+    fold_block,
+    is_greedy,
+    start_score,
+    token_logprobs,
+)
 
 VOCAB = 23
 
@@ -24,6 +30,10 @@ def log_softmax(logits):
 
 
 def score(logits, targets, sizes):
+    return finish_score(folded(logits, targets, sizes))
+
+
+def folded(logits, targets, sizes):
     """Folds `logits` in blocks of these sizes."""
     state = start_score(targets)
     first = 0
@@ -32,7 +42,7 @@ def score(logits, targets, sizes):
         state = fold_block(state, block, first, targets)
         first += size
     assert first == logits.shape[-1]
-    return finish_score(state)
+    return state
 
 
 @given(
@@ -48,6 +58,17 @@ def test_any_split_into_blocks_scores_like_log_softmax(cuts, magnitude, seed):
     got = score(logits, jnp.asarray(targets), np.diff(edges).tolist())
     expected = np.take_along_axis(log_softmax(logits), targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=2e-6)
+
+
+@given(
+    cuts=st.lists(st.integers(1, 5), max_size=3, unique=True).map(sorted),
+    logits=st.lists(st.integers(-2, 2), min_size=6, max_size=6),
+)
+def test_greedy_is_the_first_of_equal_logits(cuts, logits):
+    targets = jnp.arange(6)
+    rows = np.tile(np.float32(logits), (6, 1))
+    state = folded(rows, targets, np.diff([0, *cuts, 6]).tolist())
+    assert is_greedy(state).tolist() == [n == np.argmax(logits) for n in range(6)]
 
 
 def test_blocks_of_nothing_change_nothing():

@@ -89,10 +89,12 @@ def assert_scores_are_the_same(engine, prompts, groups) -> None:
     groups = [
         group._replace(num_shared=max(0, group.num_shared - 1)) for group in groups
     ]
-    alone, shared = (engine.score(prompts, groups=each) for each in ((), groups))
-    for one, other in zip(alone, shared, strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_allclose(one, other, atol=2e-4)
+    shared = {}
+    alone = [Group(0, [place]) for place in range(len(prompts))]
+    engine.score_blocks(prompts, alone, shared.update, groups=groups)
+    for place, one in enumerate(engine.score(prompts)):
+        assert one.dtype == shared[place].logprobs.dtype
+        np.testing.assert_allclose(one, shared[place].logprobs, atol=2e-4)
     needed = by_tier(engine.times.predicted_peak)
     for tier in Tier:
         assert engine.ledger.peak(tier) <= needed[tier], tier

@@ -1,7 +1,8 @@
 """Law 1 where less is moved: a plain forward that does the same arithmetic.
 
-Every combination of quantized weights, quantized cache, sparse attention, attention on
-the host and placement, on a device with memory of its own; and on one without.
+All triples of quantized weights, quantized cache, sparse attention, attention on the
+host and placement, on a device with memory of its own, and all pairs on one without;
+with FLEXJAX_ALL_CELLS=1 every combination.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from flexjax.quant import Quantization, cache_quantization, dequantize
 from flexjax.schedule.footprint import by_tier
 from flexjax.sparse import sparse_prefill_attention
 from flexjax.workload import bucket
+from tests.cells import covering
 from tests.common import ApartLink
 from tests.test_engine import (
     GREEDY,
@@ -111,15 +113,17 @@ def logprobs_of(store_of):
     return find
 
 
-CELLS = [
-    in_group(shape, bits, placement, schedule, shape)
+CELLS = covering(
+    (*bits, placement, list(Schedule)[i % 3], SHAPES[i % 4])
     for i, (bits, placement) in enumerate(itertools.product(BITS, PLACEMENTS))
-    for schedule, shape in [(list(Schedule)[i % 3], SHAPES[i % 4])]
-]
+)
 
 
-@pytest.mark.parametrize(("bits", "placement", "schedule", "shape"), CELLS)
-def test_every_cell_gives_the_answers_of_a_plain_forward(
+@pytest.mark.parametrize(
+    ("bits", "placement", "schedule", "shape"),
+    [in_group(cell[-1], cell[:2], *cell[2:]) for cell in CELLS],
+)
+def test_cells_give_the_answers_of_a_plain_forward(
     bits, placement, schedule, shape, golden, store_of, logprobs_of, tmp_path
 ):
     policy = policy_of(bits, PLACEMENTS[placement], schedule, shape)
@@ -135,37 +139,44 @@ def test_other_variants_give_the_answers_of_a_plain_forward(
     check(name, policy, locals())
 
 
-FEATURES = [
-    {"host_attention": on_host, "attention_sparsity": sparsity}
-    for on_host, sparsity in itertools.product((False, True), (1.0, SPARSITY))
-]
+APART = covering(
+    (
+        (weight_bits, kv_cache_bits, placement, on_host, sparsity)
+        for kv_cache_bits, weight_bits, placement, on_host, sparsity in (
+            itertools.product(
+                WIDTHS, WIDTHS, PLACEMENTS, (False, True), (1.0, SPARSITY)
+            )
+        )
+        # Host attention is refused where the device has the whole cache.
+        if placement != "device" or not on_host
+    ),
+    strength=3,
+)
 
 
 @pytest.mark.parametrize(
-    ("kv_cache_bits", "placement", "features"),
-    [
-        in_group(bits, bits, placement, features)
-        for bits, placement, features in itertools.product(WIDTHS, PLACEMENTS, FEATURES)
-        # Host attention is refused where the device has the whole cache.
-        if placement != "device" or not features["host_attention"]
-    ],
+    ("weight_bits", "kv_cache_bits", "placement", "on_host", "sparsity"),
+    [in_group(cell[1], *cell) for cell in APART],
 )
 @pytest.mark.usefixtures("device_apart")
-def test_every_combination_on_a_device_apart_is_a_plain_forward(
-    kv_cache_bits, placement, features, golden, store_of, logprobs_of, tmp_path
+def test_combinations_on_a_device_apart_are_a_plain_forward(
+    weight_bits, kv_cache_bits, placement, on_host, sparsity, request
 ):
-    # One after the other: the steps that they compile are the same.
-    for weight_bits, schedule in zip(WIDTHS, Schedule, strict=True):
-        bits = weight_bits, kv_cache_bits
-        policy = dataclasses.replace(
-            policy_of(bits, PLACEMENTS[placement], schedule, (4, 2)),
-            **features,
-        )
-        check("opt-pre-ln", policy, locals(), num_tokens=6)
+    schedule = list(Schedule)[WIDTHS.index(weight_bits)]
+    bits = weight_bits, kv_cache_bits
+    policy = dataclasses.replace(
+        policy_of(bits, PLACEMENTS[placement], schedule, (4, 2)),
+        host_attention=on_host,
+        attention_sparsity=sparsity,
+    )
+    names = ("golden", "store_of", "logprobs_of", "tmp_path")
+    fixtures = {name: request.getfixturevalue(name) for name in names}
+    check("opt-pre-ln", policy, fixtures, num_tokens=6)
 
 
-@pytest.mark.parametrize("kv_cache_bits", WIDTHS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("kv_cache_bits", "placement"), [*zip(WIDTHS * 2, PLACEMENTS, strict=True)]
+)
 def test_sparse_attention_in_the_host_s_memory_is_a_plain_forward(
     kv_cache_bits, placement, golden, store_of, logprobs_of, tmp_path
 ):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flexjax import shared_prefixes
 from flexjax.arrangement import Group
-from flexjax.shared_prefixes import SharedPrefixes
+from flexjax.shared_prefixes import SharedPrefixes, row_length, rows_of
 
 NUMBERS = np.random.default_rng(0)
 
@@ -149,3 +149,83 @@ def test_no_prompt_is_lost_in_a_deep_tree():
 def test_nothing_is_shared_with_nobody():
     assert groups_of([]) == [Group(0, range(0))]
     assert groups_of([tokens(200)]) == [Group(0, range(1))]
+
+
+def chosen_of(num_questions, num_choices, *, shared=(), context=50, own=3):
+    """What a task of multiple choice scores, in any order."""
+    found = []
+    for _ in range(num_questions):
+        question = [*shared, *tokens(context)]
+        found += [question + tokens(own) for _ in range(num_choices)]
+    return [found[place] for place in NUMBERS.permutation(len(found))]
+
+
+@given(
+    prompts=prompts_drawn,
+    most=st.sampled_from([4, 12, 40, 1000]),
+    least=st.integers(2, 6),
+    most_kept=st.sampled_from([0, 150, 10_000]),
+    batch_size=st.none() | st.integers(1, 9),
+)
+def test_each_sequence_is_in_one_row_that_begins_as_it_does(
+    prompts, most, least, most_kept, batch_size
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_prefixes, "LEAST_SHARED", least)
+        patch.setattr(shared_prefixes, "MOST_KEPT", most_kept)
+        patch.setattr(shared_prefixes, "TOKENS_OF_A_PASS", 0)
+        patch.setattr(shared_prefixes, "PASSES_OF_A_LOAD", 0)
+        rows, groups = rows_of(prompts, most, batch_size)
+    lengths = list(map(len, prompts))
+    places = sorted(place for row in rows for place in row.places)
+    assert places == list(range(len(prompts)))
+    for num_shared, of_row in rows:
+        if len(of_row) > 1:
+            assert row_length(Group(num_shared, of_row), lengths) <= most
+            # One more is the same in all, and each has at least this one for itself.
+            begins = {tuple(prompts[place][: num_shared + 1]) for place in of_row}
+            assert len(begins) == 1
+            assert min(lengths[place] for place in of_row) > num_shared
+    assert sorted(place for group in groups for place in group.places) == list(
+        range(len(rows))
+    )
+    for num_shared, of_group in groups:
+        of_rows = [rows[place] for place in of_group]
+        alike = {
+            tuple(prompts[place][: num_shared + 1 if num_shared else 0])
+            for row in of_rows
+            for place in row.places
+        }
+        assert len(alike) <= 1
+        assert all(row.num_shared >= num_shared for row in of_rows if row.places[1:])
+
+
+def test_choices_of_a_question_share_a_row():
+    sequences = chosen_of(20, 4)
+    rows, groups = rows_of(sequences, 1024)
+    assert [(row.num_shared, len(row.places)) for row in rows] == [(49, 4)] * 20
+    assert groups == [Group(0, range(20))]
+
+
+def test_questions_of_a_subject_share_a_prefix_and_their_choices_a_row():
+    sequences = chosen_of(100, 4, shared=tokens(500))
+    rows, groups = rows_of(sequences, 1024)
+    assert [(row.num_shared, len(row.places)) for row in rows] == [(549, 4)] * 100
+    assert groups == [Group(499, range(100))]
+
+
+def test_many_choices_share_a_prefix_where_a_row_cannot_hold_them():
+    sequences = chosen_of(1, 300, context=200)
+    rows, groups = rows_of(sequences, 1024)
+    assert len(rows) == 300
+    assert groups == [Group(199, range(300))]
+
+
+def test_what_begins_alike_by_chance_does_not_share_a_row():
+    shared = tokens(100)
+    # Many prompts go on with one of a few words.
+    sequences = [[*shared, place % 20 + 4, *tokens(30)] for place in range(400)]
+    for begin in ([], shared):
+        some = [begin + sequence[100:] for sequence in sequences]
+        rows, _ = rows_of(some, 1024)
+        assert len(rows) == 400

@@ -277,13 +277,13 @@ class Final(nn.Module):
 
 
 def token_positions(
-    slots: Int[Array, " seq"], start: Int[Array, " batch"]
+    slots: Int[Array, " seq"], origin: Int[Array, "batch #seq"]
 ) -> Int[Array, "batch seq"]:
-    """Row of the position table for each slot; padding takes the row before the first.
+    """Row of the position table for each slot, given that of its position 0.
 
-    The first real token has row `POSITION_OFFSET`.
+    The first real token has row `POSITION_OFFSET`; padding takes the row before it.
     """
-    return jnp.maximum(slots[None, :] - start[:, None], -1) + POSITION_OFFSET
+    return jnp.maximum(slots - origin, -1) + POSITION_OFFSET
 
 
 def unflatten(tensors: Mapping[str, Array | QuantizedArray]) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def forward(
     else:
         rows = jnp.take(tokens, token_ids, axis=0)
     slots = jnp.arange(token_ids.shape[1], dtype=jnp.int32)
-    positions = token_positions(slots, start)
+    positions = token_positions(slots, start[:, None])
     hidden = apply(Embedding(config), params, rows, positions)
     for layer in range(config.num_hidden_layers):
         layer_params = params["layers"][str(layer)]

@@ -293,18 +293,17 @@ def test_a_machine_has_one_name_and_another_has_another(folder, monkeypatch):
     assert name == calibrate.machine_id(folder, DEVICE)
     assert name == calibrate.machine_id(folder / "below", DEVICE)
     assert name.isalnum()
-    are_there = {kernel: kernel.is_there() for kernel in (PRODUCTS, DECODE_ATTENTION)}
-    for kernel, is_there in are_there.items():
-        others = are_there | {kernel: not is_there}
-        with monkeypatch.context() as patch:
-            patch.setattr(type(kernel), "is_there", lambda one, now=others: now[one])
-            assert calibrate.machine_id(folder, DEVICE) != name
     names = set()
-    for instructions in (AVX2, AVX512):
+    kernels = {PRODUCTS, DECODE_ATTENTION}
+    for there, instructions in (
+        *((kernels, one) for one in (AVX2, AVX512)),
+        *(({one}, AVX512) for one in kernels),
+        (set(), AVX512),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(Kernel, "is_there", lambda _: True)
+            patch.setattr(Kernel, "is_there", lambda one, now=there: one in now)
             patch.setattr(Kernel, "instructions", lambda _, now=instructions: now)
             names.add(calibrate.machine_id(folder, DEVICE))
-    assert len(names) == 2
+    assert len(names) == 5
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
     assert calibrate.machine_id(folder, DEVICE) != name

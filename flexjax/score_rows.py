@@ -1,0 +1,218 @@
+"""The rows of a block that is scored, which may hold several sequences each."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexjax.arrangement import Block, Group
+from flexjax.attention import Branches
+from flexjax.logprobs import ScoreState, finish_score, is_greedy, start_score
+from flexjax.memory.layout import WeightLayout
+from flexjax.outputs import Scores
+from flexjax.padded_prompts import PaddedPrompts
+from flexjax.policy import Policy
+from flexjax.schedule.ops import Cell, is_prefix
+from flexjax.steps import score_step
+from flexjax.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredRow:
+    """Sequences that begin alike: what they share, and behind it the rest of each.
+
+    Attributes:
+        sequences: of token ids, one or several.
+        num_shared: tokens that all of several sequences begin with, and that stand in
+            the row once. One token more is the same in all, so that even the last of
+            these is scored once.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    num_shared: int = 0
+
+    @property
+    def trunk_len(self) -> int:
+        """Tokens before all branches; a lone sequence has its last one in a branch."""
+        is_alone = len(self.sequences) == 1
+        return len(self.sequences[0]) - 1 if is_alone else self.num_shared
+
+    @property
+    def branch_lens(self) -> list[int]:
+        """Tokens of each sequence behind the trunk."""
+        return [len(sequence) - self.trunk_len for sequence in self.sequences]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences, what they share counted for each."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def num_spared(self) -> int:
+        """Tokens that are not computed, as another sequence of the row has them."""
+        return self.trunk_len * (len(self.sequences) - 1)
+
+    def __len__(self) -> int:
+        return self.num_tokens - self.num_spared
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those of the row."""
+        trunk = self.sequences[0][: self.trunk_len]
+        branches = (sequence[self.trunk_len :] for sequence in self.sequences)
+        return [*trunk, *itertools.chain.from_iterable(branches)]
+
+
+def scored_rows(
+    sequences: Sequence[Sequence[int]], rows: Sequence[Group], policy: Policy
+) -> list[ScoredRow]:
+    """Rows of the sequences that are at their places.
+
+    Raises:
+        ValueError: attention is sparse.
+    """
+    if policy.attention_sparsity < 1:
+        raise ValueError(
+            f"attention_sparsity={policy.attention_sparsity!r} acts on new tokens "
+            "alone, so scores would not say what generating would: score with "
+            "attention_sparsity=1.0"
+        )
+    return [
+        ScoredRow([sequences[place] for place in row.places], row.num_shared)
+        for row in rows
+    ]
+
+
+class ScoreRows:
+    """Rows that are scored: logits of every slot become one log-probability each.
+
+    Where they share what they begin with, one token more is the same in all, so that
+    even the last that is shared is scored once.
+    """
+
+    last_only = False
+
+    def __init__(
+        self, block: Block[ScoredRow], work: Workload, layout: WeightLayout
+    ) -> None:
+        self._head, self._work, self._block = layout.head, work, block
+        self._tokens = block.of([row.tokens for row in block.rows])
+        pad_token_id = layout.config.pad_token_id
+        self._padded = PaddedPrompts(self._tokens, work, pad_token_id)
+        self._branches = {
+            number: _branches(batch, (work.batch_size, work.prompt_slots(number)))
+            for number, batch in enumerate(block.batches)
+        }
+        self._states: dict[int, ScoreState] = {}
+        self._scores: dict[int, tuple[Any, Any]] = {}
+
+    def token_ids(self, step: int, batch: int) -> np.ndarray:
+        del step
+        return self._padded.token_ids(batch)
+
+    def start(self, batch: int) -> jax.Array:
+        return self._padded.start(batch)
+
+    def origin(self, batch: int) -> jax.Array:
+        return self._padded.origin(batch)
+
+    def branches(self, batch: int) -> Branches | None:
+        return self._branches.get(batch)
+
+    def read_head(
+        self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
+    ) -> Any:
+        following = np.roll(self._padded.token_ids(cell.batch), -1, axis=1)
+        if is_prefix(cell.batch):
+            following[:, -1] = self._behind(cell.batch)
+        targets = jnp.asarray(following)
+        state = self._states.pop(cell.batch, None)
+        if state is None:
+            state = start_score(targets)
+        first_id = np.int32(block * self._head.rows)
+        state, done = score_step(state, table, hidden, first_id, targets)
+        if block + 1 < self._head.num_blocks:
+            self._states[cell.batch] = state
+            return done
+        scores = finish_score(state), is_greedy(state)
+        if is_prefix(cell.batch):
+            self._scores[cell.batch] = scores
+        return scores
+
+    def _num_shared(self, batch: int) -> int:
+        """Tokens of a batch's rows that stand in its prefix."""
+        is_alone = self._work.prefix_of(batch) is None
+        return 0 if is_alone else self._block.shared_by(batch)
+
+    def _behind(self, prefix: int) -> int:
+        """The token that comes in all rows behind what they share."""
+        batch = self._work.prefix_ends[~prefix] - 1
+        return self._tokens.batches[batch][0][self._block.num_shared[~prefix]]
+
+    def take(self, batch: int, scores: Any) -> None:
+        """Keeps the finished scores of a batch."""
+        logprobs, are_greedy = scores
+        self._scores[batch] = np.asarray(logprobs), np.asarray(are_greedy)
+
+    def clear(self) -> None:
+        """Lets go of the scores that a failed run left behind."""
+        self._states.clear()
+
+    def is_alive(self, batch: int) -> bool:
+        """Scoring ends with the prefill."""
+        del batch
+        return False
+
+    def results(self) -> list[Scores]:
+        """Of each sequence of each row, in their order."""
+        found = []
+        for number, batch in enumerate(self._block.batches):
+            num_before, prefix = self._num_shared(number), self._work.prefix_of(number)
+            before = []
+            if prefix is not None:
+                before.append(_last(self._scores[prefix], 0, num_before))
+            for place, row in enumerate(batch):
+                own = _last(self._scores[number], place, len(row) - num_before)
+                first = row.trunk_len - num_before
+                trunk = [*before, own.between(0, first)]
+                for count in row.branch_lens:
+                    # What comes behind a sequence is another one, or nothing.
+                    branch = own.between(first, first + count - 1)
+                    found.append(_joined([*trunk, branch]))
+                    first += count
+        return found
+
+
+def _branches(rows: Sequence[ScoredRow], size: tuple[int, int]) -> Branches | None:
+    """Of the rows of a batch that has `size`.
+
+    Returns:
+        None where each row has one sequence.
+    """
+    if all(len(row.sequences) == 1 for row in rows):
+        return None
+    num_slots = size[1]
+    trunk_end = np.full(size[0], num_slots, np.int32)
+    begin = np.full(size, num_slots, np.int32)
+    for place, row in enumerate(rows):
+        first = num_slots - sum(row.branch_lens)
+        trunk_end[place] = begin[place] = first
+        for count in row.branch_lens:
+            begin[place, first : first + count] = first
+            first += count
+    return Branches(jnp.asarray(trunk_end), jnp.asarray(begin))
+
+
+def _last(scores: tuple[Any, Any], place: int, count: int) -> Scores:
+    """Of the last slots of a row."""
+    row = Scores(*(np.asarray(each)[place] for each in scores))
+    num_slots = len(row.logprobs)
+    return row.between(num_slots - count, num_slots)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    return Scores(*map(np.concatenate, zip(*parts, strict=True)))
