@@ -1,5 +1,8 @@
 """`python -m flexjax.evaluate`: lm-evaluation-harness's command line, on flexjax."""
 
+# pyright: reportMissingImports=false
+# The harness is an extra, and large.
+
 import argparse
 import sys
 from collections.abc import Sequence

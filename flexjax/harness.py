@@ -192,7 +192,9 @@ def sampling_params(
     Raises:
         ValueError: a setting is unknown, or has a value that it cannot have.
     """
-    known = dict(normalize_gen_kwargs(dict(settings), default_max_tokens))
+    # A task that does not say how to sample is greedy.
+    asked = {"temperature": 0.0, **settings}
+    known = dict(normalize_gen_kwargs(asked, default_max_tokens))
     stop, max_tokens = known.pop("until"), known.pop("max_gen_toks")
     known.pop("do_sample")
     if unknown := sorted(known.keys() - _SAMPLING):
