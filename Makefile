@@ -44,7 +44,7 @@ echo "the peers need Python 3.11, and no python3.11, python3 or python on PATH i
 exit 1
 endef
 
-.PHONY: help setup peers demo test lint format clean
+.PHONY: help setup peers demo test pytest lint format clean
 
 help:
 	@echo "make setup    the environment in .venv (EXTRAS=dev,cuda for an NVIDIA GPU)"
@@ -119,7 +119,10 @@ lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
 
-test: lint
+# Side by side with `make -j2 test`.
+test: lint pytest
+
+pytest: setup
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 format: setup

@@ -5,8 +5,13 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# With FLEXJAX_ALL_CELLS=1 all are run, which takes three times as long.
+# With FLEXJAX_ALL_CELLS=1 all are run, for which there is no time in every change.
 RUNS_ALL = os.environ.get("FLEXJAX_ALL_CELLS") == "1"
+
+
+def every_other[Cell](cells: Iterable[Cell]) -> list[Cell]:
+    """The first, the third and so on."""
+    return [*cells] if RUNS_ALL else [*cells][::2]
 
 
 def covering[Cell: Sequence[Any]](

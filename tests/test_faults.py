@@ -22,6 +22,7 @@ from flexjax.memory.buffers import BufferPool
 from flexjax.memory.link import DeviceLink
 from flexjax.policy import Schedule, Tier
 from flexjax.store_format import chunk_path
+from tests.cells import every_other
 from tests.common import WatchedOs, flexjax_threads, in_time
 from tests.faults import (
     Run,
@@ -198,8 +199,15 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("schedule", "at"), MOMENTS)
-@pytest.mark.parametrize("name", FAULTS)
+# Each fault at half of the moments, each moment with half of the faults.
+CELLS = [
+    (name, *moment)
+    for first, name in enumerate(FAULTS)
+    for moment in every_other(MOMENTS[first % 2 :] + MOMENTS[: first % 2])
+]
+
+
+@pytest.mark.parametrize(("name", "schedule", "at"), CELLS)
 def test_a_fault_reaches_the_caller_and_leaves_the_engine_whole(
     start, name, schedule, at
 ):

@@ -18,6 +18,7 @@ from flexjax.plan.job import Job
 from flexjax.policy import Placement, Policy, Schedule, Tier
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
+from tests.cells import every_other
 from tests.common import ApartLink
 from tests.test_engine import (
     GREEDY,
@@ -101,7 +102,7 @@ def assert_scores_are_the_same(engine, prompts, groups) -> None:
 
 
 CELLS = [
-    *itertools.product(PLACEMENTS, [Schedule.ZIGZAG], [(2, 2)]),
+    *every_other(itertools.product(PLACEMENTS, [Schedule.ZIGZAG], [(2, 2)])),
     *itertools.product(["disk"], [Schedule.SERIAL, Schedule.ROW_BY_ROW], [(2, 2)]),
     ("mixed, activations on disk", Schedule.ROW_BY_ROW, (2, 3)),
 ]
