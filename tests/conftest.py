@@ -34,9 +34,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Modules whose functions say the shapes of arrays, which are checked at every call. Doors
-# are left out, so that they answer a wrong type as they do for a user; and so are those
-# that move arrays or plan, which say no shapes and are called millions of times.
+# Modules whose functions say shapes of arrays, checked at every call. Doors are left
+# out, so that they answer a wrong type as they do for a user; and so are modules that
+# move arrays or plan, which say no shapes and are called millions of times.
 CHECKED = [
     "flexjax.attention",
     "flexjax.cached_attention",
