@@ -48,8 +48,8 @@ class Branches(NamedTuple):
     is shared, and of branches its own alone.
 
     Attributes:
-        trunk_end: int32 `[batch]`, the slot behind what is shared: behind the last one,
-            where a row holds one sequence.
+        trunk_end: int32 `[batch]`, the slot behind what is shared. Of a row of one
+            sequence that is any that it has, or the one behind the last.
         begin: int32 `[batch, seq]`, for each slot the first one of its branch;
             `trunk_end` for what is shared.
     """

@@ -25,12 +25,12 @@ def main(args: argparse.Namespace) -> None:
             "this needs lm-evaluation-harness: pip install 'flexjax[eval]'"
         ) from error
     given = list(args.arguments)
-    names_model = any(
-        argument in ("--model", "-M") or argument.startswith("--model=")
-        for argument in given
-    )
-    if given and given[0] not in _SUBCOMMANDS and not names_model:
-        given += ["--model", "flexjax"]
+    if given[:1] == ["run"]:
+        del given[0]
+    has_config = any(argument.startswith(("--config", "-C")) for argument in given)
+    if given and given[0] not in _SUBCOMMANDS and not has_config:
+        # Before what was given, so that a model that is named there is taken.
+        given = ["run", "--model", "flexjax", *given]
     sys.argv = ["python -m flexjax.evaluate", *given]
     cli_evaluate()
 

@@ -9,6 +9,7 @@ they begin with, and answers are cached when a block ends.
 # The harness is an extra, and large.
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +24,14 @@ from flexjax.outputs import RequestOutput, Scores
 from flexjax.policy_args import AUTO
 from flexjax.sampling_params import SamplingParams
 
-# Of a task's settings those that are sampling parameters here, with the same meaning.
+logger = logging.getLogger(__name__)
+# Of a task's settings those that are sampling parameters here, with the same meaning,
+# and of these the ones by which tokens are drawn.
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {
     *("max_tokens", "stop", "logprobs")
 }
+_DRAWING = ("top_k", "top_p", "min_p", "seed")
+_MODEL_ARGS = ("dtype", "offload_dir", "max_model_len", "seed")
 
 
 @register_model("flexjax")
@@ -36,13 +41,15 @@ class FlexjaxLM(TemplateLM):
     Args of the constructor:
         pretrained: the model, as of `LLM`.
         policy: path of a policy.json; "auto" plans one for each kind of request.
-        dtype, offload_dir, max_model_len, seed: as of `LLM`.
         max_gen_toks: tokens to generate where a task does not say.
-        batch_size, max_batch_size, device: the harness gives them to all models; here
-            the policy says the first two and JAX the last.
+        batch_size, max_batch_size, device, trust_remote_code: the harness gives them to
+            all models; here the policy says the first two and JAX the third, and no
+            model brings code.
+        options: `dtype`, `offload_dir`, `max_model_len` and `seed`, as of `LLM`.
 
     Raises:
-        ValueError, OSError: as `LLM`; or the model has no tokenizer.
+        ValueError, OSError: as `LLM`; or the model has no tokenizer, or an argument is
+            unknown.
     """
 
     def __init__(
@@ -54,10 +61,21 @@ class FlexjaxLM(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        trust_remote_code: bool | None = None,
         **options: Any,
     ) -> None:
-        del batch_size, max_batch_size, device
+        del batch_size, max_batch_size, device, trust_remote_code
         super().__init__()
+        if unknown := sorted(options.keys() - set(_MODEL_ARGS)):
+            known = ", ".join(("pretrained", "policy", "max_gen_toks", *_MODEL_ARGS))
+            raise ValueError(
+                f"{', '.join(unknown)} in model_args is not known; known are {known}"
+            )
+        if pretrained is None:
+            logger.warning(
+                "model_args names no pretrained=MODEL: the small model that comes with "
+                "flexjax is evaluated"
+            )
         self.llm = LLM(pretrained, policy=policy, **options)
         self.tokenizer = self.llm.tokenizer
         self.max_gen_toks = max_gen_toks
@@ -66,6 +84,12 @@ class FlexjaxLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         return self.llm.config.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
 
     @property
     def max_length(self) -> int:
@@ -89,6 +113,12 @@ class FlexjaxLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         answers: dict[int, tuple[float, bool]] = {}
+        for texts, _, rest in requests:
+            if not rest:
+                raise ValueError(
+                    f"the continuation {texts[1]!r} has no token of its own behind "
+                    f"{texts[0][-40:]!r}, so it cannot be scored; leave out the task"
+                )
 
         def take(index: int, found: tuple[float, bool]) -> None:
             answers[index] = found
@@ -100,11 +130,7 @@ class FlexjaxLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """See `LM`; a window has as many tokens as the model has positions.
-
-        That is one less than where the last of them, which is predicted alone, is
-        counted as having none.
-        """
+        """See `LM`; a window has as many tokens as the model has positions."""
         windows = [
             [
                 make_disjoint_window(window)
@@ -138,6 +164,11 @@ class FlexjaxLM(TemplateLM):
         for request in requests:
             context, settings = request.args
             wanted = sampling_params(settings, self.max_gen_toks)
+            if wanted.max_tokens >= self.max_length:
+                raise ValueError(
+                    f"max_gen_toks is {wanted.max_tokens}, but the model has positions "
+                    f"for {self.max_length}, prompt included; ask for fewer"
+                )
             tokens, _ = maybe_truncate(
                 self.tok_encode(context), wanted.max_tokens, self.max_length
             )
@@ -164,7 +195,7 @@ class FlexjaxLM(TemplateLM):
         Of what is too long, the first tokens are left out. With it comes whether greedy
         decoding would have generated it.
         """
-        sequences = []
+        sequences, num_cut = [], 0
         for context, rest in pairs:
             if len(rest) >= self.max_length:
                 raise ValueError(
@@ -172,7 +203,17 @@ class FlexjaxLM(TemplateLM):
                     f"positions for {self.max_length}, one of which is its context's; "
                     "leave out the task"
                 )
-            sequences.append([*context, *rest][-self.max_length :])
+            whole = [*(context or [self.prefix_token_id]), *rest]
+            num_cut += len(whole) > self.max_length
+            sequences.append(whole[-self.max_length :])
+        if num_cut:
+            logger.warning(
+                "%d of %d requests have more than %d tokens, the first of which are "
+                "left out",
+                num_cut,
+                len(pairs),
+                self.max_length,
+            )
 
         def give(scores: Mapping[int, Scores]) -> None:
             for index, of_all in scores.items():
@@ -192,11 +233,15 @@ def sampling_params(
     Raises:
         ValueError: a setting is unknown, or has a value that it cannot have.
     """
-    # A task that does not say how to sample is greedy.
-    asked = {"temperature": 0.0, **settings}
+    asked = {name: value for name, value in settings.items() if value is not None}
+    asked.setdefault("temperature", 1.0 if asked.get("do_sample") else 0.0)
+    if asked.get("num_beams") == 1:
+        del asked["num_beams"]  # which is how it is
     known = dict(normalize_gen_kwargs(asked, default_max_tokens))
     stop, max_tokens = known.pop("until"), known.pop("max_gen_toks")
     known.pop("do_sample")
+    if known["temperature"] == 0:
+        known = {name: known[name] for name in known if name not in _DRAWING}
     if unknown := sorted(known.keys() - _SAMPLING):
         raise ValueError(
             f"a task asks to generate with {', '.join(unknown)}, which flexjax does "

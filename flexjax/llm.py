@@ -277,7 +277,9 @@ class LLM:
         """Scores sequences and gives the scores of each block away when it ends.
 
         Args:
-            token_ids: as of `score`.
+            token_ids: as of `score`. Those that begin alike may share a row of up to
+                `PREFILL_TOKENS` tokens, or as many as the longest has; a policy that
+                was given has to have room for a batch of such rows.
             on_scores: called in this thread when a block ends, with the scores of the
                 sequences that were in it, by their index; what it raises ends the call.
 

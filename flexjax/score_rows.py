@@ -90,8 +90,7 @@ def scored_rows(
 class ScoreRows:
     """Rows that are scored: logits of every slot become one log-probability each.
 
-    Where they share what they begin with, one token more is the same in all, so that
-    even the last that is shared is scored once.
+    Behind a prefix, too, all rows go on with the same token.
     """
 
     last_only = False

@@ -114,7 +114,7 @@ class SharedPrefixes:
     def add(self, prompt: Sequence[int], num_tokens: int | None = None) -> None:
         """Takes the next prompt, which is at the next place.
 
-        It goes on to have `num_tokens`, if these are more.
+        If `num_tokens` are given, it goes on to have so many.
         """
         place, node = len(self._lengths), self._root
         self._known.append(len(prompt))

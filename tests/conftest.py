@@ -36,13 +36,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Modules whose functions say shapes of arrays, checked at every call. Doors are left
 # out, so that they answer a wrong type as they do for a user; and so are modules that
-# move arrays or plan, which say no shapes and are called millions of times.
+# move arrays or plan, which say hardly any and are called millions of times.
 CHECKED = [
     "flexjax.attention",
     "flexjax.cached_attention",
     "flexjax.kernels.decode_attention",
     "flexjax.kernels.products",
     "flexjax.logprobs",
+    "flexjax.memory.device",
     "flexjax.models.opt",
     "flexjax.quant",
     "flexjax.sampling",
@@ -66,10 +67,11 @@ from tests.golden_checkpoints import load_golden  # noqa: E402
 
 @pytest.fixture(autouse=True, scope="module")
 def _settled():
-    """What is there before a file's tests is no garbage, and is not looked through.
+    """What is there before a file's tests is not looked through for garbage any more.
 
     JAX keeps what it has traced and compiled: so many objects that each collection
-    takes a second, and runs that are short of memory ask for one.
+    takes a second, and runs that are short of memory ask for one. What is let go of in
+    another file, and is part of a cycle, stays until the end.
     """
     gc.collect()
     gc.freeze()

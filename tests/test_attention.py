@@ -18,6 +18,8 @@ from flexjax.attention import (
 )
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+# Where scores are in the thousands (a scale of 30), processors without AVX-512 need
+# more than 1e-5 of the scale.
 TOLERANCE = {FLOAT32: 2e-5, BFLOAT16: 3e-2}
 
 
@@ -212,7 +214,8 @@ def test_branches_see_what_they_share_and_themselves(chunks, dtype):
     shape = (3, 2, 12, 8)
     query, key, value = draw_inputs(3, shape, dtype, 1.0)
     start = jnp.asarray([0, 2, 5], np.int32)
-    # Branches of 3, 1 and 2 tokens behind 6; of 4 and 4 behind 2; and a lone sequence.
+    # Branches of 3, 1 and 2 tokens behind 6; of 4 and 4 behind 2; and a lone sequence,
+    # whose last token is its branch.
     sequence = np.array(
         [
             [0] * 6 + [1] * 3 + [2] + [3] * 2,
@@ -223,9 +226,9 @@ def test_branches_see_what_they_share_and_themselves(chunks, dtype):
     begin = [
         [6] * 6 + [6] * 3 + [9] + [10] * 2,
         [4] * 4 + [4] * 4 + [8] * 4,
-        [12] * 12,
+        [11] * 12,
     ]
-    branches = Branches(jnp.asarray([6, 4, 12]), jnp.asarray(begin))
+    branches = Branches(jnp.asarray([6, 4, 11]), jnp.asarray(begin))
     run = jax.jit(lambda *inputs: prefill_attention(*inputs))
     found = run(query, key, value, start, None, branches)
     slots = np.arange(12)

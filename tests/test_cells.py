@@ -1,6 +1,7 @@
 """A few cells of a product have all that meets in it."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -10,17 +11,19 @@ from tests import cells
 from tests.cells import covering
 
 
-@given(sizes=st.lists(st.integers(1, 4), min_size=3, max_size=5))
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=3, max_size=5),
+    strength=st.integers(2, 3),
+)
 @pytest.mark.parametrize("runs_all", [False, True])
-def test_all_pairs_meet_in_few_cells(sizes, runs_all):
+def test_all_pairs_or_triples_meet_in_few_cells(sizes, strength, runs_all):
     product = list(itertools.product(*map(range, sizes)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "RUNS_ALL", runs_all)
-        found = covering(product)
+        found = covering(product, strength)
     assert found == sorted(set(found))
-    for one, other in itertools.combinations(range(len(sizes)), 2):
-        pairs = {(cell[one], cell[other]) for cell in found}
-        assert len(pairs) == sizes[one] * sizes[other]
-    largest = sorted(sizes)[-2:]
-    most = len(product) if runs_all else 2 * largest[0] * largest[1]
-    assert len(found) <= most
+    for chosen in itertools.combinations(range(len(sizes)), strength):
+        met = {tuple(cell[i] for i in chosen) for cell in found}
+        assert len(met) == math.prod(sizes[i] for i in chosen)
+    least = math.prod(sorted(sizes)[-strength:])
+    assert least <= len(found) <= (len(product) if runs_all else 2 * least)

@@ -109,9 +109,40 @@ def test_texts_are_generated_as_a_task_asks(lm):
     assert texts == [output.outputs[0].text for output in outputs]
 
 
-def test_a_setting_that_is_not_known_is_named():
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"temperature": 0.0}),
+        ({"do_sample": False, "top_p": 0, "top_k": None}, {"temperature": 0.0}),
+        ({"do_sample": True, "top_k": 5}, {"temperature": 1.0, "top_k": 5}),
+        ({"num_beams": 1, "temperature": 0.5}, {"temperature": 0.5}),
+    ],
+    ids=str,
+)
+def test_settings_mean_what_they_mean_in_the_harness(settings, expected):
+    found = sampling_params(settings | {"until": "x"}, 16)
+    assert found == SamplingParams(max_tokens=16, stop=["x"], **expected)
+
+
+def test_a_setting_that_is_not_known_is_named(lm):
     with pytest.raises(ValueError, match="num_beams, which flexjax does not know"):
         sampling_params({"num_beams": 4}, 16)
+    with pytest.raises(ValueError, match="max_length in model_args is not known"):
+        FlexjaxLM(max_length=5)
+    with pytest.raises(ValueError, match="max_gen_toks is 512, but the model has"):
+        lm.generate_until(asked("generate_until", (TEXT, {"max_gen_toks": 512})))
+
+
+def test_what_stands_behind_nothing_is_scored_behind_the_first_token(lm):
+    assert lm.prefix_token_id == lm.tokenizer.bos_token_id
+    ((found, _),) = lm._loglikelihood_tokens([((" ", "x"), [], [7, 8, 9])])
+    whole = [lm.prefix_token_id, 7, 8, 9]
+    assert found == pytest.approx(likelihood(lm, whole, 3), abs=1e-3)
+
+
+def test_a_continuation_without_tokens_is_refused(lm):
+    with pytest.raises(ValueError, match="the continuation '' has no token"):
+        lm.loglikelihood(asked("loglikelihood", (TEXT, "")), disable_tqdm=True)
 
 
 class Killed(Exception):
