@@ -14,23 +14,20 @@ def every_other[Cell](cells: Iterable[Cell]) -> list[Cell]:
     return [*cells] if RUNS_ALL else [*cells][::2]
 
 
-def covering[Cell: Sequence[Any]](
-    cells: Iterable[Cell], strength: int = 2
-) -> list[Cell]:
-    """Cells in which each so many values meet that meet in any cell, in their order.
+def covering[Cell: Sequence[Any]](cells: Iterable[Cell]) -> list[Cell]:
+    """Cells in which each pair of values meets that meets in any, in their order.
 
     Most faults need no more than two or three settings to come together (Kuhn, Wallace
-    and Gallo, IEEE TSE 30(6), 2004), and few cells have all pairs or triples of values:
-    here the one that has most of those that are still missing comes next, as in AETG
-    (Cohen et al., IEEE TSE 23(7), 1997).
+    and Gallo, IEEE TSE 30(6), 2004), and few cells have all pairs: here the one that
+    has most of those that are still missing comes next, as in AETG (Cohen et al., IEEE
+    TSE 23(7), 1997).
     """
     waiting = list(cells)
     if RUNS_ALL or not waiting:
         return waiting
-    settings = list(itertools.combinations(range(len(waiting[0])), strength))
+    pairs = list(itertools.combinations(range(len(waiting[0])), 2))
     meetings = [
-        {(chosen, tuple(str(cell[i]) for i in chosen)) for chosen in settings}
-        for cell in waiting
+        {(i, str(cell[i]), j, str(cell[j])) for i, j in pairs} for cell in waiting
     ]
     missing, found = set().union(*meetings), []
     while missing:

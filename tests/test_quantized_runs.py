@@ -1,8 +1,8 @@
 """Law 1 where less is moved: a plain forward that does the same arithmetic.
 
-All triples of quantized weights, quantized cache, sparse attention, attention on the
-host and placement, on a device with memory of its own, and all pairs on one without;
-with FLEXJAX_ALL_CELLS=1 every combination.
+All pairs of quantized weights, quantized cache, sparse attention, attention on the host
+and placement, on a device with memory of its own, and on one without; every combination
+with FLEXJAX_ALL_CELLS=1.
 """
 
 import dataclasses
@@ -150,7 +150,6 @@ APART = covering(
         # Host attention is refused where the device has the whole cache.
         if placement != "device" or not on_host
     ),
-    strength=3,
 )
 
 
