@@ -19,7 +19,7 @@ from flexjax.checkpoint import WeightStore
 from flexjax.cli import run_command
 from flexjax.prompts import FIRST_ORDINARY_ID
 
-NUM_QUESTIONS = 24
+NUM_QUESTIONS = 12
 CHOICES_EACH = 4
 CONTEXT = (60, 180)  # tokens of a question, from ... to ...
 OWN = (4, 30)  # tokens of a choice
