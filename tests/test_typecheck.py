@@ -7,7 +7,6 @@ import jaxtyping
 import pytest
 
 from flexjax.attention import prefill_attention
-from flexjax.memory.buffers import page_aligned
 
 
 @pytest.mark.skipif(
@@ -20,4 +19,4 @@ def test_a_wrong_shape_or_type_is_caught():
     with pytest.raises(jaxtyping.TypeCheckError):
         prefill_attention(query, query, query[:, :1], start)
     with pytest.raises(jaxtyping.TypeCheckError):
-        page_aligned("many")
+        prefill_attention(query, query, query, "many")
