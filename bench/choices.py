@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.prefixes import in_words, run_job
+from bench.prefixes import in_words, run_job, told_apart
 from bench.two_ways import TwoWays, measure_machine
 from flexjax.checkpoint import WeightStore
 from flexjax.cli import run_command
@@ -38,10 +38,7 @@ def make_sequences(vocab_size: int, *, different: bool) -> list[list[int]]:
 
     contexts = [draw(CONTEXT) for _ in range(NUM_QUESTIONS)]
     found = [context + draw(OWN) for context in contexts for _ in range(CHOICES_EACH)]
-    if different:
-        for number, sequence in enumerate(found):
-            sequence[0] = FIRST_ORDINARY_ID + number
-    return found
+    return told_apart(found) if different else found
 
 
 def run_here(

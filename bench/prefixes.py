@@ -40,10 +40,15 @@ def make_prompts(vocab_size: int, *, different: bool) -> list[list[int]]:
 
     common, (least, most) = draw(NUM_COMMON), OWN
     prompts = [common + draw(n) for n in numbers.integers(least, most + 1, NUM_PROMPTS)]
-    if different:
-        for number, prompt in enumerate(prompts):
-            prompt[0] = FIRST_ORDINARY_ID + number
-    return prompts
+    return told_apart(prompts) if different else prompts
+
+
+def told_apart(prompts: list[list[int]]) -> list[list[int]]:
+    """The same, but that each begins with a token of its own."""
+    return [
+        [FIRST_ORDINARY_ID + number, *prompt[1:]]
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def run_here(

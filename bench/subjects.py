@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.prefixes import in_words, run_prompts
+from bench.prefixes import in_words, run_prompts, told_apart
 from bench.two_ways import TwoWays, measure_machine
 from flexjax.checkpoint import WeightStore
 from flexjax.cli import run_command
@@ -39,10 +39,7 @@ def make_prompts(vocab_size: int, *, different: bool) -> list[list[int]]:
 
     begins = [draw(EXAMPLES) for _ in range(NUM_SUBJECTS)]
     prompts = [begin + draw(OWN) for _ in range(PROMPTS_EACH) for begin in begins]
-    if different:
-        for number, prompt in enumerate(prompts):
-            prompt[0] = FIRST_ORDINARY_ID + number
-    return prompts
+    return told_apart(prompts) if different else prompts
 
 
 def run_here(
