@@ -91,6 +91,13 @@ class Block[T]:
         )
 
 
+def row_length(row: Group, lengths: Sequence[int], num_before: int = 0) -> int:
+    """Tokens of a row of sequences of such lengths, behind a prefix of so many."""
+    num_alike = max(row.num_shared, num_before)
+    own = sum(lengths[place] - num_alike for place in row.places)
+    return own + num_alike - num_before
+
+
 def one_block[T](rows: Sequence[T], policy: Policy, num_shared: int = 0) -> Block[T]:
     """The block of rows that all begin with so many equal tokens."""
     batch_size = min(policy.batch_size, len(rows))

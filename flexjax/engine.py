@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from flexjax.arrangement import Block, Group, blocks_of, one_block
+from flexjax.arrangement import Block, Group, blocks_of, one_block, row_length
 from flexjax.blocks import GenerateRows, Row, RowSize
 from flexjax.checkpoint import WeightStore
 from flexjax.memory.footprint import weights_at_home
@@ -222,7 +222,8 @@ class Engine:
             ValueError, OSError: as `generate`; or attention is sparse.
         """
         scored = scored_rows(sequences, rows, self.policy)
-        lengths = list(map(len, scored))
+        each = list(map(len, sequences))
+        lengths = [row_length(row, each) for row in rows]
         groups = self._sharing(groups, len(rows))
         blocks = blocks_of(groups, lengths, self.policy)
         works = [

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from checkpoints_tools.progress import progress_bar
 from checkpoints_tools.resolve import resolve_for
-from flexjax.arrangement import Group
+from flexjax.arrangement import Group, row_length
 from flexjax.blocks import Row
 from flexjax.cache_folder import default_cache
 from flexjax.checkpoint import EMBEDDED_MODEL, open_store
@@ -29,7 +29,7 @@ from flexjax.policy_args import AUTO
 from flexjax.prompts import Prompt, as_list, items
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
-from flexjax.shared_prefixes import row_length, rows_of
+from flexjax.shared_prefixes import rows_of
 from flexjax.tokenizer import Tokenizer
 from flexjax.workload import PREFILL_TOKENS
 

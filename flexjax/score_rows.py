@@ -33,7 +33,7 @@ class ScoredRow:
     """
 
     sequences: Sequence[Sequence[int]]
-    num_shared: int = 0
+    num_shared: int
 
     @property
     def trunk_len(self) -> int:
@@ -47,17 +47,9 @@ class ScoredRow:
         return [len(sequence) - self.trunk_len for sequence in self.sequences]
 
     @property
-    def num_tokens(self) -> int:
-        """Of all sequences, what they share counted for each."""
-        return sum(map(len, self.sequences))
-
-    @property
     def num_spared(self) -> int:
         """Tokens that are not computed, as another sequence of the row has them."""
         return self.trunk_len * (len(self.sequences) - 1)
-
-    def __len__(self) -> int:
-        return self.num_tokens - self.num_spared
 
     @property
     def tokens(self) -> list[int]:
@@ -175,8 +167,9 @@ class ScoreRows:
             if prefix is not None:
                 before.append(_last(self._scores[prefix], 0, num_before))
             for place, row in enumerate(batch):
-                own = _last(self._scores[number], place, len(row) - num_before)
                 first = row.trunk_len - num_before
+                num_own = first + sum(row.branch_lens)
+                own = _last(self._scores[number], place, num_own)
                 trunk = [*before, own.between(0, first)]
                 for count in row.branch_lens:
                     # What comes behind a sequence is another one, or nothing.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexjax.arrangement import Group
+from flexjax.arrangement import Group, row_length
 
 # Fewer tokens that prompts have in common are left where they are: they would save
 # little beside what it takes to compile steps for their shapes.
@@ -288,13 +288,6 @@ def rows_of(
             divided += [rows[place]] if is_spared(together, each) else alone
         groups.append(Group(num_shared, range(first, len(divided))))
     return divided, groups
-
-
-def row_length(row: Group, lengths: Sequence[int], num_before: int = 0) -> int:
-    """Tokens of a row of sequences of such lengths, behind a prefix of so many."""
-    num_alike = max(row.num_shared, num_before)
-    own = sum(lengths[place] - num_alike for place in row.places)
-    return own + num_alike - num_before
 
 
 def row_cost(num_tokens: int) -> float:

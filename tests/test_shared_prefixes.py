@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexjax import shared_prefixes
-from flexjax.arrangement import Group
-from flexjax.shared_prefixes import SharedPrefixes, row_length, rows_of
+from flexjax.arrangement import Group, row_length
+from flexjax.shared_prefixes import SharedPrefixes, rows_of
 
 NUMBERS = np.random.default_rng(0)
 
