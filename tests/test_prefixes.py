@@ -189,7 +189,8 @@ def test_where_a_prefix_cannot_be_shared_it_is_a_part_of_every_prompt(
 
 
 @pytest.mark.parametrize(
-    ("bits", "placement"), [(4, "mixed, activations on disk"), (8, "host")]
+    ("bits", "placement"),
+    every_other([(4, "mixed, activations on disk"), (8, "host")]),
 )
 def test_a_prefix_gives_what_it_would_in_a_quantized_cache(
     bits, placement, golden, tmp_path
