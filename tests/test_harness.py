@@ -13,7 +13,7 @@ import pytest
 from flexjax.policy import Policy, to_json
 from flexjax.sampling_params import SamplingParams
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="the harness is an extra: CONTRIBUTING.md")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
