@@ -16,8 +16,8 @@ class Group(NamedTuple):
     """Prompts that begin alike.
 
     Attributes:
-        num_shared: tokens with which all of them begin, and that are computed once a
-            block; 0 where they share none.
+        num_shared: tokens with which all of them begin, and that are computed once: a
+            block, or a row where this is what one row holds. 0 where they share none.
         places: of the prompts.
     """
 

@@ -82,7 +82,8 @@ def scored_rows(
 class ScoreRows:
     """Rows that are scored: logits of every slot become one log-probability each.
 
-    Behind a prefix, too, all rows go on with the same token.
+    All rows behind a prefix go on with the same token, as branches do behind what a row
+    shares, so that the last slot of both has one token to predict.
     """
 
     last_only = False

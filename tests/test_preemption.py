@@ -20,7 +20,7 @@ from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
 from flexjax.stopping import StopChecker
 from flexjax.workload import looking_ahead
-from tests.cells import every_other
+from tests.cells import RUNS_ALL, every_other
 from tests.test_engine import GREEDY, PLACEMENTS, in_group, make_engine, policy_of
 
 # Rows of a block that end at once, and one that does not.
@@ -313,8 +313,9 @@ def answers(llm: LLM, prompts):
         in_group("preemption", {}),
         in_group("preemption", {"kv_cache_bits": 8, "group_size": 16}),
         in_group("preemption", {"host_attention": True}),
-    ],
-    ids=["plain", "cache of 8 bits", "host attention"],
+    ]
+    + [in_group("preemption", {"kv_cache_bits": 4, "group_size": 16})] * RUNS_ALL,
+    ids=str,
 )
 def test_what_comes_of_a_prompt_does_not_depend_on_where_it_waited(
     changes, golden, tmp_path

@@ -156,7 +156,9 @@ def _apart(monkeypatch):
 
 
 @pytest.mark.usefixtures("_apart")
-@pytest.mark.parametrize("placement", ["host", "mixed, activations on disk"])
+@pytest.mark.parametrize(
+    "placement", every_other(["host", "disk", "mixed, activations on disk"])
+)
 def test_sharing_changes_nothing_on_a_device_with_memory_of_its_own(
     placement, golden, tmp_path
 ):

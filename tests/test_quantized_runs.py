@@ -27,7 +27,7 @@ from flexjax.quant import Quantization, cache_quantization, dequantize
 from flexjax.schedule.footprint import by_tier
 from flexjax.sparse import sparse_prefill_attention
 from flexjax.workload import bucket
-from tests.cells import covering
+from tests.cells import RUNS_ALL, covering
 from tests.common import ApartLink
 from tests.test_engine import (
     GREEDY,
@@ -174,7 +174,10 @@ def test_combinations_on_a_device_apart_are_a_plain_forward(
 
 
 @pytest.mark.parametrize(
-    ("kv_cache_bits", "placement"), [*zip(WIDTHS * 2, PLACEMENTS, strict=True)]
+    ("kv_cache_bits", "placement"),
+    [*itertools.product(WIDTHS, PLACEMENTS)]
+    if RUNS_ALL
+    else [*zip(WIDTHS * 2, PLACEMENTS, strict=True)],
 )
 def test_sparse_attention_in_the_host_s_memory_is_a_plain_forward(
     kv_cache_bits, placement, golden, store_of, logprobs_of, tmp_path
