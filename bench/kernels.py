@@ -71,7 +71,8 @@ def measure_kernels(
     assert group is not None  # of a published model
     ways = [Quantization(bits=b, group_size=group, dtype="bfloat16") for b in BITS]
     # Here, so that it fails before anything is measured.
-    peak = compiled.library(PEAK, compiled.AVX512) if PRODUCTS.is_there() else None
+    instructions = PRODUCTS.instructions() if PRODUCTS.is_there() else None
+    peak = compiled.library(PEAK, instructions) if instructions else None
     for rows in ROWS:
         yield _product(config, rows)
     for how, rounded in itertools.product(ways, (None, *ACTIVATION_BITS)):

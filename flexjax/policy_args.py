@@ -84,7 +84,7 @@ def _add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=ACTIVATION_BITS,
         help="round what quantized weights are multiplied with to so many bits, on a "
-        "CPU with AVX-512 VNNI and bfloat16 (default: do not)",
+        "CPU with AVX2 or more, but no AMX (default: do not)",
     )
     group.add_argument(
         "--group-size",

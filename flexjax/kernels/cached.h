@@ -85,7 +85,7 @@ class Quantized {
       for (int v = 0; v < kHalf; ++v) {
         if (v > 0 && BeginsAt(v)) low = Values(scales += 2);
         if (v > 0 && BeginsAt(kHalf + v)) high = Values(high_scales += 2);
-        const Codes codes = LoadBytes(row + v * kLanes);
+        const Words codes = LoadBytes(row + v * kLanes);
         into[v] = LookUp(low, codes);
         into[kHalf + v] = LookUp(high, UpperNibbles(codes));
       }

@@ -12,13 +12,15 @@ struct Floats {
   __m256 low, high;
 };
 
-struct Codes {
-  __m256i low, high;  // 8 integers each
+struct Words {
+  __m256i low, high;  // 8 of 32 bits each
 };
 
 inline Floats operator+(Floats x, Floats y) { return {x.low + y.low, x.high + y.high}; }
 inline Floats operator-(Floats x, Floats y) { return {x.low - y.low, x.high - y.high}; }
 inline Floats operator*(Floats x, Floats y) { return {x.low * y.low, x.high * y.high}; }
+
+inline Floats operator/(Floats x, Floats y) { return {x.low / y.low, x.high / y.high}; }
 
 inline Floats Same(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 
@@ -153,16 +155,16 @@ inline Floats SameBfloat16(const uint8_t* at) {
   return {same, same};
 }
 
-inline Codes LoadBytes(const uint8_t* at) {
+inline Words LoadBytes(const uint8_t* at) {
   const __m128i bytes = LoadEight(at);
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
 
-inline Floats AsFloats(Codes codes) {
+inline Floats AsFloats(Words codes) {
   return {_mm256_cvtepi32_ps(codes.low), _mm256_cvtepi32_ps(codes.high)};
 }
 
-inline Codes UpperNibbles(Codes bytes) {
+inline Words UpperNibbles(Words bytes) {
   return {_mm256_srli_epi32(bytes.low, 4), _mm256_srli_epi32(bytes.high, 4)};
 }
 
@@ -173,7 +175,7 @@ inline __m256 LookUp(Floats values, __m256i codes) {
   return _mm256_blendv_ps(of_8, of_16, (__m256)_mm256_slli_epi32(codes, 28));
 }
 
-inline Floats LookUp(Floats values, Codes codes) {
+inline Floats LookUp(Floats values, Words codes) {
   return {LookUp(values, codes.low), LookUp(values, codes.high)};
 }
 

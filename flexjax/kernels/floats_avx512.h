@@ -9,7 +9,7 @@
 namespace flexjax {
 
 using Floats = __m512;  // with operators of its own
-using Codes = __m512i;  // as many integers
+using Words = __m512i;  // as many of 32 bits
 
 inline Floats Same(float x) { return _mm512_set1_ps(x); }
 inline Floats Load(const float* at) { return _mm512_loadu_ps(at); }
@@ -84,15 +84,15 @@ inline Floats SameBfloat16(const uint8_t* at) {
   return (__m512)_mm512_set1_epi32(LoadHalf(at) << 16);
 }
 
-inline Codes LoadBytes(const uint8_t* at) {
+inline Words LoadBytes(const uint8_t* at) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
 
-inline Floats AsFloats(Codes codes) { return _mm512_cvtepi32_ps(codes); }
-inline Codes UpperNibbles(Codes bytes) { return _mm512_srli_epi32(bytes, 4); }
+inline Floats AsFloats(Words codes) { return _mm512_cvtepi32_ps(codes); }
+inline Words UpperNibbles(Words bytes) { return _mm512_srli_epi32(bytes, 4); }
 
 // The values that the lower 4 bits of codes stand for.
-inline Floats LookUp(Floats values, Codes codes) {
+inline Floats LookUp(Floats values, Words codes) {
   return _mm512_permutexvar_ps(codes, values);
 }
 

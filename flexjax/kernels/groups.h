@@ -15,7 +15,7 @@ class WideGroup {
       : scale_(SameBfloat16(scale)),
         minimum_(SameBfloat16(scale + 2 * num_groups)) {}
 
-  Floats Wide(Codes codes) const {
+  Floats Wide(Words codes) const {
     return MultiplyAdd(AsFloats(codes), scale_, minimum_);
   }
 

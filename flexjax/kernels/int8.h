@@ -9,45 +9,18 @@
 #include <cstring>
 
 #include "weights.h"
+#include "words.h"
 
 namespace flexjax {
 
-// What sums are declared as: of `__m512i`, which stands for 64-bit integers, GCC would
-// keep copies in memory; as it would if loops over them were not unrolled.
-using Int32s [[gnu::vector_size(64)]] = int32_t;
-
+// What does not depend on the registers.
 template <int kBits>
-class Int8 : public Weights<kBits> {
+class RoundedProducts : public Weights<kBits> {
  public:
   static constexpr int64_t kInputBytes = 1;
   static constexpr bool kHasFactors = true;
 
   using Weights<kBits>::Weights;
-
-  // Gives each code of one output a byte, for `count` positions from `first` on.
-  void Unpack(int64_t output, int64_t first, int64_t count, const Panel& into) const {
-    const uint8_t* codes = this->Codes(output, first);
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(into.words);
-    if constexpr (kBits == 8) {
-      std::memcpy(bytes, codes, count);
-    } else {
-      const __m256i lower = _mm256_set1_epi8(15);
-      for (int64_t i = 0; i < count; i += sizeof(__m256i)) {
-        const __m256i both = Load(codes + i);
-        Store(bytes + i, _mm256_and_si256(both, lower));
-        Store(bytes + count + i,
-              _mm256_and_si256(_mm256_srli_epi16(both, 4), lower));
-      }
-    }
-    float* factors = into.factors;
-    for (int64_t half = 0; half < this->kHalves; ++half) {
-      const uint8_t* scale = this->Scale(output, first, half);
-      for (int64_t at = 0; at < count; at += this->work_.group_size, scale += 2) {
-        *factors++ = Float(scale);
-        *factors++ = Float(scale + 2 * this->num_groups_);
-      }
-    }
-  }
 
   // Writes by group the steps of `rows` rows, then the sums of their inputs.
   void PackFactors(int64_t row, int64_t rows, int64_t first, int64_t count,
@@ -63,63 +36,42 @@ class Int8 : public Weights<kBits> {
     }
   }
 
-  // See `Bfloat16::Tile`.
-  template <int kVectors, int kOutputs>
-  void Tile(const Strip& rows, const Panel& panel, int64_t num_words, float* sums,
-            int64_t stride) const {
-    const int64_t group_words = this->work_.group_size / kWordBytes;
-    const int64_t num_groups = num_words / group_words;
-    for (int64_t group = 0; group < num_groups; ++group) {
-      Int32s sum[kOutputs][kVectors];
-#pragma GCC unroll 16
-      for (int n = 0; n < kOutputs; ++n) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[n][v] = Int32s{};
-      }
-      const int64_t begin = group * group_words;
-      for (int64_t word = begin; word < begin + group_words; ++word) {
-        __m512i x[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          x[v] = _mm512_load_si512(rows.words + kLanes * (word * kVectors + v));
-        }
-        for (int n = 0; n < kOutputs; ++n) {
-          const __m512i codes = _mm512_set1_epi32(panel.words[n * num_words + word]);
-          for (int v = 0; v < kVectors; ++v) {
-            sum[n][v] =
-                (Int32s)_mm512_dpbusd_epi32((__m512i)sum[n][v], codes, x[v]);
-          }
-        }
-      }
-      const float* steps = rows.factors + 2 * kLanes * kVectors * group;
-      const float* totals = steps + kLanes * kVectors;
-#pragma GCC unroll 16
-      for (int n = 0; n < kOutputs; ++n) {
-        const float* factors = panel.factors + 2 * (n * num_groups + group);
-        const __m512 scale = _mm512_set1_ps(factors[0]);
-        const __m512 minimum = _mm512_set1_ps(factors[1]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const int64_t lane = v * kLanes;
-          float* at = sums + n * stride + lane;
-          const __m512 products = _mm512_mul_ps(_mm512_cvtepi32_ps((__m512i)sum[n][v]),
-                                                _mm512_load_ps(steps + lane));
-          __m512 all = _mm512_load_ps(at);
-          all = _mm512_fmadd_ps(minimum, _mm512_load_ps(totals + lane), all);
-          _mm512_store_ps(at, _mm512_fmadd_ps(scale, products, all));
-        }
+ protected:
+  // Writes by group the scale and the minimum of one output.
+  void UnpackFactors(int64_t output, int64_t first, int64_t count, float* into) const {
+    for (int64_t half = 0; half < this->kHalves; ++half) {
+      const uint8_t* scale = this->Scale(output, first, half);
+      for (int64_t at = 0; at < count; at += this->work_.group_size, scale += 2) {
+        *into++ = Float(scale);
+        *into++ = Float(scale + 2 * this->num_groups_);
       }
     }
   }
 
+  // Gives each of `count` codes of 4 bits a byte, those of each half together.
+  static void UnpackNibbles(const uint8_t* codes, int64_t count, uint8_t* bytes) {
+    const __m256i lower = _mm256_set1_epi8(15);
+    for (int64_t i = 0; i < count; i += sizeof(__m256i)) {
+      const __m256i* from = reinterpret_cast<const __m256i*>(codes + i);
+      __m256i* into = reinterpret_cast<__m256i*>(bytes + i);
+      __m256i* into_high = reinterpret_cast<__m256i*>(bytes + count + i);
+      const __m256i both = _mm256_loadu_si256(from);
+      _mm256_storeu_si256(into, _mm256_and_si256(both, lower));
+      _mm256_storeu_si256(into_high,
+                          _mm256_and_si256(_mm256_srli_epi16(both, 4), lower));
+    }
+  }
+
+  // Adds a group's part to sums of 16 rows, of one output with these factors: `steps`
+  // has the rows', and `totals` the sums of their inputs.
+  static void AddGroup(Words products, const float* factors, const float* steps,
+                       const float* totals, float* sums) {
+    const Floats lower = MultiplyAdd(Same(factors[1]), Load(totals), Load(sums));
+    const Floats scaled = AsFloats(products) * Load(steps);
+    Store(MultiplyAdd(Same(factors[0]), scaled, lower), sums);
+  }
+
  private:
-  static __m256i Load(const uint8_t* from) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  }
-
-  static void Store(uint8_t* into, __m256i bytes) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(into), bytes);
-  }
-
   // A bfloat16 is the upper half of a float.
   static float Float(const uint8_t* at) {
     const uint32_t bits = LoadHalf(at) << 16;
@@ -130,3 +82,9 @@ class Int8 : public Weights<kBits> {
 };
 
 }  // namespace flexjax
+
+#ifdef FLEXJAX_AVX2
+#include "int8_avx2.h"
+#else
+#include "int8_avx512.h"
+#endif

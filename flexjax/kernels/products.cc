@@ -1,14 +1,13 @@
-// Products `x @ weight.T` with quantized weights, on processors with AVX-512 and its
-// bfloat16 and VNNI instructions. `flexjax.quant` tells how the weights are kept.
+// Products `x @ weight.T` with quantized weights. `flexjax.quant` tells how these are
+// kept.
 //
 // Weights are unpacked a panel at a time, some outputs for some inputs, in the level-2
 // cache: they are never in memory so. Rows of x lie in the lanes of registers, and
 // weights, which are contiguous along what is summed, are broadcast to all lanes a word
 // of inputs at a time. So weights need no rearranging; x does, and is smaller.
 //
-// `Arithmetic` is `Bfloat16` or `Int8`: how inputs and weights are multiplied.
-
-#include <immintrin.h>
+// `Arithmetic` is `Bfloat16` or `Int8`: how inputs and weights are multiplied, in the
+// registers that the source is compiled for.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,6 +20,7 @@
 #include "rounding.h"
 #include "tasks.h"
 #include "weights.h"
+#include "words.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -29,63 +29,37 @@ namespace ffi = xla::ffi;
 template <ffi::DataType kType>
 using Matrix = ffi::BufferR2<kType>;
 using flexjax::kLanes;
-using flexjax::kWordBytes;
 using flexjax::Panel;
 using flexjax::Strip;
+using flexjax::Words;
 using flexjax::Work;
 
-constexpr int64_t kStripVectors = 4;  // of rows; with a panel's inputs at most 32 KiB
 constexpr int64_t kPanelOutputs = 256;
-constexpr int64_t kPanelInputs = 256;  // if groups are no larger
-constexpr int64_t kTileSums = 24;         // registers that a tile adds up in
+constexpr int64_t kPanelInputs = 256;     // if groups are no larger
 constexpr int64_t kMostTileOutputs = 16;  // see `Tiles`
 constexpr int64_t kBlockRows = 256;       // for which sums are kept, in the level-2 cache
 
 inline int64_t Ceil(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
-// Swaps the axes of 16 x 16 numbers of 32 bits.
-inline void Transpose(__m512i (&rows)[kLanes]) {
-  __m512i part[kLanes];
-  for (int i = 0; i < 16; i += 2) {
-    part[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    part[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      rows[i + 2 * j] = _mm512_unpacklo_epi64(part[i + j], part[i + j + 2]);
-      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(part[i + j], part[i + j + 2]);
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    part[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-    part[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-    part[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-    part[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    rows[i] = _mm512_shuffle_i32x4(part[i], part[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(part[i], part[i + 8], 0xdd);
-  }
-}
-
 // Writes words of a strip as `[words, rows]`; lanes without a row are zero.
-inline void Pack(const char* x, int64_t row_bytes, int64_t rows, int64_t words,
-                 int32_t* into) {
+template <typename Arithmetic>
+void Pack(const char* x, int64_t row_bytes, int64_t rows, int64_t words,
+          int32_t* into) {
+  constexpr int64_t kWordBytes = Arithmetic::kWordInputs * Arithmetic::kInputBytes;
   const int64_t vectors = Ceil(rows, kLanes);
   for (int64_t v = 0; v < vectors; ++v) {
     for (int64_t k = 0; k < words; k += kLanes) {
       const int64_t some = std::min(kLanes, words - k);
-      const __mmask16 there = (1u << some) - 1;
-      __m512i tile[kLanes];
+      Words tile[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t m = v * kLanes + i;
-        tile[i] = m < rows ? _mm512_maskz_loadu_epi32(
-                                 there, x + m * row_bytes + k * kWordBytes)
-                           : _mm512_setzero_si512();
+        const char* from = x + m * row_bytes + k * kWordBytes;
+        tile[i] = m < rows ? Arithmetic::WordsOf(from, some) : flexjax::NoWords();
       }
-      Transpose(tile);
+      flexjax::Transpose(tile);
       for (int64_t i = 0; i < some; ++i) {
-        _mm512_store_si512(into + kLanes * (vectors * (k + i) + v), tile[i]);
+        int32_t* to = into + kLanes * (vectors * (k + i) + v);
+        flexjax::StoreWords(tile[i], kLanes, to);
       }
     }
   }
@@ -103,11 +77,12 @@ void PackStrip(const Work& work, const Arithmetic& weights, int64_t row, int64_t
                int64_t first, int64_t count, const Strip& into) {
   constexpr int64_t kBytes = Arithmetic::kInputBytes;
   const int64_t stride = kLanes * Ceil(rows, kLanes);
-  const int64_t half_words = count * kBytes / kWordBytes;
+  const int64_t half_words = count / Arithmetic::kWordInputs;
   for (int64_t half = 0; half < Arithmetic::kHalves; ++half) {
     const int64_t input = half * weights.half() + first;
-    Pack(work.x + (row * work.inputs + input) * kBytes, work.inputs * kBytes, rows,
-         half_words, into.words + half * half_words * stride);
+    Pack<Arithmetic>(work.x + (row * work.inputs + input) * kBytes,
+                     work.inputs * kBytes, rows, half_words,
+                     into.words + half * half_words * stride);
   }
   if constexpr (Arithmetic::kHasFactors) {
     weights.PackFactors(row, rows, first, count, stride, into.factors);
@@ -121,7 +96,8 @@ template <int kVectors, typename Arithmetic, typename BeforeTile>
 void Tiles(const Arithmetic& arithmetic, const Strip& strip, const Panel& panel,
            int64_t num_words, int64_t num_groups, int64_t outputs, float* sums,
            int64_t stride, const BeforeTile& before_tile) {
-  constexpr int kOutputs = std::min(kTileSums / kVectors, kMostTileOutputs);
+  constexpr int kOutputs =
+      std::min<int>(Arithmetic::kTileSums / kVectors, kMostTileOutputs);
   for (int64_t n = 0; n < outputs; n += kOutputs) {
     before_tile(n, std::min(outputs, n + kOutputs));
     const Panel tile = At(panel, n, num_words, num_groups);
@@ -130,30 +106,31 @@ void Tiles(const Arithmetic& arithmetic, const Strip& strip, const Panel& panel,
   }
 }
 
-template <typename... Args>
-void TilesOf(int64_t vectors, const Args&... args) {
-  switch (vectors) {
-    case 1: return Tiles<1>(args...);
-    case 2: return Tiles<2>(args...);
-    case 3: return Tiles<3>(args...);
-    default: return Tiles<kStripVectors>(args...);
+// The same for a strip of so many vectors of 16 rows.
+template <int kVectors, typename Arithmetic, typename... Args>
+void TilesOf(int64_t vectors, const Arithmetic& arithmetic, const Args&... args) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) {
+      return TilesOf<kVectors - 1>(vectors, arithmetic, args...);
+    }
   }
+  Tiles<kVectors>(arithmetic, args...);
 }
 
 // Writes `sums`, `[outputs, rows]`, to where they belong.
 inline void Store(const Work& work, const float* sums, int64_t stride, int64_t row,
                   int64_t row_end, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += kLanes) {
-    const __mmask16 there = (1u << std::min(kLanes, end - n)) - 1;
+    const int64_t some = std::min(kLanes, end - n);
     for (int64_t m = row; m < row_end; m += kLanes) {
-      __m512i tile[kLanes];
+      Words tile[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        tile[i] = _mm512_load_si512(sums + (n - begin + i) * stride + m - row);
+        const float* from = sums + (n - begin + i) * stride + m - row;
+        tile[i] = flexjax::LoadWords(reinterpret_cast<const char*>(from), kLanes);
       }
-      Transpose(tile);
+      flexjax::Transpose(tile);
       for (int64_t i = 0; i < std::min(kLanes, row_end - m); ++i) {
-        float* out = work.out + (m + i) * work.outputs + n;
-        _mm512_mask_storeu_epi32(out, there, tile[i]);
+        flexjax::StoreWords(tile[i], some, work.out + (m + i) * work.outputs + n);
       }
     }
   }
@@ -191,15 +168,16 @@ template <typename Arithmetic>
 bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row_end,
            int64_t begin, int64_t end, int64_t after) {
   thread_local Memory memory;
-  constexpr int64_t kHalves = Arithmetic::kHalves, kBytes = Arithmetic::kInputBytes;
-  constexpr int64_t kStripRows = kStripVectors * kLanes;
+  constexpr int64_t kHalves = Arithmetic::kHalves;
+  constexpr int64_t kWordInputs = Arithmetic::kWordInputs;
+  constexpr int64_t kStripRows = Arithmetic::kStripVectors * kLanes;
   const int64_t span = weights.panel_positions(kPanelInputs);
-  const int64_t most_words = span * kHalves * kBytes / kWordBytes;
+  const int64_t most_words = span * kHalves / kWordInputs;
   const int64_t most_factors =
       Arithmetic::kHasFactors ? 2 * kHalves * span / work.group_size : 0;
   const int64_t stride = kLanes * Ceil(row_end - row, kLanes);
   const int64_t outputs = end - begin + kMostTileOutputs;  // the last tile's too
-  memory.Reset((outputs + kStripRows) * (most_words + most_factors) * kWordBytes +
+  memory.Reset((outputs + kStripRows) * (most_words + most_factors) * sizeof(float) +
                outputs * stride * sizeof(float) + 5 * 64);
   if (!memory.is_there()) return false;
   const Panel panel{memory.Take<int32_t>(outputs * most_words),
@@ -213,7 +191,7 @@ bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row
     const int64_t positions = std::min(span, weights.half() - first);
     const int64_t next = first + positions;
     const int64_t next_positions = std::min(span, weights.half() - next);
-    const int64_t num_words = kHalves * positions * kBytes / kWordBytes;
+    const int64_t num_words = kHalves * positions / kWordInputs;
     const int64_t num_groups =
         Arithmetic::kHasFactors ? kHalves * positions / work.group_size : 0;
     for (int64_t n = begin; n < end; ++n) {
@@ -230,8 +208,9 @@ bool Block(const Work& work, const Arithmetic& weights, int64_t row, int64_t row
           weights.Ask(n, is_last ? 0 : next, is_last ? span : next_positions);
         }
       };
-      TilesOf(Ceil(rows, kLanes), weights, strip, panel, num_words, num_groups,
-              end - begin, sums + m - row, stride, ask_ahead);
+      TilesOf<Arithmetic::kStripVectors>(
+          Ceil(rows, kLanes), weights, strip, panel, num_words, num_groups, end - begin,
+          sums + m - row, stride, ask_ahead);
     }
   }
   Store(work, sums, stride, row, row_end, begin, end);

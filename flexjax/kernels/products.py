@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 
-from flexjax.kernels.compiled import AVX512, Kernel
+from flexjax.kernels.compiled import AVX2, AVX512, Kernel
 from flexjax.quant import Quantization, QuantizedArray
 
 _ROUND = "flexjax_round_rows"
@@ -23,7 +23,7 @@ _CONTRACT = {None: "flexjax_contract_quantized", 8: "flexjax_contract_rounded"}
 PRODUCTS = Kernel(
     pathlib.Path(__file__).with_suffix(".cc"),
     (_ROUND, *_CONTRACT.values()),
-    compiled_for=(AVX512,),
+    compiled_for=(AVX512, AVX2),
     without="quantized weights are made wide before they are multiplied with, which "
     "is slower",
     better="amx_bf16",

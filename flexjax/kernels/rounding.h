@@ -2,12 +2,10 @@
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <cfloat>
 #include <cstdint>
 
-#include "floats.h"
+#include "words.h"
 
 namespace flexjax {
 
@@ -20,34 +18,30 @@ struct Rounding {
 };
 
 inline void RoundRow(const Rounding& work, int64_t row) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   const int64_t size = work.group_size;
   const uint8_t* x = work.x + 2 * row * work.inputs;
   int8_t* codes = work.codes + row * work.inputs;
   float* factors = work.factors + row;
   for (int64_t at = 0; at < work.inputs; at += size, factors += 2 * work.rows) {
-    // As integers floats above 0 are in the same order, and NaN is the largest.
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t i = at; i < at + size; i += 16) {
-      const __m512i bits = (__m512i)LoadBfloat16(x + 2 * i);
-      most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
+    Words most = NoWords();
+    for (int64_t i = at; i < at + size; i += kLanes) {
+      most = Max(most, Magnitudes(LoadBfloat16(x + 2 * i)));
     }
-    const uint32_t bits = _mm512_reduce_max_epu32(most);
+    const uint32_t bits = Largest(most);
     float step;
     static_assert(sizeof step == sizeof bits);
     __builtin_memcpy(&step, &bits, sizeof step);
     step /= 127;
     if (step < FLT_MIN) step = 0;  // too small to divide by
-    const __m512 divisor = _mm512_set1_ps(step == 0 ? FLT_MAX : step);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = at; i < at + size; i += 16) {
-      const __m512i code = _mm512_cvtps_epi32(LoadBfloat16(x + 2 * i) / divisor);
-      sum = _mm512_add_epi32(sum, code);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i),
-                       _mm512_cvtsepi32_epi8(code));
+    const Floats divisor = Same(step == 0 ? FLT_MAX : step);
+    Words sum = NoWords();
+    for (int64_t i = at; i < at + size; i += kLanes) {
+      const Words code = Rounded(LoadBfloat16(x + 2 * i) / divisor);
+      sum = Add(sum, code);
+      StoreBytes(code, codes + i);
     }
     factors[0] = step;
-    factors[work.rows] = step * static_cast<float>(_mm512_reduce_add_epi32(sum));
+    factors[work.rows] = step * static_cast<float>(Sum(sum));
   }
 }
 

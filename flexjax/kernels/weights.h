@@ -11,8 +11,6 @@
 
 namespace flexjax {
 
-constexpr int64_t kWordBytes = 4;  // of the inputs that a lane multiplies at once
-
 // A product of rows and quantized weights.
 struct Work {
   const char* x;          // [rows, inputs]

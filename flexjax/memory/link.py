@@ -85,8 +85,8 @@ def ensure_rounds(policy: Policy, device: Device) -> None:
     if reason is not None:
         raise ValueError(
             f"activation_bits={policy.activation_bits} cannot be had here: {reason}. "
-            "It is for CPUs with AVX-512, its VNNI and its bfloat16, but no AMX, and "
-            "needs a C++ compiler; mend that, or leave activation_bits out"
+            "It is for CPUs with AVX2 or more, but no AMX, and needs a C++ compiler; "
+            "mend that, or leave activation_bits out"
         )
 
 

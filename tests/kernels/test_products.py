@@ -5,6 +5,7 @@ And where inputs are rounded, of what codes of both stand for.
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexjax.kernels import compiled, products
 from flexjax.kernels.products import (
     PRODUCTS,
     contract_quantized,
@@ -26,15 +28,36 @@ pytestmark = pytest.mark.skipif(
     not PRODUCTS.is_there(), reason="no kernel for this processor, or no compiler"
 )
 
-
-PRODUCTS = {
+SHAPES = {
     "seed": st.integers(0, 1000),
-    "rows": st.integers(1, 100) | st.sampled_from([1024, 1030, 2050]),
-    "halves": st.integers(1, 20),
+    "rows": st.integers(1, 100) | st.sampled_from([256, 300, 520]),  # blocks of 256
+    "halves": st.integers(1, 8),
     "outputs": st.integers(1, 70) | st.sampled_from([512, 600]),
     "bits": st.sampled_from([4, 8]),
     "group_size": st.sampled_from([32, 64, 96, 320]),
 }
+
+
+@pytest.fixture(
+    scope="module",
+    autouse=True,
+    params=[one for one in PRODUCTS.compiled_for if not one.lacking()],
+    ids=lambda one: one.names[0],
+)
+def _instructions(request):
+    """The kernel compiled for all that this processor has, one after the other."""
+    library = compiled.library(PRODUCTS.source, request.param)
+    names = {name: f"{name}_{request.param.names[0]}" for name in PRODUCTS.targets}
+    for name, other in names.items():
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(other, handler, platform="cpu")
+    contract = {bits: names[name] for bits, name in products._CONTRACT.items()}
+    jax.clear_caches()  # of steps that call the other
+    with mock.patch.multiple(
+        products, _ROUND=names[products._ROUND], _CONTRACT=contract
+    ):
+        yield
+    jax.clear_caches()
 
 
 narrow = jax.jit(quantize, static_argnums=1)
@@ -59,7 +82,7 @@ def drawn(seed, rows, inputs, outputs, how):
     return x, quantized, wide, np.asarray(expected)
 
 
-@given(**PRODUCTS)
+@given(**SHAPES)
 @settings(max_examples=25)
 def test_a_product_is_that_of_the_wide_weights(
     seed, rows, halves, outputs, bits, group_size
@@ -126,7 +149,7 @@ def test_what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_zero():
     assert (np.asarray(found)[2] == 0).all()
 
 
-@given(**PRODUCTS)
+@given(**SHAPES)
 @settings(max_examples=25)
 def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     seed, rows, halves, outputs, bits, group_size
