@@ -130,14 +130,14 @@ class FlexjaxLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """See `LM`; a window has as many tokens as the model has positions."""
+        """See `LM`; in a window as many tokens are scored as the model has positions."""
         windows = [
             [
                 make_disjoint_window(window)
                 for window in get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length - 1,
+                    max_seq_len=self.max_length,
                     context_len=1,
                 )
             ]
@@ -195,24 +195,24 @@ class FlexjaxLM(TemplateLM):
         Of what is too long, the first tokens are left out. With it comes whether greedy
         decoding would have generated it.
         """
-        sequences, num_cut = [], 0
+        # The last one is computed by no one, so it takes no position.
+        sequences, num_cut, most = [], 0, self.max_length + 1
         for context, rest in pairs:
-            if len(rest) >= self.max_length:
+            if len(rest) > self.max_length:
                 raise ValueError(
                     f"a continuation has {len(rest)} tokens, but the model has "
-                    f"positions for {self.max_length}, one of which is its context's; "
-                    "leave out the task"
+                    f"positions for {self.max_length}; leave out the task"
                 )
             whole = [*(context or [self.prefix_token_id]), *rest]
-            num_cut += len(whole) > self.max_length
-            sequences.append(whole[-self.max_length :])
+            num_cut += len(whole) > most
+            sequences.append(whole[-most:])
         if num_cut:
             logger.warning(
                 "%d of %d requests have more than %d tokens, the first of which are "
                 "left out",
                 num_cut,
                 len(pairs),
-                self.max_length,
+                most,
             )
 
         def give(scores: Mapping[int, Scores]) -> None:

@@ -29,6 +29,7 @@ from flexjax.policy_args import AUTO
 from flexjax.prompts import Prompt, as_list, items
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
+from flexjax.score_rows import scored_inputs
 from flexjax.shared_prefixes import rows_of
 from flexjax.tokenizer import Tokenizer
 from flexjax.workload import PREFILL_TOKENS
@@ -287,10 +288,11 @@ class LLM:
             ValueError, OSError: as `generate`; what was given away can be used.
         """
         sequences = self._rows.sequences(token_ids)
-        lengths = list(map(len, sequences))
+        inputs = list(map(scored_inputs, sequences))
+        lengths = list(map(len, inputs))
         # A plan is for rows that the model has positions for.
         most = min(max(PREFILL_TOKENS, *lengths, 1), self.max_model_len)
-        rows, groups = rows_of(sequences, most, self._batch_size)
+        rows, groups = rows_of(inputs, most, self._batch_size)
         with self._bar(sum(lengths), "scoring") as bar:
 
             def run(engine: Engine, places: Sequence[int], alike: list[Group]) -> None:

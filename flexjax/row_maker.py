@@ -98,17 +98,23 @@ class RowMaker:
     def sequences(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Sequences that are to be scored, checked.
 
+        The last token needs no position, as nothing is scored behind it.
+
         Raises:
             ValueError: one cannot be used; the message counts them from 0.
         """
-        return [
-            self.checked(
-                f"sequence {index}",
-                items(f"sequence {index} is", ids, "a list of token ids"),
-                0,
-            )
-            for index, ids in enumerate(as_list(token_ids))
-        ]
+        checked = []
+        for index, given in enumerate(as_list(token_ids)):
+            name = f"sequence {index}"
+            ids = items(f"{name} is", given, "a list of token ids")
+            ids = checked_ids(name, ids, self._config.vocab_size)
+            if len(ids) > self.max_model_len + 1:
+                raise ValueError(
+                    f"{name} has {len(ids)} tokens, but the model has positions for "
+                    f"{self.max_model_len} and the last token; shorten it"
+                )
+            checked.append(ids)
+        return checked
 
     def output(self, row: Row, prompt: Prompt) -> RequestOutput:
         """What has come of a prompt, whose row has ended."""

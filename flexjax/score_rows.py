@@ -21,15 +21,24 @@ from flexjax.steps import score_step
 from flexjax.workload import Workload
 
 
+def scored_inputs(sequence: Sequence[int]) -> Sequence[int]:
+    """The tokens of a sequence that are computed to score it.
+
+    They are all but the last: nobody asks what comes behind it. A lone token is
+    computed, so that no row is empty, though nothing of it is scored.
+    """
+    return sequence[:-1] if len(sequence) > 1 else sequence
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoredRow:
     """Sequences that begin alike: what they share, and behind it the rest of each.
 
     Attributes:
         sequences: of token ids, one or several.
-        num_shared: tokens that all of several sequences begin with, and that stand in
-            the row once. One token more is the same in all, so that even the last of
-            these is scored once.
+        num_shared: tokens that the inputs of all of several sequences begin with, and
+            that stand in the row once. One token more is the same in all, so that even
+            the last of these is scored once.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -39,12 +48,15 @@ class ScoredRow:
     def trunk_len(self) -> int:
         """Tokens before all branches; a lone sequence has its last one in a branch."""
         is_alone = len(self.sequences) == 1
-        return len(self.sequences[0]) - 1 if is_alone else self.num_shared
+        inputs = scored_inputs(self.sequences[0])
+        return len(inputs) - 1 if is_alone else self.num_shared
 
     @property
     def branch_lens(self) -> list[int]:
-        """Tokens of each sequence behind the trunk."""
-        return [len(sequence) - self.trunk_len for sequence in self.sequences]
+        """Tokens of the inputs of each sequence behind the trunk."""
+        return [
+            len(scored_inputs(sequence)) - self.trunk_len for sequence in self.sequences
+        ]
 
     @property
     def num_spared(self) -> int:
@@ -55,7 +67,18 @@ class ScoredRow:
     def tokens(self) -> list[int]:
         """Those of the row."""
         trunk = self.sequences[0][: self.trunk_len]
-        branches = (sequence[self.trunk_len :] for sequence in self.sequences)
+        branches = (
+            scored_inputs(sequence)[self.trunk_len :] for sequence in self.sequences
+        )
+        return [*trunk, *itertools.chain.from_iterable(branches)]
+
+    @property
+    def targets(self) -> list[int]:
+        """What comes behind each of `tokens`; behind a lone one, the token itself."""
+        trunk = self.sequences[0][1 : self.trunk_len + 1]
+        branches = (
+            sequence[self.trunk_len + 1 :] or sequence for sequence in self.sequences
+        )
         return [*trunk, *itertools.chain.from_iterable(branches)]
 
 
@@ -80,11 +103,7 @@ def scored_rows(
 
 
 class ScoreRows:
-    """Rows that are scored: logits of every slot become one log-probability each.
-
-    All rows behind a prefix go on with the same token, as branches do behind what a row
-    shares, so that the last slot of both has one token to predict.
-    """
+    """Rows that are scored: logits of every slot become one log-probability each."""
 
     last_only = False
 
@@ -92,9 +111,15 @@ class ScoreRows:
         self, block: Block[ScoredRow], work: Workload, layout: WeightLayout
     ) -> None:
         self._head, self._work, self._block = layout.head, work, block
-        self._tokens = block.of([row.tokens for row in block.rows])
-        pad_token_id = layout.config.pad_token_id
-        self._padded = PaddedPrompts(self._tokens, work, pad_token_id)
+        # Targets lie as tokens do. Rows behind a prefix go on with the same token, as
+        # branches do behind what a row shares: so the last slot of both has one target.
+        self._padded, self._targets = (
+            PaddedPrompts(block.of(of_rows), work, layout.config.pad_token_id)
+            for of_rows in (
+                [row.tokens for row in block.rows],
+                [row.targets for row in block.rows],
+            )
+        )
         self._branches = {
             number: _branches(batch, (work.batch_size, work.prompt_slots(number)))
             for number, batch in enumerate(block.batches)
@@ -118,10 +143,7 @@ class ScoreRows:
     def read_head(
         self, cell: Cell, block: int, table: jax.Array, hidden: jax.Array
     ) -> Any:
-        following = np.roll(self._padded.token_ids(cell.batch), -1, axis=1)
-        if is_prefix(cell.batch):
-            following[:, -1] = self._behind(cell.batch)
-        targets = jnp.asarray(following)
+        targets = jnp.asarray(self._targets.token_ids(cell.batch))
         state = self._states.pop(cell.batch, None)
         if state is None:
             state = start_score(targets)
@@ -139,11 +161,6 @@ class ScoreRows:
         """Tokens of a batch's rows that stand in its prefix."""
         is_alone = self._work.prefix_of(batch) is None
         return 0 if is_alone else self._block.shared_by(batch)
-
-    def _behind(self, prefix: int) -> int:
-        """The token that comes in all rows behind what they share."""
-        batch = self._work.prefix_ends[~prefix] - 1
-        return self._tokens.batches[batch][0][self._block.num_shared[~prefix]]
 
     def take(self, batch: int, scores: Any) -> None:
         """Keeps the finished scores of a batch."""
@@ -172,9 +189,12 @@ class ScoreRows:
                 num_own = first + sum(row.branch_lens)
                 own = _last(self._scores[number], place, num_own)
                 trunk = [*before, own.between(0, first)]
-                for count in row.branch_lens:
-                    # What comes behind a sequence is another one, or nothing.
-                    branch = own.between(first, first + count - 1)
+                for sequence, count in zip(
+                    row.sequences, row.branch_lens, strict=True
+                ):
+                    # A lone token has a slot, but no score.
+                    num_scored = len(sequence) - 1 - row.trunk_len
+                    branch = own.between(first, first + num_scored)
                     found.append(_joined([*trunk, branch]))
                     first += count
         return found

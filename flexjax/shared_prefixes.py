@@ -188,7 +188,7 @@ class SharedPrefixes:
         places = [*node.places, *(place for each in below for place in each.places)]
         cost = sum(each.cost for each in below)
         cost += sum(row_cost(self._lengths[place]) for place in node.places)
-        num_shared = everyone.num_shared(node.depth) - 1
+        num_shared = node.depth - 1
         num_tokens = everyone.tokens - num_shared * (everyone.prompts - 1)
         together = row_cost(num_tokens)
         if num_shared > 0 and num_tokens <= most and is_spared(together, cost):

@@ -68,7 +68,7 @@ def test_of_what_is_too_long_the_end_is_kept(lm):
     size = lm.max_length
     words = [5 + place % 80 for place in range(size + 20)]
     ((value, _),) = lm._loglikelihood_tokens([(("", ""), words, [7, 8])])
-    assert value == pytest.approx(likelihood(lm, [*words, 7, 8][-size:], 2), abs=1e-3)
+    assert value == pytest.approx(likelihood(lm, [*words, 7, 8][-size - 1 :], 2), abs=1e-3)
     with pytest.raises(ValueError, match="a continuation has"):
         lm._loglikelihood_tokens([(("", ""), [5], words)])
 
@@ -85,8 +85,8 @@ def test_a_long_text_is_scored_in_windows_each_token_once(lm):
     tokens, total, first = lm.tok_encode(long), 0.0, 0
     assert len(tokens) > 2 * lm.max_length
     while first < len(tokens):
-        end = min(len(tokens), first + lm.max_length - 1)
-        whole = (prefix + tokens)[max(0, end + 1 - lm.max_length) : end + 1]
+        end = min(len(tokens), first + lm.max_length)
+        whole = (prefix + tokens)[max(0, end - lm.max_length) : end + 1]
         total += likelihood(lm, whole, end - first)
         first = end
     assert found[1] == pytest.approx(total, rel=1e-4)

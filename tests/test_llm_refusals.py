@@ -53,6 +53,8 @@ def test_bad_prompts_are_refused_by_number(llm, prompts, message):
         ([[5, 6], 2], "sequence 1 is 2, expected a list of token ids"),
         (["ab"], "sequence 0 is 'ab', expected a list of token ids"),
         (3, "prompts are 3, expected texts or lists of token ids"),
+        ([[5], []], "sequence 1 has no tokens"),
+        ([[5] * 162], "sequence 0 has 162 tokens, .* for 160 and the last token"),
     ],
 )
 def test_bad_sequences_are_refused_by_number(llm, sequences, message):

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexjax.arrangement import Group
 from flexjax.checkpoint import open_store
@@ -11,6 +13,7 @@ from flexjax.llm import LLM
 from flexjax.policy import Placement, Policy, Schedule, Tier
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
+from flexjax.score_rows import ScoredRow
 from flexjax.shared_prefixes import rows_of
 from tests.cells import every_other
 from tests.test_engine import PLACEMENTS, in_group, make_engine, policy_of
@@ -135,6 +138,33 @@ def test_choices_are_scored_together_and_given_away_block_by_block():
             np.testing.assert_allclose(
                 found[place].logprobs, llm.score([sequence])[0], atol=2e-4
             )
+
+
+def test_the_last_token_takes_no_position():
+    with LLM(dtype="float32", max_model_len=24) as llm:
+        longest = [*question(4, 1, 1), *question(5, 0), [7]]
+        found = llm.score(longest)
+        assert [len(scores) for scores in found] == [24, 24, 24, 0]
+    with LLM(dtype="float32") as llm:
+        for sequence, scores in zip(longest, found, strict=True):
+            (whole,) = llm.score([[*sequence, 9]])
+            np.testing.assert_allclose(scores, whole[:-1], atol=2e-4)
+
+
+@given(
+    shared=st.integers(1, 5),
+    rests=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+)
+def test_each_input_of_a_row_is_before_its_target(shared, rests):
+    sequences = [
+        list(range(shared + 1)) + [100 * place + i for i in range(1, count + 1)]
+        for place, count in enumerate(rests, 1)
+    ]
+    row = ScoredRow(sequences, shared if len(rests) > 1 else 0)
+    pairs = set(zip(row.tokens, row.targets, strict=True))
+    assert pairs == {
+        pair for sequence in sequences for pair in itertools.pairwise(sequence)
+    }
 
 
 def test_greedy_tokens_are_those_that_are_generated():
