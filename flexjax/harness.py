@@ -130,7 +130,7 @@ class FlexjaxLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """See `LM`; in a window as many tokens are scored as the model has positions."""
+        """See `LM`; a window scores as many tokens as the model has positions."""
         windows = [
             [
                 make_disjoint_window(window)

@@ -189,9 +189,7 @@ class ScoreRows:
                 num_own = first + sum(row.branch_lens)
                 own = _last(self._scores[number], place, num_own)
                 trunk = [*before, own.between(0, first)]
-                for sequence, count in zip(
-                    row.sequences, row.branch_lens, strict=True
-                ):
+                for sequence, count in zip(row.sequences, row.branch_lens, strict=True):
                     # A lone token has a slot, but no score.
                     num_scored = len(sequence) - 1 - row.trunk_len
                     branch = own.between(first, first + num_scored)

@@ -68,7 +68,9 @@ def test_of_what_is_too_long_the_end_is_kept(lm):
     size = lm.max_length
     words = [5 + place % 80 for place in range(size + 20)]
     ((value, _),) = lm._loglikelihood_tokens([(("", ""), words, [7, 8])])
-    assert value == pytest.approx(likelihood(lm, [*words, 7, 8][-size - 1 :], 2), abs=1e-3)
+    assert value == pytest.approx(
+        likelihood(lm, [*words, 7, 8][-size - 1 :], 2), abs=1e-3
+    )
     with pytest.raises(ValueError, match="a continuation has"):
         lm._loglikelihood_tokens([(("", ""), [5], words)])
 

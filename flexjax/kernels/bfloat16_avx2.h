@@ -44,10 +44,11 @@ class Bfloat16 : public Weights<kBits> {
   }
 
   // Adds to `sums`, `[outputs, rows]`, the products of a panel's first outputs, of
-  // `num_words` each, and `kVectors` times 16 rows.
+  // `num_words` each, and 16 rows. As a part of a larger function GCC would keep sums
+  // in memory.
   template <int kVectors, int kOutputs>
-  [[gnu::noinline]] void Tile(const Strip& rows, const Panel& panel, int64_t num_words, float* sums,
-            int64_t stride) const {
+  [[gnu::noinline]] void Tile(const Strip& rows, const Panel& panel,
+                              int64_t num_words, float* sums, int64_t stride) const {
     const float* x = reinterpret_cast<const float*>(rows.words);
     const float* weights = reinterpret_cast<const float*>(panel.words);
     Floats sum[kOutputs];

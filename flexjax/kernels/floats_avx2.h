@@ -19,7 +19,6 @@ struct Words {
 inline Floats operator+(Floats x, Floats y) { return {x.low + y.low, x.high + y.high}; }
 inline Floats operator-(Floats x, Floats y) { return {x.low - y.low, x.high - y.high}; }
 inline Floats operator*(Floats x, Floats y) { return {x.low * y.low, x.high * y.high}; }
-
 inline Floats operator/(Floats x, Floats y) { return {x.low / y.low, x.high / y.high}; }
 
 inline Floats Same(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -40,10 +40,10 @@ class Int8 : public RoundedProducts<kBits> {
     this->UnpackFactors(output, first, count, into.factors);
   }
 
-  // See `Bfloat16::Tile`.
+  // See `Bfloat16::Tile`. As a part of a larger function GCC would keep sums in memory.
   template <int kVectors, int kOutputs>
-  [[gnu::noinline]] void Tile(const Strip& rows, const Panel& panel, int64_t num_words, float* sums,
-            int64_t stride) const {
+  [[gnu::noinline]] void Tile(const Strip& rows, const Panel& panel,
+                              int64_t num_words, float* sums, int64_t stride) const {
     const int64_t group_words = this->work_.group_size / kWordInputs;
     const int64_t num_groups = num_words / group_words;
     for (int64_t group = 0; group < num_groups; ++group) {
@@ -82,7 +82,8 @@ class Int8 : public RoundedProducts<kBits> {
 #pragma GCC unroll 1
     for (int word = 0; word < kStepWords; ++word) {
       const __m256i* inputs = reinterpret_cast<const __m256i*>(x + kLanes * word);
-      const __m256i low = _mm256_load_si256(inputs), high = _mm256_load_si256(inputs + 1);
+      const __m256i low = _mm256_load_si256(inputs);
+      const __m256i high = _mm256_load_si256(inputs + 1);
 #pragma GCC unroll 8
       for (int n = 0; n < kOutputs; ++n) {
         const __m256i same = _mm256_set1_epi32(codes[n * num_words + word]);
