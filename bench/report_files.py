@@ -47,7 +47,7 @@ def read_results(paths: Iterable[pathlib.Path]) -> list[Result]:
 def machine_name(machine: Values) -> str:
     """A short name of what `bench.machine.describe_machine` describes.
 
-    It tells processors with AVX2 alone from those of the same model that have more.
+    It tells processors without AVX-512 from those of the same model that have it.
     """
     accelerator = machine.get("accelerator")
     if accelerator:
@@ -57,7 +57,7 @@ def machine_name(machine: Values) -> str:
     model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", cpu["model"])
     memory_gib = round(machine["memory_bytes"] / (1 << 30))
     flags = cpu.get("flags", ())
-    model += " with AVX2" * ("avx2" in flags and "avx512f" not in flags)
+    model += " without AVX-512" * ("avx2" in flags and "avx512f" not in flags)
     return f"{' '.join(model.split())}, {cpu['cores']} cores, {memory_gib} GiB"
 
 

@@ -27,7 +27,7 @@ from flexjax.policy import Kind, Policy, Tier
 from flexjax.preemption import Waiting
 from flexjax.runner import BlockRunner
 from flexjax.schedule.footprint import Bytes
-from flexjax.score_rows import ScoreRows, scored_inputs, scored_rows
+from flexjax.score_rows import ScoreRows, num_scored_inputs, scored_rows
 from flexjax.workload import MOST_LAYERS_AHEAD, Workload, looking_ahead
 
 CLOSED = "this model is closed; make a new one to run it again"
@@ -215,15 +215,15 @@ class Engine:
             rows: of sequences that are to be scored, see `ScoredRow`.
             on_scores: called when a block ends, with the scores of its sequences, by
                 their places.
-            groups: of places in `rows`, as of `generate_blocks`, that begin alike in
-                their `scored_inputs`; one token more than a group shares is the same in
-                all of it, and its rows share no fewer.
+            groups: of places in `rows`, as of `generate_blocks`; one token more than a
+                group shares begins the inputs of all of it, and its rows share no
+                fewer.
 
         Raises:
             ValueError, OSError: as `generate`; or attention is sparse.
         """
         scored = scored_rows(sequences, rows, self.policy)
-        each = [len(scored_inputs(sequence)) for sequence in sequences]
+        each = list(map(num_scored_inputs, sequences))
         lengths = [row_length(row, each) for row in rows]
         groups = self._sharing(groups, len(rows))
         blocks = blocks_of(groups, lengths, self.policy)

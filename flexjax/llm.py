@@ -29,7 +29,7 @@ from flexjax.policy_args import AUTO
 from flexjax.prompts import Prompt, as_list, items
 from flexjax.row_maker import Requests, RowMaker
 from flexjax.sampling_params import SamplingParams, read_seed
-from flexjax.score_rows import scored_inputs
+from flexjax.score_rows import num_scored_inputs, scored_inputs
 from flexjax.shared_prefixes import rows_of
 from flexjax.tokenizer import Tokenizer
 from flexjax.workload import PREFILL_TOKENS
@@ -256,7 +256,8 @@ class LLM:
         """Log-probability of every token but the first, given those before it.
 
         Args:
-            token_ids: sequences, of any number and lengths.
+            token_ids: sequences, any number, each of up to one token more than the
+                model has positions.
 
         Returns:
             For each sequence, log p(token t+1 | tokens up to t), float32
@@ -288,11 +289,11 @@ class LLM:
             ValueError, OSError: as `generate`; what was given away can be used.
         """
         sequences = self._rows.sequences(token_ids)
-        inputs = list(map(scored_inputs, sequences))
-        lengths = list(map(len, inputs))
+        lengths = list(map(num_scored_inputs, sequences))
         # A plan is for rows that the model has positions for.
         most = min(max(PREFILL_TOKENS, *lengths, 1), self.max_model_len)
-        rows, groups = rows_of(inputs, most, self._batch_size)
+        inputs = map(scored_inputs, sequences)
+        rows, groups = rows_of(list(inputs), most, self._batch_size)
         with self._bar(sum(lengths), "scoring") as bar:
 
             def run(engine: Engine, places: Sequence[int], alike: list[Group]) -> None:

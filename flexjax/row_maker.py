@@ -4,7 +4,6 @@ import functools
 import operator
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from flexjax.arrangement import Group
 from flexjax.blocks import Row, RowSize
@@ -67,7 +66,13 @@ class RowMaker:
             ids = self._encoded(name, prompt)
         else:
             ids = items(f"{name} is", prompt, "a text or a list of token ids")
-        ids = self.checked(name, ids, params.max_tokens)
+        ids = checked_ids(name, ids, self._config.vocab_size)
+        if len(ids) + params.max_tokens > self.max_model_len:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens and max_tokens={params.max_tokens}, but "
+                f"the model has positions for {self.max_model_len}; shorten the prompt "
+                "or ask for fewer tokens"
+            )
         for token in params.stop_token_ids:
             if token >= self._config.vocab_size:
                 raise ValueError(
@@ -79,21 +84,6 @@ class RowMaker:
         return Row(
             index, ids, params, StopChecker(params, eos_token_id=eos, decode=decode)
         )
-
-    def checked(self, name: str, ids: list[Any], max_tokens: int) -> list[int]:
-        """Token ids that the model has, no more than it has positions for.
-
-        Raises:
-            ValueError: they are not; the message begins with `name`.
-        """
-        ids = checked_ids(name, ids, self._config.vocab_size)
-        if len(ids) + max_tokens > self.max_model_len:
-            wanted = f" and max_tokens={max_tokens}" if max_tokens else ""
-            raise ValueError(
-                f"{name} has {len(ids)} tokens{wanted}, but the model has positions "
-                f"for {self.max_model_len}; shorten the prompt or ask for fewer tokens"
-            )
-        return ids
 
     def sequences(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Sequences that are to be scored, checked.

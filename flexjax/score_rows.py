@@ -21,13 +21,18 @@ from flexjax.steps import score_step
 from flexjax.workload import Workload
 
 
-def scored_inputs(sequence: Sequence[int]) -> Sequence[int]:
-    """The tokens of a sequence that are computed to score it.
+def num_scored_inputs(sequence: Sequence[int]) -> int:
+    """How many tokens of a sequence are computed to score it.
 
     They are all but the last: nobody asks what comes behind it. A lone token is
     computed, so that no row is empty, though nothing of it is scored.
     """
-    return sequence[:-1] if len(sequence) > 1 else sequence
+    return max(1, len(sequence) - 1)
+
+
+def scored_inputs(sequence: Sequence[int]) -> Sequence[int]:
+    """These tokens."""
+    return sequence[: num_scored_inputs(sequence)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +42,8 @@ class ScoredRow:
     Attributes:
         sequences: of token ids, one or several.
         num_shared: tokens that the inputs of all of several sequences begin with, and
-            that stand in the row once. One token more is the same in all, so that even
-            the last of these is scored once.
+            that stand in the row once. One token more of the inputs is the same in all,
+            so that even the last of these is scored once.
     """
 
     sequences: Sequence[Sequence[int]]
@@ -46,17 +51,16 @@ class ScoredRow:
 
     @property
     def trunk_len(self) -> int:
-        """Tokens before all branches; a lone sequence has its last one in a branch."""
+        """Tokens before all branches; a lone sequence has its last input in one."""
         is_alone = len(self.sequences) == 1
-        inputs = scored_inputs(self.sequences[0])
-        return len(inputs) - 1 if is_alone else self.num_shared
+        num_inputs = num_scored_inputs(self.sequences[0])
+        return num_inputs - 1 if is_alone else self.num_shared
 
     @property
     def branch_lens(self) -> list[int]:
         """Tokens of the inputs of each sequence behind the trunk."""
-        return [
-            len(scored_inputs(sequence)) - self.trunk_len for sequence in self.sequences
-        ]
+        trunk_len = self.trunk_len
+        return [num_scored_inputs(each) - trunk_len for each in self.sequences]
 
     @property
     def num_spared(self) -> int:
@@ -77,7 +81,8 @@ class ScoredRow:
         """What comes behind each of `tokens`; behind a lone one, the token itself."""
         trunk = self.sequences[0][1 : self.trunk_len + 1]
         branches = (
-            sequence[self.trunk_len + 1 :] or sequence for sequence in self.sequences
+            sequence[self.trunk_len + 1 :] if len(sequence) > 1 else sequence
+            for sequence in self.sequences
         )
         return [*trunk, *itertools.chain.from_iterable(branches)]
 

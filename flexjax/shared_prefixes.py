@@ -257,7 +257,7 @@ def rows_of(
     Few sequences that begin alike share a row, and many rows a prefix.
 
     Args:
-        sequences: of token ids.
+        sequences: of token ids, those that are computed, see `scored_inputs`.
         most: tokens of a row of several.
         batch_size: if there is a policy.
 

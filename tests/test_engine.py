@@ -151,12 +151,12 @@ def test_a_head_that_travels_in_blocks_gives_the_same_answers(
     check_golden(checkpoint, policy, folder, first_logits)
 
 
-# The other checkpoints go through a third of the placements each.
+# The other checkpoints go through one placement each, none through the same.
 SOME_CELLS = [
     in_group(name, name, placement, list(Schedule)[i // 2], SHAPES[(i + j) % 4])
     for j, name in enumerate(name for name in GOLDEN_NAMES if name != "opt-pre-ln")
     for i, placement in enumerate(PLACEMENTS)
-    if RUNS_ALL or (i + j) % 3 == 0
+    if RUNS_ALL or (i + j) % 6 == 0
 ]
 
 

@@ -9,18 +9,21 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from flexjax import quant
 from flexjax.models.config import OPTConfig, named_config
 from flexjax.policy import BITS, Policy
 from flexjax.quant import (
     Quantization,
     cache_quantization,
-    dequantize,
     dequantize_into,
     fitting_group,
-    passed_through,
-    quantize,
 )
 
+# As steps have them: one compilation for each shape, for one of every operation in it.
+quantize, dequantize, passed_through = (
+    jax.jit(function, static_argnums=1)
+    for function in (quant.quantize, quant.dequantize, quant.passed_through)
+)
 DTYPES = ("bfloat16", "float16", "float32")
 # The distance of a number of a type from the next, beside the number.
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}

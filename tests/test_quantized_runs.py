@@ -177,7 +177,7 @@ def test_combinations_on_a_device_apart_are_a_plain_forward(
     ("kv_cache_bits", "placement"),
     [*itertools.product(WIDTHS, PLACEMENTS)]
     if RUNS_ALL
-    else [*zip(WIDTHS * 2, PLACEMENTS, strict=True)],
+    else [*zip(WIDTHS, [*PLACEMENTS][1::2], strict=True)],
 )
 def test_sparse_attention_in_the_host_s_memory_is_a_plain_forward(
     kv_cache_bits, placement, golden, store_of, logprobs_of, tmp_path

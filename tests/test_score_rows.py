@@ -13,7 +13,7 @@ from flexjax.llm import LLM
 from flexjax.policy import Placement, Policy, Schedule, Tier
 from flexjax.sampling_params import SamplingParams
 from flexjax.schedule.footprint import by_tier
-from flexjax.score_rows import ScoredRow
+from flexjax.score_rows import ScoredRow, scored_inputs
 from flexjax.shared_prefixes import rows_of
 from tests.cells import every_other
 from tests.test_engine import PLACEMENTS, in_group, make_engine, policy_of
@@ -122,16 +122,16 @@ def test_choices_are_scored_together_and_given_away_block_by_block():
     choices = [
         sequence
         for count in (30, 41, 25, 52)
-        for sequence in question(count, 1, 2, 3, 1)
+        for sequence in question(count, 1, 2, 3, 0)  # the last begins all others
     ]
-    rows, _ = rows_of(choices, 1024)
+    rows, _ = rows_of(list(map(scored_inputs, choices)), 1024)
     assert len(rows) == 4
     with LLM(policy=policy, dtype="float32") as llm:
         calls = []
         llm.score_each(choices, on_scores=calls.append)
         assert [len(call) for call in calls] == [12, 4]
         assert llm.metrics["num_shared_tokens"] == sum(
-            3 * (20 + count - 1) for count in (30, 41, 25, 52)
+            3 * (20 + count - 2) for count in (30, 41, 25, 52)
         )
         found = calls[0] | calls[1]
         for place, sequence in enumerate(choices):
@@ -157,7 +157,7 @@ def test_the_last_token_takes_no_position():
 )
 def test_each_input_of_a_row_is_before_its_target(shared, rests):
     sequences = [
-        list(range(shared + 1)) + [100 * place + i for i in range(1, count + 1)]
+        list(range(shared + 2)) + [100 * place + i for i in range(1, count + 1)]
         for place, count in enumerate(rests, 1)
     ]
     row = ScoredRow(sequences, shared if len(rests) > 1 else 0)

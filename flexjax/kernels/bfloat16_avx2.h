@@ -3,44 +3,45 @@
 
 #pragma once
 
-#include "weights.h"
-#include "words.h"
+#include "bfloat16.h"
 
 namespace flexjax {
 
+struct FloatWidener {
+  using Element = float;
+
+  static void Bytes(const uint8_t* codes, int64_t size, const WideGroup& group,
+                    float* into) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+      Store(RoundedToBfloat16(group.Wide(LoadBytes(codes + i))), into + i);
+    }
+  }
+
+  // A group has 16 values: they are computed once, and looked up by their codes.
+  static void Nibbles(const uint8_t* codes, int64_t size, const WideGroup& low,
+                      const WideGroup& high, float* into_low, float* into_high) {
+    const Floats low_values = RoundedToBfloat16(low.WideNibbles());
+    const Floats high_values = RoundedToBfloat16(high.WideNibbles());
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const Words both = LoadBytes(codes + i);
+      Store(LookUp(low_values, both), into_low + i);
+      Store(LookUp(high_values, UpperNibbles(both)), into_high + i);
+    }
+  }
+};
+
 template <int kBits>
-class Bfloat16 : public Weights<kBits> {
+class Bfloat16 : public WidenedProducts<kBits, FloatWidener> {
  public:
-  static constexpr int64_t kInputBytes = 2, kWordInputs = 1;
-  static constexpr bool kHasFactors = false;
+  static constexpr int64_t kWordInputs = 1;
   static constexpr int kStripVectors = 1, kTileSums = 6;
 
-  using Weights<kBits>::Weights;
+  using WidenedProducts<kBits, FloatWidener>::WidenedProducts;
 
-  // A word is a float.
+  // A word is a float. There are always 16, as groups are multiples of 32 inputs.
   static Words WordsOf(const char* x, int64_t) {
     const Floats wide = LoadBfloat16(reinterpret_cast<const uint8_t*>(x));
     return {(__m256i)wide.low, (__m256i)wide.high};
-  }
-
-  // Makes `count` positions from `first` on of one output bfloat16.
-  void Unpack(int64_t output, int64_t first, int64_t count, const Panel& into) const {
-    const int64_t group_size = this->work_.group_size, num_groups = this->num_groups_;
-    const uint8_t* codes = this->Codes(output, first);
-    const uint8_t* scale = this->Scale(output, first, 0);
-    const int64_t other_half = this->Scale(output, first, 1) - scale;
-    float* wide = reinterpret_cast<float*>(into.words);
-    for (int64_t at = 0; at < count; at += group_size, scale += 2) {
-      const WideGroup low(scale, num_groups);
-      if constexpr (kBits == 8) {
-        for (int64_t i = at; i < at + group_size; i += kLanes) {
-          Store(RoundedToBfloat16(low.Wide(LoadBytes(codes + i))), wide + i);
-        }
-      } else {
-        const WideGroup high(scale + other_half, num_groups);
-        WidenNibbles(codes + at, low, high, wide + at, wide + count + at);
-      }
-    }
   }
 
   // Adds to `sums`, `[outputs, rows]`, the products of a panel's first outputs, of
@@ -63,19 +64,6 @@ class Bfloat16 : public Weights<kBits> {
     }
 #pragma GCC unroll 16
     for (int n = 0; n < kOutputs; ++n) Store(sum[n], sums + n * stride);
-  }
-
- private:
-  // A group has 16 values: they are computed once, and looked up by their codes.
-  void WidenNibbles(const uint8_t* codes, const WideGroup& low, const WideGroup& high,
-                    float* into_low, float* into_high) const {
-    const Floats low_values = RoundedToBfloat16(low.WideNibbles());
-    const Floats high_values = RoundedToBfloat16(high.WideNibbles());
-    for (int64_t i = 0; i < this->work_.group_size; i += kLanes) {
-      const Words both = LoadBytes(codes + i);
-      Store(LookUp(low_values, both), into_low + i);
-      Store(LookUp(high_values, UpperNibbles(both)), into_high + i);
-    }
   }
 };
 

@@ -3,41 +3,56 @@
 
 #pragma once
 
-#include "weights.h"
-#include "words.h"
+#include "bfloat16.h"
 
 namespace flexjax {
 
 using bfloat16 = uint16_t;
 
-template <int kBits>
-class Bfloat16 : public Weights<kBits> {
- public:
-  static constexpr int64_t kInputBytes = sizeof(bfloat16), kWordInputs = 2;
-  static constexpr bool kHasFactors = false;
-  static constexpr int kStripVectors = 4, kTileSums = 24;
+struct Bfloat16Widener {
+  using Element = bfloat16;
 
-  using Weights<kBits>::Weights;
-
-  static Words WordsOf(const char* x, int64_t count) { return LoadWords(x, count); }
-
-  // Makes `count` positions from `first` on of one output bfloat16.
-  void Unpack(int64_t output, int64_t first, int64_t count, const Panel& into) const {
-    const int64_t group_size = this->work_.group_size, num_groups = this->num_groups_;
-    const uint8_t* codes = this->Codes(output, first);
-    const uint8_t* scale = this->Scale(output, first, 0);
-    const int64_t other_half = this->Scale(output, first, 1) - scale;
-    bfloat16* wide = reinterpret_cast<bfloat16*>(into.words);
-    for (int64_t at = 0; at < count; at += group_size, scale += 2) {
-      const WideGroup low(scale, num_groups);
-      if constexpr (kBits == 8) {
-        WidenBytes(codes + at, low, wide + at);
-      } else {
-        const WideGroup high(scale + other_half, num_groups);
-        WidenNibbles(codes + at, low, high, wide + at, wide + count + at);
-      }
+  static void Bytes(const uint8_t* codes, int64_t size, const WideGroup& group,
+                    bfloat16* into) {
+    for (int64_t i = 0; i < size; i += 2 * kLanes) {
+      const __m128i* from = reinterpret_cast<const __m128i*>(codes + i);
+      const __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from));
+      const __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128(from + 1));
+      const __m512bh wide = _mm512_cvtne2ps_pbh(group.Wide(high), group.Wide(low));
+      _mm512_store_si512(into + i, (__m512i)wide);
     }
   }
+
+  // A group has 16 values: they are computed once, and looked up by their codes.
+  static void Nibbles(const uint8_t* codes, int64_t size, const WideGroup& low,
+                      const WideGroup& high, bfloat16* into_low, bfloat16* into_high) {
+    const __m512i low_values = Values(low), high_values = Values(high);
+    for (int64_t i = 0; i < size; i += 2 * kLanes) {
+      const __m256i* from = reinterpret_cast<const __m256i*>(codes + i);
+      const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from));
+      const __m512i second = _mm512_srli_epi16(both, 4);
+      _mm512_store_si512(into_low + i, _mm512_permutexvar_epi16(both, low_values));
+      _mm512_store_si512(into_high + i, _mm512_permutexvar_epi16(second, high_values));
+    }
+  }
+
+  // What the 16 codes of 4 bits stand for, twice: so whatever is above the lower 4 bits
+  // of a code changes nothing when it is looked up.
+  static __m512i Values(const WideGroup& group) {
+    const __m512 values = group.WideNibbles();
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
+  }
+};
+
+template <int kBits>
+class Bfloat16 : public WidenedProducts<kBits, Bfloat16Widener> {
+ public:
+  static constexpr int64_t kWordInputs = 2;
+  static constexpr int kStripVectors = 4, kTileSums = 24;
+
+  using WidenedProducts<kBits, Bfloat16Widener>::WidenedProducts;
+
+  static Words WordsOf(const char* x, int64_t count) { return LoadWords(x, count); }
 
   // Adds to `sums`, `[outputs, rows]`, the products of a panel's first outputs, of
   // `num_words` each, and `kVectors` times 16 rows.
@@ -67,37 +82,6 @@ class Bfloat16 : public Weights<kBits> {
       for (int v = 0; v < kVectors; ++v) {
         _mm512_store_ps(sums + n * stride + v * kLanes, sum[n][v]);
       }
-    }
-  }
-
- private:
-  // What the 16 codes of 4 bits stand for, twice: so whatever is above the lower 4 bits
-  // of a code changes nothing when it is looked up.
-  static __m512i Values(const WideGroup& group) {
-    const __m512 values = group.WideNibbles();
-    return (__m512i)_mm512_cvtne2ps_pbh(values, values);
-  }
-
-  void WidenBytes(const uint8_t* codes, const WideGroup& group, bfloat16* into) const {
-    for (int64_t i = 0; i < this->work_.group_size; i += 2 * kLanes) {
-      const __m128i* from = reinterpret_cast<const __m128i*>(codes + i);
-      const __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128(from));
-      const __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128(from + 1));
-      const __m512bh wide = _mm512_cvtne2ps_pbh(group.Wide(high), group.Wide(low));
-      _mm512_store_si512(into + i, (__m512i)wide);
-    }
-  }
-
-  // A group has 16 values: they are computed once, and looked up by their codes.
-  void WidenNibbles(const uint8_t* codes, const WideGroup& low, const WideGroup& high,
-                    bfloat16* into_low, bfloat16* into_high) const {
-    const __m512i low_values = Values(low), high_values = Values(high);
-    for (int64_t i = 0; i < this->work_.group_size; i += 2 * kLanes) {
-      const __m256i* from = reinterpret_cast<const __m256i*>(codes + i);
-      const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from));
-      const __m512i second = _mm512_srli_epi16(both, 4);
-      _mm512_store_si512(into_low + i, _mm512_permutexvar_epi16(both, low_values));
-      _mm512_store_si512(into_high + i, _mm512_permutexvar_epi16(second, high_values));
     }
   }
 };

@@ -20,6 +20,7 @@ class Int8 : public RoundedProducts<kBits> {
 
   using RoundedProducts<kBits>::RoundedProducts;
 
+  // Of 8 bits there are always 16, as groups are multiples of 32 inputs.
   static Words WordsOf(const char* x, int64_t count) {
     if constexpr (kBits == 4) return LoadWords(x, count);
     const __m256i inputs = LoadWords(x, 8).low;
@@ -34,8 +35,10 @@ class Int8 : public RoundedProducts<kBits> {
     if constexpr (kBits == 4) {
       this->UnpackNibbles(codes, count, reinterpret_cast<uint8_t*>(into.words));
     } else {
-      uint16_t* wide = reinterpret_cast<uint16_t*>(into.words);
-      for (int64_t i = 0; i < count; ++i) wide[i] = codes[i];
+      for (int64_t i = 0; i < count; i += kLanes) {
+        __m256i* wide = reinterpret_cast<__m256i*>(into.words + i / kWordInputs);
+        _mm256_storeu_si256(wide, _mm256_cvtepu8_epi16(LoadEight(codes + i)));
+      }
     }
     this->UnpackFactors(output, first, count, into.factors);
   }

@@ -279,7 +279,8 @@ Work WorkOf(const X& x, const Matrix<ffi::U8>& weight, Matrix<ffi::F32>& out,
 
 bool IsWhole(const Work& work, int64_t bits) {
   const int64_t num_groups = work.inputs / work.group_size;
-  return work.row_bytes == work.inputs * bits / 8 + 4 * num_groups && work.outputs > 0;
+  return work.group_size % flexjax::kGroupStep == 0 && work.outputs > 0 &&
+         work.row_bytes == work.inputs * bits / 8 + 4 * num_groups;
 }
 
 ffi::Error Refusal() {

@@ -4,8 +4,8 @@ On 2 cores of an AMD EPYC with AVX-512, 4-bit weights of 16384 x 4096 multiply
 64 rows at 0.79 TFLOP/s and 2048 rows at 0.76; XLA does bfloat16 ones at 0.73 and 0.86,
 once they are wide, which takes half as long as 64 rows do. Rows that are rounded to
 8 bits are multiplied as integers: 64 at 1.2 TFLOP/s and 2048 at 1.1. With no more than
-AVX2, on 2 cores of another EPYC, 256 rows are multiplied at 0.12 TFLOP/s, for XLA's
-0.06 to 0.11, and at 0.18 to 0.26 once they are rounded.
+AVX2, on 2 cores of another EPYC, 256 rows are multiplied at 0.12 to 0.14 TFLOP/s, for
+XLA's 0.06 to 0.11, and at 0.18 to 0.30 once they are rounded.
 """
 
 import math

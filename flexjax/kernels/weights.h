@@ -11,6 +11,8 @@
 
 namespace flexjax {
 
+constexpr int64_t kGroupStep = 32;  // see `GROUP_STEP` in products.py
+
 // A product of rows and quantized weights.
 struct Work {
   const char* x;          // [rows, inputs]

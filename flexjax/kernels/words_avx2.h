@@ -13,6 +13,7 @@ inline Words LoadWords(const char* at, int64_t count) {
           count > 8 ? _mm256_loadu_si256(from + 1) : _mm256_setzero_si256()};
 }
 
+// The first `count` of them, any number.
 inline void StoreWords(Words words, int64_t count, void* at) {
   __m256i all[] = {words.low, words.high};
   std::memcpy(at, all, count * sizeof(int32_t));
@@ -60,10 +61,10 @@ inline Words Add(Words x, Words y) {
 }
 
 inline int32_t Sum(Words x) {
-  int32_t all[8], sum = 0;
+  uint32_t all[8], sum = 0;  // of what is not finite they may wrap
   const __m256i both = _mm256_add_epi32(x.low, x.high);
   std::memcpy(all, &both, sizeof all);
-  for (const int32_t one : all) sum += one;
+  for (const uint32_t one : all) sum += one;
   return sum;
 }
 

@@ -130,7 +130,7 @@ def expected(query, new, past, start, length, how, prefix=None):
     pieces=st.lists(st.sampled_from([1, 15, 16, 64, 65, 200]), min_size=1, max_size=3),
     data=st.data(),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_attention_is_a_softmax_over_what_may_be_seen(
     instructions, kept, seed, rows, heads, pieces, data
 ):
@@ -156,7 +156,6 @@ def test_attention_is_a_softmax_over_what_may_be_seen(
     slots=st.sampled_from([1, 63, 200]),
     scale=st.sampled_from([0.1, 1]),
 )
-@settings(max_examples=20)
 def test_attention_goes_on_from_what_was_found_elsewhere(
     instructions, kept, seed, heads, slots, scale
 ):

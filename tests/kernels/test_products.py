@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexjax.kernels import compiled, products
@@ -83,7 +83,8 @@ def drawn(seed, rows, inputs, outputs, how):
 
 
 @given(**SHAPES)
-@settings(max_examples=25)
+@example(seed=1, rows=17, halves=3, outputs=7, bits=8, group_size=96)
+@example(seed=2, rows=300, halves=1, outputs=70, bits=4, group_size=320)
 def test_a_product_is_that_of_the_wide_weights(
     seed, rows, halves, outputs, bits, group_size
 ):
@@ -114,7 +115,6 @@ def rounded(x, group_size):
     group_size=st.sampled_from([32, 64, 96, 320]),
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
 )
-@settings(max_examples=25)
 def test_rows_are_rounded_to_the_nearest_code(seed, rows, groups, group_size, scale):
     rng = np.random.default_rng(seed)
     x = scale * rng.standard_normal((rows, groups * group_size))
@@ -150,7 +150,8 @@ def test_what_is_not_finite_stays_so_and_what_is_nearly_nothing_is_zero():
 
 
 @given(**SHAPES)
-@settings(max_examples=25)
+@example(seed=1, rows=17, halves=3, outputs=7, bits=8, group_size=96)
+@example(seed=2, rows=300, halves=1, outputs=70, bits=4, group_size=320)
 def test_a_product_of_rounded_rows_is_that_of_what_codes_stand_for(
     seed, rows, halves, outputs, bits, group_size
 ):
