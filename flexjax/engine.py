@@ -216,8 +216,7 @@ class Engine:
             on_scores: called when a block ends, with the scores of its sequences, by
                 their places.
             groups: of places in `rows`, as of `generate_blocks`; one token more than a
-                group shares begins the inputs of all of it, and its rows share no
-                fewer.
+                group shares begins all its inputs, and its rows share no fewer.
 
         Raises:
             ValueError, OSError: as `generate`; or attention is sparse.

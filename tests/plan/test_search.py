@@ -25,6 +25,7 @@ from flexjax.plan.report import plan_to_json, plan_to_text, saved_s
 from flexjax.plan.search import fits, frontier, memory_budgets, search
 from flexjax.policy import BITS, Kind, Placement, Policy, Tier, from_json, validate
 from flexjax.schedule.footprint import by_tier
+from tests.cells import every_other
 from tests.plan.test_closed_form import APART, CONFIG, SHARED
 
 DTYPE = np.dtype(np.float16)
@@ -84,7 +85,7 @@ def test_a_plan_fits_as_the_engine_counts_and_its_policy_is_valid(hardware):
 
 
 @pytest.mark.parametrize("base", [APART, SHARED], ids=["apart", "shared"])
-@pytest.mark.parametrize("kib", [4000, 8000])
+@pytest.mark.parametrize("kib", every_other([4000, 8000]))
 def test_no_policy_of_a_grid_is_predicted_to_be_much_faster(base, kib):
     hardware = machine(base, kib, kib)
     plan = search(MODEL, hardware, JOB)
