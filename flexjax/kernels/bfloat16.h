@@ -21,9 +21,10 @@ class WidenedProducts : public Weights<kBits> {
   void Unpack(int64_t output, int64_t first, int64_t count, const Panel& into) const {
     const int64_t group_size = this->work_.group_size, num_groups = this->num_groups_;
     const uint8_t* codes = this->Codes(output, first);
+    auto* wide = reinterpret_cast<typename Widener::Element*>(into.words);
+    if constexpr (kBits == 16) return Widener::Halves(codes, count, wide);
     const uint8_t* scale = this->Scale(output, first, 0);
     const int64_t other_half = this->Scale(output, first, 1) - scale;
-    auto* wide = reinterpret_cast<typename Widener::Element*>(into.words);
     for (int64_t at = 0; at < count; at += group_size, scale += 2) {
       const WideGroup low(scale, num_groups);
       if constexpr (kBits == 8) {

@@ -10,6 +10,12 @@ namespace flexjax {
 struct FloatWidener {
   using Element = float;
 
+  static void Halves(const uint8_t* weights, int64_t count, float* into) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Store(LoadBfloat16(weights + 2 * i), into + i);
+    }
+  }
+
   static void Bytes(const uint8_t* codes, int64_t size, const WideGroup& group,
                     float* into) {
     for (int64_t i = 0; i < size; i += kLanes) {

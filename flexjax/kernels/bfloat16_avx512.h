@@ -12,6 +12,10 @@ using bfloat16 = uint16_t;
 struct Bfloat16Widener {
   using Element = bfloat16;
 
+  static void Halves(const uint8_t* weights, int64_t count, bfloat16* into) {
+    std::memcpy(into, weights, count * sizeof(bfloat16));
+  }
+
   static void Bytes(const uint8_t* codes, int64_t size, const WideGroup& group,
                     bfloat16* into) {
     for (int64_t i = 0; i < size; i += 2 * kLanes) {

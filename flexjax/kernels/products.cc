@@ -1,5 +1,5 @@
-// Products `x @ weight.T` with quantized weights. `flexjax.quant` tells how these are
-// kept.
+// Products `x @ weight.T` with quantized weights, or with bfloat16 ones.
+// `flexjax.quant` tells how the former are kept.
 //
 // Weights are unpacked a panel at a time, some outputs for some inputs, in the level-2
 // cache: they are never in memory so. Rows of x lie in the lanes of registers, and
@@ -257,14 +257,14 @@ ffi::Error Run(ffi::ThreadPool pool, const Work& work) {
   const Shares<Arithmetic> shares(work, flexjax::NumThreads(pool));
   if (!flexjax::InParallel(pool, shares.count(), shares)) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "no memory for a product with quantized weights");
+                      "no memory for a product");
   }
   return ffi::Error::Success();
 }
 
 // What is said of a product by the shapes of its parts.
-template <typename X>
-Work WorkOf(const X& x, const Matrix<ffi::U8>& weight, Matrix<ffi::F32>& out,
+template <typename X, typename Weight>
+Work WorkOf(const X& x, const Weight& weight, Matrix<ffi::F32>& out,
             int64_t group_size, const float* factors = nullptr) {
   return {static_cast<const char*>(x.untyped_data()),
           factors,
@@ -273,13 +273,14 @@ Work WorkOf(const X& x, const Matrix<ffi::U8>& weight, Matrix<ffi::F32>& out,
           x.dimensions()[0],
           x.dimensions()[1],
           weight.dimensions()[0],
-          weight.dimensions()[1],
+          static_cast<int64_t>(weight.size_bytes()) /
+              std::max<int64_t>(1, weight.dimensions()[0]),
           std::max<int64_t>(1, group_size)};
 }
 
 bool IsWhole(const Work& work, int64_t bits) {
-  const int64_t num_groups = work.inputs / work.group_size;
-  return work.group_size % flexjax::kGroupStep == 0 && work.outputs > 0 &&
+  const int64_t num_groups = bits == 16 ? 0 : work.inputs / work.group_size;
+  return work.inputs % work.group_size == 0 && work.group_size % flexjax::kGroupStep == 0 && work.outputs > 0 &&
          work.row_bytes == work.inputs * bits / 8 + 4 * num_groups;
 }
 
@@ -295,6 +296,13 @@ ffi::Error ContractQuantized(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
   if (!IsWhole(work, bits)) return Refusal();
   return bits == 4 ? Run<flexjax::Bfloat16<4>>(pool, work)
                    : Run<flexjax::Bfloat16<8>>(pool, work);
+}
+
+ffi::Error ContractBfloat16(ffi::ThreadPool pool, Matrix<ffi::BF16> x,
+                            Matrix<ffi::BF16> weight,
+                            ffi::Result<Matrix<ffi::F32>> out) {
+  const Work work = WorkOf(x, weight, *out, flexjax::kGroupStep);
+  return IsWhole(work, 16) ? Run<flexjax::Bfloat16<16>>(pool, work) : Refusal();
 }
 
 ffi::Error ContractRounded(ffi::ThreadPool pool, Matrix<ffi::S8> x,
@@ -339,6 +347,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_round_rows, RoundRows,
                                   .Ret<Matrix<ffi::S8>>()
                                   .Ret<ffi::BufferR3<ffi::F32>>()
                                   .Attr<int64_t>("group_size"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_contract_bfloat16, ContractBfloat16,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix<ffi::BF16>>()
+                                  .Arg<Matrix<ffi::BF16>>()
+                                  .Ret<Matrix<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(flexjax_contract_quantized, ContractQuantized,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -36,12 +36,13 @@ struct Strip {
   float* factors;
 };
 
-// Weights of `kBits` each. A byte of 4-bit codes holds one of each half of a row, so
-// inputs go through in stretches of positions in all halves at once.
+// Weights of `kBits` each; of 16 they are not quantized, and have no scales. A byte of
+// 4-bit codes holds one of each half of a row, so inputs go through in stretches of
+// positions in all halves at once.
 template <int kBits>
 class Weights {
  public:
-  static constexpr int64_t kHalves = 8 / kBits;
+  static constexpr int64_t kHalves = kBits == 4 ? 2 : 1;
 
   explicit Weights(const Work& work)
       : work_(work),
@@ -60,8 +61,9 @@ class Weights {
   // foresee.
   void Ask(int64_t output, int64_t first, int64_t count) const {
     const uint8_t* codes = Codes(output, first);
-    for (int64_t i = 0; i < count; i += 64) Prefetch(codes + i);
-    for (int64_t half = 0; half < kHalves; ++half) {
+    const int64_t nbytes = count * kHalves * kBits / 8;
+    for (int64_t i = 0; i < nbytes; i += 64) Prefetch(codes + i);
+    for (int64_t half = 0; kBits < 16 && half < kHalves; ++half) {
       const uint8_t* scale = Scale(output, first, half);
       Prefetch(scale);
       Prefetch(scale + 2 * num_groups_);
@@ -74,7 +76,7 @@ class Weights {
   }
 
   const uint8_t* Codes(int64_t output, int64_t position) const {
-    return Row(output) + position;
+    return Row(output) + position * kHalves * kBits / 8;
   }
 
   // Of the group at a position of a half, as bfloat16; that of the next group follows,

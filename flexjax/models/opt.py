@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexjax.attention import prefill_attention
-from flexjax.kernels.products import contract_quantized
+from flexjax.kernels import products
 from flexjax.models.config import LAYER_NORM_EPSILON, POSITION_OFFSET, OPTConfig
 from flexjax.quant import (
     Quantization,
@@ -50,7 +50,7 @@ def contract_last(
     """`x @ weight.T` accumulated in float32; true float32 where the inputs are."""
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, QuantizedArray):
-        out = contract_quantized(rows, weight)
+        out = products.contract_quantized(rows, weight)
     elif x.dtype == jnp.float32:
         out = _contract(rows, weight)
     else:
@@ -75,7 +75,7 @@ def _contract(
 def _contract_on_cpu(
     x: Float[Array, "rows inputs"], weight: Float[Array, "outputs inputs"]
 ) -> Float[Array, "rows outputs"]:
-    """The product in the order that XLA's CPU backend is fastest at.
+    """The product by a kernel, or in the order that XLA's CPU backend is fastest at.
 
     It packs the right side anew in every call, which for few rows is most of the work,
     and for very long rows into memory that the system has to clear first. So there the
@@ -90,6 +90,8 @@ def _contract_on_cpu(
     rows (jax 0.12, 2 cores with AVX-512, bfloat16; measured by `bench.kernels`).
     """
     count, inputs = x.shape
+    if products.is_faster(x, weight):
+        return products.contract_bfloat16(x, weight)
     if count > FEW_ROWS and inputs < LONG_ROW:
         return _contract(x, weight)
     block = min(LEFT_ROWS, max(MIN_LEFT_ROWS, 1 << (count - 1).bit_length()))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from flexjax.kernels import compiled, products
 from flexjax.kernels.products import (
     PRODUCTS,
+    contract_bfloat16,
     contract_quantized,
     is_multiplied,
     round_rows,
@@ -54,7 +55,10 @@ def _instructions(request):
     contract = {bits: names[name] for bits, name in products._CONTRACT.items()}
     jax.clear_caches()  # of steps that call the other
     with mock.patch.multiple(
-        products, _ROUND=names[products._ROUND], _CONTRACT=contract
+        products,
+        _ROUND=names[products._ROUND],
+        _CONTRACT_BFLOAT16=names[products._CONTRACT_BFLOAT16],
+        _CONTRACT=contract,
     ):
         yield
     jax.clear_caches()
@@ -97,6 +101,35 @@ def test_a_product_is_that_of_the_wide_weights(
     scale = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(wide, np.float32)).T
     error = np.abs(np.asarray(found) - expected)
     assert (error <= 1e-5 * scale).all()
+
+
+@given(**{name: SHAPES[name] for name in ("seed", "rows", "halves", "outputs")})
+@example(seed=1, rows=17, halves=3, outputs=7)
+def test_a_product_of_bfloat16_is_xla_s(seed, rows, halves, outputs):
+    how = Quantization(bits=8, group_size=32, dtype="bfloat16")
+    x, _, wide, expected = drawn(seed, rows, 32 * halves, outputs, how)
+    found = np.asarray(jax.jit(contract_bfloat16)(x, wide))
+    scale = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(wide, np.float32)).T
+    assert (np.abs(found - expected) <= 1e-5 * scale).all()
+
+
+def test_products_of_bfloat16_of_half_a_step_are_refused():
+    x = jnp.zeros((3, 48), jnp.bfloat16)
+    with pytest.raises(Exception, match="the weights are not for so many inputs"):
+        contract_bfloat16(x, x).block_until_ready()
+
+
+def test_many_rows_of_bfloat16_are_multiplied_by_the_kernel_without_avx512():
+    x, few, odd = (
+        jnp.ones(shape, jnp.bfloat16) for shape in ((64, 64), (32, 64), (64, 40))
+    )
+    has_no_more = products.PRODUCTS.instructions() == compiled.AVX2
+    assert products.is_faster(x, x) == has_no_more
+    assert not products.is_faster(few, x)
+    assert not products.is_faster(odd, odd)
+    assert not products.is_faster(x.astype(jnp.float32), x)
+    steps = str(jax.jit(contract_last).lower(x, x).as_text())
+    assert (products._CONTRACT_BFLOAT16 in steps) == has_no_more
 
 
 def rounded(x, group_size):
