@@ -26,8 +26,8 @@ PRODUCTS = Kernel(
     pathlib.Path(__file__).with_suffix(".cc"),
     (_ROUND, _CONTRACT_BFLOAT16, *_CONTRACT.values()),
     compiled_for=(AVX512, AVX2),
-    without="quantized weights are made wide before they are multiplied with, which "
-    "is slower",
+    without="products are XLA's alone, before which quantized weights are made wide; "
+    "that is slower",
     better="amx_bf16",
 )
 # So many rows XLA multiplies with bfloat16 as fast, or faster, without AVX-512, too.
