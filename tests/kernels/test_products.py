@@ -113,6 +113,25 @@ def test_a_product_of_bfloat16_is_xla_s(seed, rows, halves, outputs):
     assert (np.abs(found - expected) <= 1e-5 * scale).all()
 
 
+def test_a_product_of_bfloat16_has_xla_s_derivatives():
+    how = Quantization(bits=8, group_size=32, dtype="bfloat16")
+    x, _, weight, _ = drawn(1, 40, 64, 30, how)
+    factors = jnp.asarray(np.random.default_rng(2).standard_normal((40, 30)))
+
+    def gradients(contract):
+        def total(x, weight):
+            return (contract(x, weight) * factors).sum()
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(x, weight)
+
+    found = gradients(contract_bfloat16)
+    expected = gradients(lambda x, w: jnp.matmul(x, w.T).astype(jnp.float32))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        one, other = (np.asarray(each, np.float32) for each in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0.05, atol=0.2)
+
+
 def test_products_of_bfloat16_of_half_a_step_are_refused():
     x = jnp.zeros((3, 48), jnp.bfloat16)
     with pytest.raises(Exception, match="the weights are not for so many inputs"):
