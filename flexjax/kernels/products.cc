@@ -280,7 +280,8 @@ Work WorkOf(const X& x, const Weight& weight, Matrix<ffi::F32>& out,
 
 bool IsWhole(const Work& work, int64_t bits) {
   const int64_t num_groups = bits == 16 ? 0 : work.inputs / work.group_size;
-  return work.inputs % work.group_size == 0 && work.group_size % flexjax::kGroupStep == 0 && work.outputs > 0 &&
+  return work.inputs % work.group_size == 0 &&
+         work.group_size % flexjax::kGroupStep == 0 && work.outputs > 0 &&
          work.row_bytes == work.inputs * bits / 8 + 4 * num_groups;
 }
 
