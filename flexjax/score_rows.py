@@ -31,7 +31,7 @@ def num_scored_inputs(sequence: Sequence[int]) -> int:
 
 
 def scored_inputs(sequence: Sequence[int]) -> Sequence[int]:
-    """These tokens."""
+    """The first tokens of a sequence, so many as `num_scored_inputs` says."""
     return sequence[: num_scored_inputs(sequence)]
 
 

@@ -23,7 +23,7 @@ def test_a_barrier_slows_down_what_overlaps_and_makes_nothing_much_faster():
     assert max(ratios) > 1
 
 
-@pytest.mark.skipif(not RUNS_ALL, reason="a search of half a minute for each")
+@pytest.mark.skipif(not RUNS_ALL, reason="half a minute each: with FLEXJAX_ALL_CELLS=1")
 @pytest.mark.parametrize("published", PAPER, ids=lambda row: row.model)
 def test_what_is_searched_is_as_good_as_what_the_paper_chose(published):
     """Although a plan leaves a reserve of the memory that the paper fills."""

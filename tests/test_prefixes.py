@@ -139,7 +139,7 @@ def test_sharing_changes_nothing_in_any_variant(name, golden, tmp_path):
     assert_sharing_changes_nothing(golden(name).store, policy, tmp_path, ONE)
 
 
-@pytest.mark.skipif(not RUNS_ALL, reason="cells are drawn where all are run")
+@pytest.mark.skipif(not RUNS_ALL, reason="drawn with FLEXJAX_ALL_CELLS=1, some above")
 @settings(max_examples=20)
 @random_cells
 def test_sharing_changes_nothing_in_random_cells(
